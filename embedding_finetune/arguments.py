@@ -1,0 +1,111 @@
+"""Flags of mine_hard_neg.py and evaluate.py. Imports nothing heavy: --help and a bad flag answer at once.
+
+The flags of finetune.py are the dataclasses of training_arguments.py.
+"""
+
+import argparse
+import re
+from typing import NoReturn
+
+POOLING_METHODS = ("cls", "mean", "lasttoken")
+"""`cls`: the first token's state; `mean`: the mean over tokens; `lasttoken`: the last token's state."""
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def new_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring and every flag with its default."""
+    return OneLineErrorParser(description=docstring, formatter_class=_DocstringAndDefaults, allow_abbrev=False)
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags about turning texts into embeddings and searching them."""
+    group = parser.add_argument_group("encoding")
+    checkpoint = "(default: what the checkpoint says, else %s)"
+    group.add_argument(
+        "--sentence_pooling_method",
+        choices=POOLING_METHODS,
+        help="how token states become one vector " + checkpoint % "cls",
+    )
+    group.add_argument(
+        "--normalized",
+        type=boolean,
+        metavar="BOOL",
+        help="scale embeddings to length 1 " + checkpoint % "True",
+    )
+    group.add_argument(
+        "--query_instruction_for_retrieval",
+        metavar="TEXT",
+        help="put before each query " + checkpoint % '""',
+    )
+    group.add_argument(
+        "--passage_instruction_for_retrieval",
+        metavar="TEXT",
+        help="put before each passage " + checkpoint % '""',
+    )
+    length = "%s are cut to this many tokens (default: the checkpoint's max_seq_length, else its tokenizer's)"
+    group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
+    group.add_argument("--passage_max_len", type=positive_int, metavar="N", help=length % "passages")
+    group.add_argument(
+        "--tokens_per_batch",
+        type=positive_int,
+        default=4096,
+        metavar="N",
+        help="padded tokens that go through the model at once (default: %(default)s)",
+    )
+    group.add_argument("--use_gpu_for_searching", **_SWITCH, help="search with faiss-gpu on all GPUs")
+    group.add_argument("--trust_remote_code", **_SWITCH, help="run code that comes with the model")
+    group.add_argument("--cache_dir", metavar="DIR", help="where models from the hub are kept")
+
+
+def boolean(text: str) -> bool:
+    """True or False, as transformers' own flags spell them."""
+    words = {
+        "true": True,
+        "yes": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "0": False,
+    }
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return words[text.lower()]
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def rank_range(text: str) -> tuple[int, int]:
+    """`a-b` with 0 <= a < b: the ranks [a, b), counted from 0."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a-b with 0 <= a < b, for example 2-10")
+    return int(match[1]), int(match[2])
+
+
+_SWITCH = {
+    "type": boolean,
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "metavar": "BOOL",
+}
+
+
+class _DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):
+    """Keeps the docstring's lines, and names every default that a flag's help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in text
+        return text if silent else f"{text} (default: %(default)s)"

@@ -1,0 +1,66 @@
+"""Texts -> token ids -> padded batches of bounded size.
+
+Shapes: N texts, T tokens of the longest text in a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    instruction: str,
+    max_length: int,
+    lower_case: bool = False,
+) -> list[list[int]]:
+    """Token ids of `instruction + text`, special tokens included, cut to `max_length` tokens, not padded."""
+    texts = [instruction + text for text in texts]
+    if lower_case:
+        texts = [text.lower() for text in texts]
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return encoded["input_ids"]
+
+
+def pad(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (N, T) int64, padded on the tokenizer's own side."""
+    longest = max(map(len, token_ids))
+    input_ids = np.full((len(token_ids), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
+    attention_mask = np.zeros((len(token_ids), longest), dtype=np.int64)
+    for row, ids in enumerate(token_ids):
+        filled = slice(longest - len(ids), None) if tokenizer.padding_side == "left" else slice(0, len(ids))
+        input_ids[row, filled] = ids
+        attention_mask[row, filled] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+    }
+
+
+def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:
+    """Split rows into batches of similar length, the longest first.
+
+    Yields arrays of row numbers with rows * longest <= tokens_per_batch; a single text longer than
+    that is a batch of its own. Ties keep their order, so the split is a function of the lengths.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        rows = order[start : start + max(tokens_per_batch // longest, 1)]
+        yield rows
+        start += len(rows)

@@ -1,0 +1,227 @@
+"""What a checkpoint says about how to embed, beside its weights, in sentence-transformers' files.
+
+    modules.json                        which modules run, in order
+    1_Pooling/config.json               how token states become one vector
+    2_Normalize/                        present when vectors are scaled to length 1
+    sentence_bert_config.json           max_seq_length, do_lower_case
+    config_sentence_transformers.json   prompts: the query's and the passage's instruction
+
+They are read from a folder or the hub, whoever wrote them, in the old and the new spelling; they are
+written in the old one, which sentence-transformers reads from 2.2 to 6.x.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from embedding_finetune.arguments import POOLING_METHODS
+from embedding_finetune.command_line import UserError
+
+logger = logging.getLogger(__name__)
+
+_OLD_POOLING_FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+}
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How texts become vectors with a given set of weights.
+
+    max_seq_length None means that the checkpoint does not say: the tokenizer's limit holds.
+    `backbone_folder` is where, under the checkpoint, the transformer's own files are.
+    """
+
+    pooling: str = "cls"
+    normalized: bool = True
+    query_instruction: str = ""
+    passage_instruction: str = ""
+    max_seq_length: int | None = None
+    lower_case: bool = False
+    backbone_folder: str = ""
+
+    def with_flags(self, **given: Any) -> "EmbeddingConfig":
+        """This config with every given value that is not None in place; a contradiction is logged."""
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if value != getattr(self, name):
+                logger.info(
+                    "%s: %r as the flag says, not %r as the checkpoint does",
+                    name,
+                    value,
+                    getattr(self, name),
+                )
+        return replace(self, **given)
+
+
+def read_config(name_or_path: str, *, cache_dir: str | None = None) -> EmbeddingConfig:
+    """Read the side files of a checkpoint folder or hub model.
+
+    Without modules.json the defaults hold (cls pooling, normalised), and a log line says so.
+    Raises UserError for a module or pooling that the suite does not apply.
+    """
+
+    def load(filename: str) -> Any:
+        path = cached_file(
+            name_or_path,
+            filename,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is None:
+            return None
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from error
+
+    modules = load("modules.json")
+    prompts = (load("config_sentence_transformers.json") or {}).get("prompts") or {}
+    folders = _module_folders(name_or_path, modules or [])
+    backbone_folder = folders.get("Transformer", "")
+    tokens = load(os.path.join(backbone_folder, "sentence_bert_config.json")) or {}
+    config = EmbeddingConfig(
+        query_instruction=prompts.get("query") or "",
+        passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if prompts.get(name)), ""),
+        max_seq_length=tokens.get("max_seq_length"),
+        lower_case=bool(tokens.get("do_lower_case", False)),
+        backbone_folder=backbone_folder,
+    )
+    if modules is None:
+        logger.info(
+            "%s has no modules.json: cls pooling, normalised, unless flags say otherwise",
+            name_or_path,
+        )
+        return config
+    pooling_file = os.path.join(folders["Pooling"], "config.json")
+    pooling_config = load(pooling_file)
+    if pooling_config is None:
+        raise UserError(f"{name_or_path}: {pooling_file} is missing, though modules.json names it")
+    if not pooling_config.get("include_prompt", True) and (config.query_instruction or config.passage_instruction):
+        raise UserError(
+            f"{name_or_path}: pooling that leaves out the instruction (include_prompt) is not supported"
+        )
+    return replace(
+        config,
+        pooling=_pooling_method(name_or_path, pooling_config),
+        normalized="Normalize" in folders,
+    )
+
+
+def save_checkpoint(
+    folder: str | os.PathLike,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EmbeddingConfig,
+) -> None:
+    """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
+
+    Files are written to a folder beside their place and renamed one by one: a killed save leaves
+    every file old or new, none half-written.
+    """
+    folder = Path(folder)
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    backbone.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    for name, content in _side_files(backbone.config.hidden_size, config).items():
+        (staging / name).parent.mkdir(exist_ok=True)
+        (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for written in sorted(staging.rglob("*")):
+        target = folder / written.relative_to(staging)
+        if written.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(written, target)
+    shutil.rmtree(staging)
+    if not config.normalized:
+        # A stale folder of an earlier run in the same place would not be loaded, only mislead.
+        shutil.rmtree(folder / "2_Normalize", ignore_errors=True)
+
+
+def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, str]:
+    """The folder of each module by the last part of its type, which all spellings share."""
+    folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    order = list(folders)
+    if modules and order not in (
+        ["Transformer", "Pooling"],
+        ["Transformer", "Pooling", "Normalize"],
+    ):
+        raise UserError(
+            f"{name_or_path}: modules.json asks for {' > '.join(order)}; "
+            "only Transformer > Pooling and Transformer > Pooling > Normalize are supported"
+        )
+    return folders
+
+
+def _pooling_method(name_or_path: str, pooling_config: dict) -> str:
+    if "pooling_mode" in pooling_config:
+        mode = pooling_config["pooling_mode"]
+        modes = [mode] if isinstance(mode, str) else list(mode)
+    else:
+        modes = [method for method, flag in _OLD_POOLING_FLAGS.items() if pooling_config.get(flag)]
+    if len(modes) == 1 and modes[0] in POOLING_METHODS:
+        return modes[0]
+    raise UserError(
+        f"{name_or_path}: its pooling is {'+'.join(modes) or 'none'}, only {', '.join(POOLING_METHODS)} work here"
+    )
+
+
+def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
+    """File name -> JSON content of the files that sentence-transformers reads, 2.2 to 6.x."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    files: dict[str, Any] = {
+        "sentence_bert_config.json": {
+            "max_seq_length": config.max_seq_length,
+            "do_lower_case": config.lower_case,
+        },
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dimensions,
+            **{flag: method == config.pooling for method, flag in _OLD_POOLING_FLAGS.items()},
+            "include_prompt": True,
+        },
+        "config_sentence_transformers.json": {
+            "__version__": {
+                "sentence_transformers": "2.2.2",
+                "transformers": transformers.__version__,
+                "pytorch": torch.__version__,
+            },
+            "prompts": {
+                "query": config.query_instruction,
+                "document": config.passage_instruction,
+            },
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if config.normalized else "dot",
+        },
+    }
+    if config.normalized:
+        modules.append(("2_Normalize", "Normalize"))
+        files["2_Normalize/config.json"] = {}
+    files["modules.json"] = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, (path, kind) in enumerate(modules)
+    ]
+    return files

@@ -1,0 +1,47 @@
+"""What the three scripts share as programs: one-line errors, exit statuses, logging to stderr."""
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: one line that names file:line or flag, and the remedy."""
+
+
+def command(main: Callable[P, T]) -> Callable[P, T]:
+    """Wrap a script's `main`: a UserError ends it with status 2, Ctrl-C with 130, both in one line."""
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        program = os.path.basename(sys.modules[main.__module__].__file__ or main.__module__)
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"{program}: error: {error}", file=sys.stderr)
+            raise SystemExit(BAD_INPUT) from error
+        except KeyboardInterrupt:
+            print(f"{program}: interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def log_to_stderr() -> None:
+    """Send the package's log lines to stderr: stdout carries results only."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("embedding_finetune").setLevel(logging.INFO)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,208 @@
+"""Training rows -> examples -> batches.
+
+Which positive and which negatives an example holds is a pure function of (seed, epoch, index):
+workers, resuming and the number of ranks cannot change it. The epoch therefore travels with the index.
+
+Shapes: B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
+"""
+
+import functools
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune import jsonl
+from embedding_finetune.batching import pad, tokenize
+from embedding_finetune.checkpoint import EmbeddingConfig
+from embedding_finetune.command_line import UserError
+from embedding_finetune.jsonl import text_id
+from embedding_finetune.loss import PADDING_ID
+
+ROW_FEATURES = datasets.Features(
+    {
+        "query": datasets.Value("string"),
+        "pos": datasets.List(datasets.Value("string")),
+        "neg": datasets.List(datasets.Value("string")),
+    }
+)
+
+EpochIndex = tuple[int, int]
+
+
+class TrainExample(NamedTuple):
+    """One query with its chosen positive, up to G - 1 negatives, and the ids of the texts that answer it."""
+
+    query: str
+    passages: list[str]
+    known_ids: np.ndarray
+
+
+def load_rows(train_data: str, *, max_rows_per_file: int | None = None, seed: int = 0) -> datasets.Dataset:
+    """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
+
+    With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
+    Raises UserError naming `path:line`.
+    """
+    per_file = []
+    for path in jsonl.data_files(train_data):
+        rows = _mapped_rows(path)
+        if max_rows_per_file is not None and len(rows) > max_rows_per_file:
+            chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
+            rows = rows.select(sorted(chosen))
+        per_file.append(rows)
+    return datasets.concatenate_datasets(per_file)
+
+
+class KnownPositives:
+    """Query -> the ids of every text that any row gives as an answer to it."""
+
+    def __init__(self, rows: datasets.Dataset):
+        query_ids, answer_ids = [], []
+        for batch in rows.select_columns(["query", "pos"]).iter(batch_size=1000):
+            for query, texts in zip(batch["query"], batch["pos"]):
+                answer_ids.extend(map(text_id, texts))
+                query_ids.extend([text_id(query)] * len(texts))
+        pairs = np.unique(np.array([query_ids, answer_ids], dtype=np.int64), axis=1)
+        self._query_ids, self._answer_ids = pairs  # sorted by query
+
+    def of(self, query: str) -> np.ndarray:
+        """Ids of the query's answers and of the query itself: (P,) int64."""
+        own = text_id(query)
+        first, last = np.searchsorted(self._query_ids, [own, own + 1])
+        return np.append(self._answer_ids[first:last], own)
+
+
+class TrainDataset(Dataset):
+    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler."""
+
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int):
+        self.rows = rows
+        self.group_size = group_size
+        self.seed = seed
+        self.known_positives = KnownPositives(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: EpochIndex) -> TrainExample:
+        epoch, index = key
+        row = self.rows[index]
+        rng = random.Random(f"{self.seed}:{epoch}:{index}")
+        positive = rng.choice(row["pos"])
+        negatives = rng.sample(row["neg"], min(self.group_size - 1, len(row["neg"])))
+        return TrainExample(row["query"], [positive, *negatives], self.known_positives.of(row["query"]))
+
+
+class EpochSampler(Sampler[EpochIndex]):
+    """Yields (epoch, index) over all rows, shuffled by (seed, epoch), or in order."""
+
+    def __init__(self, length: int, *, seed: int, shuffle: bool = True):
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[EpochIndex]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return ((self.epoch, index) for index in order.tolist())
+
+
+class EmbedCollator:
+    """Examples -> the arguments of BiEncoder.forward; a text that a batch holds several times is in it once."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EmbeddingConfig,
+        *,
+        group_size: int,
+        query_max_len: int,
+        passage_max_len: int,
+    ):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.group_size = group_size
+        self.query_max_len = query_max_len
+        self.passage_max_len = passage_max_len
+
+    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
+        passages = [passage for example in examples for passage in example.passages]
+        config = self.config
+        token_ids = tokenize(
+            self.tokenizer,
+            [example.query for example in examples],
+            instruction=config.query_instruction,
+            max_length=self.query_max_len,
+            lower_case=config.lower_case,
+        ) + tokenize(
+            self.tokenizer,
+            passages,
+            instruction=config.passage_instruction,
+            max_length=self.passage_max_len,
+            lower_case=config.lower_case,
+        )
+        rows: dict[tuple[int, ...], int] = {}
+        texts = iter([rows.setdefault(tuple(ids), len(rows)) for ids in token_ids])
+        query_index = [next(texts) for _ in examples]
+        passage_index = [[next(texts) for _ in example.passages] for example in examples]
+        passage_ids = [list(map(text_id, example.passages)) for example in examples]
+        most = max(len(example.known_ids) for example in examples)
+        return {
+            **pad(self.tokenizer, list(rows)),  # (N, T)
+            "query_index": torch.tensor(query_index),  # (B,)
+            # A group short of negatives is filled with columns of no text, which the loss masks.
+            "passage_index": _filled(passage_index, self.group_size, 0),  # (B, G)
+            "passage_ids": _filled(passage_ids, self.group_size, PADDING_ID),  # (B, G)
+            "known_ids": _filled([example.known_ids for example in examples], most, PADDING_ID),  # (B, P)
+        }
+
+
+def _filled(lists: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+    """Lists of at most `width` integers as one int64 matrix, filled up with `value`."""
+    matrix = torch.full((len(lists), width), value, dtype=torch.int64)
+    for row, values in enumerate(lists):
+        matrix[row, : len(values)] = torch.as_tensor(values, dtype=torch.int64)
+    return matrix
+
+
+def _mapped_rows(path: Path) -> datasets.Dataset:
+    """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
+    folder = tempfile.mkdtemp(dir=_scratch_folder().name)
+    try:
+        return datasets.Dataset.from_generator(
+            _training_rows,
+            gen_kwargs={"path": str(path)},
+            features=ROW_FEATURES,
+            cache_dir=folder,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+@functools.cache
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    """A folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="embedding_finetune_")
+
+
+def _training_rows(path: str) -> Iterator[jsonl.Record]:
+    for row in jsonl.read_training_rows(path):
+        yield {"query": row["query"], "pos": row["pos"], "neg": row.get("neg", [])}

@@ -1,0 +1,222 @@
+"""JSON Lines in and out: every error carries `path:line`, every output is whole or absent.
+
+Readers yield one validated record per line; blank lines are skipped, a byte-order mark is
+accepted and `.gz` is read (and written) transparently.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from embedding_finetune.command_line import UserError
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def canonical(text: str) -> str:
+    """The form in which texts are compared: Unicode NFC, stripped of surrounding whitespace."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def text_id(text: str) -> int:
+    """A non-negative 63-bit identity of `canonical(text)`, the same in every process and run."""
+    digest = hashlib.blake2b(canonical(text).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
+    """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing.
+
+    Raises UserError naming `path:line` at the first row that is anything else.
+    """
+    for line, record in read(path):
+        _require_text(path, line, record, "query")
+        _require_texts(path, line, record, "pos")
+        if "neg" in record:
+            _require_texts(path, line, record, "neg", may_be_empty=True)
+        yield record
+
+
+def read_queries(path: str | os.PathLike) -> Iterator[Record]:
+    """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows."""
+    for line, record in read(path):
+        _require_text(path, line, record, "query")
+        _require_texts(path, line, record, "pos")
+        yield record
+
+
+def read_passages(path: str | os.PathLike) -> Iterator[str]:
+    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line."""
+    for line, record in read(path):
+        if "context" in record:
+            _require_texts(path, line, record, "context")
+            yield from record["context"]
+        elif "text" in record:
+            _require_text(path, line, record, "text")
+            yield record["text"]
+        else:
+            raise UserError(
+                f'{path}:{line}: neither "context" nor "text" is there; '
+                'expected {"context": [str, ...]} or {"text": str}'
+            )
+
+
+def data_files(path: str | os.PathLike) -> list[Path]:
+    """The data files that `path` stands for: itself, or a folder's visible JSON files, sorted by name."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    children = sorted(path.iterdir())
+    files = [
+        child
+        for child in children
+        if child.is_file() and child.name.endswith(DATA_SUFFIXES) and not child.name.startswith(".")
+    ]
+    ignored = [child.name for child in children if child not in files]
+    if ignored:
+        logger.info("%s: not read: %s", path, ", ".join(ignored))
+    if not files:
+        raise UserError(f"{path}: the folder holds no {', '.join('*' + s for s in DATA_SUFFIXES)} file")
+    return files
+
+
+def read(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
+    """Yield (line number from 1, record) for every line of a file that is not blank.
+
+    Raises UserError when the file is missing, unreadable, not UTF-8, or holds no record, and at
+    a line that is not one JSON object.
+    """
+    line, found = 0, False
+    try:
+        with _open_for_reading(path) as file:
+            for line, raw in enumerate(file, start=1):
+                record = _parse(path, line, raw)
+                if record is not None:
+                    found = True
+                    yield line, record
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}:{line + 1}: cannot be read: {reason}") from error
+    if not found:
+        raise UserError(f"{path}: the file is empty; expected one JSON object per line")
+
+
+def write(path: str | os.PathLike, records: Iterable[Record]) -> None:
+    """Write records as JSON Lines beside `path`, then rename: a killed run leaves the old file or the new."""
+    with atomic_writer(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+class atomic_writer:
+    """Context manager: a binary file that becomes `path` only when the block ends without an error."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.target = Path(os.path.realpath(path))
+        self.temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> BinaryIO:
+        self._raw = self.temporary.open("wb")
+        compress = self.target.name.endswith(".gz")
+        # No file name and no time in the gzip header: the same records give the same bytes.
+        self._file = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0) if compress else self._raw
+        return self._file
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._file.close()
+                with self.temporary.open("rb") as written:
+                    os.fsync(written.fileno())
+                self._raw.close()
+                os.replace(self.temporary, self.target)
+        finally:
+            self._raw.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def require_file(flag: str, path: str | os.PathLike, *, folder_allowed: bool = False) -> None:
+    """Raise UserError naming `flag` unless `path` is an existing file (or, where allowed, a folder)."""
+    if os.path.isdir(path):
+        if not folder_allowed:
+            raise UserError(f"{flag}: {path} is a folder; give a JSON Lines file")
+    elif not os.path.exists(path):
+        raise UserError(f"{flag}: {path} does not exist")
+
+
+def require_writable(flag: str, path: str | os.PathLike) -> None:
+    """Raise UserError naming `flag` unless a file can be written at `path`."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag}: the folder {folder} does not exist; create it first")
+    if os.path.isdir(path):
+        raise UserError(f"{flag}: {path} is a folder; give a file name")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag}: the folder {folder} is not writable")
+
+
+def _open_for_reading(path: str | os.PathLike) -> BinaryIO:
+    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+
+
+def _parse(path: str | os.PathLike, line: int, raw: bytes) -> Record | None:
+    try:
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    if not text:
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{line}: not valid JSON ({error}); expected one object per line") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{line}: a JSON {type(record).__name__}, expected an object")
+    return record
+
+
+def _require_text(path: str | os.PathLike, line: int, record: Record, field: str) -> None:
+    if field not in record:
+        raise UserError(f'{path}:{line}: "{field}" is missing, expected a string')
+    _check_text(path, line, f'"{field}"', record[field])
+
+
+def _require_texts(
+    path: str | os.PathLike,
+    line: int,
+    record: Record,
+    field: str,
+    *,
+    may_be_empty: bool = False,
+) -> None:
+    if field not in record:
+        raise UserError(f'{path}:{line}: "{field}" is missing, expected a list of strings')
+    texts = record[field]
+    if not isinstance(texts, list):
+        raise UserError(f'{path}:{line}: "{field}" is a {type(texts).__name__}, expected a list of strings')
+    if not texts and not may_be_empty:
+        raise UserError(f'{path}:{line}: "{field}" is empty, expected at least one string')
+    for position, text in enumerate(texts):
+        _check_text(path, line, f'"{field}"[{position}]', text)
+
+
+def _check_text(path: str | os.PathLike, line: int, name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{path}:{line}: {name} is a {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise UserError(f"{path}:{line}: {name} is an empty string, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}:{line}: {name} holds half a surrogate pair, which is not Unicode text") from error

@@ -1,0 +1,176 @@
+"""The bi-encoder: one backbone that embeds queries and passages, and the loss over them.
+
+Shapes: N texts, T tokens, H dimensions; B queries with G passages each.
+"""
+
+import logging
+import os
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from embedding_finetune.checkpoint import EmbeddingConfig, read_config
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.loss import contrastive_loss
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED = 10**9
+"""Tokenizers without a limit say 10^30."""
+
+
+class BiEncoder(nn.Module):
+    """Backbone, pooling and normalisation; `encode` gives embeddings, `forward` the training loss."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        config: EmbeddingConfig,
+        *,
+        temperature: float = 0.02,
+        use_inbatch_neg: bool = True,
+        mask_known_positives: bool = True,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.embedding_config = config
+        self.temperature = temperature
+        self.use_inbatch_neg = use_inbatch_neg
+        self.mask_known_positives = mask_known_positives
+        # Embeddings come from the last hidden states: a pooler on top gets no gradient.
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.pooler.requires_grad_(False)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings (N, H) float32 of padded texts (N, T), padding on either side."""
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, T, H)
+        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (N, H)
+        return F.normalize(embeddings, dim=-1) if self.embedding_config.normalized else embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        query_index: Tensor,
+        passage_index: Tensor,
+        passage_ids: Tensor,
+        known_ids: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch as EmbedCollator makes it, under "loss".
+
+        input_ids, attention_mask: (N, T), the batch's distinct texts. query_index: (B,) and passage_index:
+        (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
+        """
+        embeddings = self.encode(input_ids, attention_mask)  # (N, H)
+        loss = contrastive_loss(
+            embeddings[query_index],
+            embeddings[passage_index],
+            temperature=self.temperature,
+            use_inbatch_neg=self.use_inbatch_neg,
+            passage_ids=passage_ids,
+            known_ids=known_ids if self.mask_known_positives else None,
+        )
+        return {"loss": loss}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """What transformers' Trainer calls under --gradient_checkpointing."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
+    """Token states (N, T, H) to one vector per text (N, H), by one of arguments.POOLING_METHODS."""
+    rows = torch.arange(len(states), device=states.device)
+    if method == "cls":
+        return states[rows, attention_mask.argmax(dim=1)]  # the first token that is not padding
+    if method == "lasttoken":
+        positions = torch.arange(states.shape[1], device=states.device)
+        return states[rows, (attention_mask * positions).argmax(dim=1)]
+    if method == "mean":
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)  # (N, T, 1)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    raise ValueError(f"unknown pooling method {method!r}")
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    flag: str,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
+    """Load a folder's or hub model's weights (as float32), tokenizer and embedding config.
+
+    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded or
+    the weights do not fill the backbone.
+    """
+    transformers.logging.disable_progress_bar()  # ours are enough
+    hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    try:
+        config = read_config(name_or_path, cache_dir=cache_dir)
+        hub["subfolder"] = config.backbone_folder
+        model_config = AutoConfig.from_pretrained(config_name, **{**hub, "subfolder": ""}) if config_name else None
+        backbone, loading = AutoModel.from_pretrained(
+            name_or_path,
+            config=model_config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_name or name_or_path,
+            **({**hub, "subfolder": ""} if tokenizer_name else hub),
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"
+        raise UserError(
+            f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "
+            "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(
+            f"{flag} {name_or_path}: the weights do not fill a {type(backbone).__name__}: "
+            f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
+        )
+    return backbone, tokenizer, config
+
+
+def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
+    """Keep the learned position embeddings as they are; UserError where the backbone has none."""
+    table = _position_table(backbone)
+    if table is None:
+        raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
+    table.requires_grad_(False)
+
+
+def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens, special ones included, that tokenizer and position embeddings both take."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
+    table = _position_table(backbone)
+    if table is not None and table.padding_idx is not None:
+        positions -= table.padding_idx + 1  # RoBERTa and MPNet count positions from after the padding index
+    return min(positions, tokenizer.model_max_length)
+
+
+def check_max_length(flag: str, value: int, limit: int) -> None:
+    """Raise UserError when a length flag asks for more tokens than the model takes."""
+    if value > limit:
+        raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
+
+
+def _position_table(backbone: PreTrainedModel) -> nn.Embedding | None:
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None

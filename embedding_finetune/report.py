@@ -1,0 +1,75 @@
+"""What the runs tell people: tables and accounts, as text."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from embedding_finetune.mining import Selection
+from embedding_finetune.retrieval import TopK
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def comparison_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Models as rows, measures as columns, and under the first model each other one's difference to it."""
+    names = list(metrics)
+    measures = list(metrics[names[0]])
+    rows = [["model", *measures]]
+    for name in names:
+        rows.append([name, *(f"{metrics[name][measure]:.4f}" for measure in measures)])
+    for name in names[1:]:
+        differences = (metrics[name][measure] - metrics[names[0]][measure] for measure in measures)
+        rows.append(
+            [
+                "difference" if len(names) == 2 else f"{name} - first",
+                *(f"{d:+.4f}" for d in differences),
+            ]
+        )
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned text, the first one underlined; first column left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def quantiles(scores: np.ndarray) -> dict[str, float]:
+    """`{"p05": ..., "p25": ..., "p50": ..., "p75": ..., "p95": ...}`, empty when there are no scores."""
+    if not len(scores):
+        return {}
+    return {f"p{int(100 * q):02d}": float(value) for q, value in zip(QUANTILES, np.quantile(scores, QUANTILES))}
+
+
+def quantile_line(scores: np.ndarray) -> str:
+    """The quantiles of scores in one readable line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in quantiles(scores).items()) or "none"
+
+
+def mining_account(
+    selections: Sequence[Selection], wanted: int, ranking: TopK, positive_scores: np.ndarray
+) -> str:
+    """What mining did: rows, negatives, random fills, shortfalls, drops by reason, score quantiles."""
+    dropped: Counter[str] = Counter()
+    negative_scores: list[float] = []
+    for selection, positions, scores in zip(selections, ranking.positions, ranking.scores):
+        dropped.update(selection.dropped)
+        score_of = dict(zip(positions.tolist(), scores.tolist()))
+        negative_scores += [score_of[p] for p in selection.negatives if p in score_of]
+    short = sum(len(selection.negatives) < wanted for selection in selections)
+    rows = [
+        ("rows", len(selections)),
+        ("negatives", sum(len(selection.negatives) for selection in selections)),
+        ("of them drawn at random", sum(selection.random_fills for selection in selections)),
+        (f"rows with fewer than {wanted}", short),
+        *((f"left out: {reason}", count) for reason, count in sorted(dropped.items())),
+        ("scores of positives", quantile_line(positive_scores)),
+        ("scores of negatives in range", quantile_line(np.array(negative_scores))),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
+    if short:
+        lines.append(f"warning: {short} rows have fewer than {wanted} negatives: there are too few candidates")
+    return "\n".join(lines)

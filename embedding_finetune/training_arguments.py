@@ -1,0 +1,133 @@
+"""Flags of finetune.py: three dataclasses, of which the last passes transformers' own flags through.
+
+The flags of the other two scripts are in arguments.py, which imports nothing heavy.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from embedding_finetune.command_line import UserError
+
+
+def _flag(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "model folder or hub name"})
+    config_name: str | None = _flag(None, "folder or hub name of another config.json")
+    tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer")
+    cache_dir: str | None = _flag(None, "where models from the hub are kept")
+    trust_remote_code: bool = _flag(False, "run code that comes with the model")
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
+    train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
+    query_max_len: int = _flag(32, "queries are cut to this many tokens")
+    passage_max_len: int = _flag(128, "passages are cut to this many tokens")
+    max_example_num_per_dataset: int | None = _flag(
+        None, "at most this many rows of each file, drawn with --seed (default: all)"
+    )
+    query_instruction_for_retrieval: str | None = _flag(
+        None, 'put before each query (default: what the checkpoint says, else "")'
+    )
+    passage_instruction_for_retrieval: str | None = _flag(
+        None, 'put before each passage (default: what the checkpoint says, else "")'
+    )
+
+    def __post_init__(self) -> None:
+        for flag in ("train_group_size", "query_max_len", "passage_max_len"):
+            _require_positive(flag, getattr(self, flag))
+        if self.max_example_num_per_dataset is not None:
+            _require_positive("max_example_num_per_dataset", self.max_example_num_per_dataset)
+
+
+@dataclass
+class RetrieverTrainingArguments(TrainingArguments):
+    """How to train: transformers' TrainingArguments and what is particular to a bi-encoder."""
+
+    temperature: float = _flag(0.02, "scores are divided by it before the softmax")
+    normalized: bool | None = _flag(
+        None,
+        "scale embeddings to length 1 (default: what the checkpoint says, else True)",
+    )
+    sentence_pooling_method: Literal["cls", "mean", "lasttoken"] | None = _flag(
+        None,
+        "how token states become one vector (default: what the checkpoint says, else cls)",
+    )
+    use_inbatch_neg: bool = _flag(True, "the other passages of the batch are negatives too")
+    mask_known_positives: bool = _flag(
+        True,
+        "a text known to answer a query is never its negative, nor is a text counted twice",
+    )
+    fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
+    overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise UserError(f"--temperature {self.temperature}: must be greater than 0")
+        _refuse_what_does_nothing(self)
+        if self.n_gpu > 1:
+            # transformers would cut the batch up over them with nn.DataParallel: texts here, their indices there.
+            raise UserError(
+                f"{self.n_gpu} GPUs are visible to one process: start it with "
+                f"torchrun --nproc-per-node {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
+            )
+
+
+def check_output_dir(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where training could not write, or would write over something, unasked."""
+    if not args.output_dir:
+        raise UserError("--output_dir is required")
+    parent = os.path.dirname(os.path.abspath(args.output_dir))
+    if os.path.isfile(args.output_dir):
+        raise UserError(f"--output_dir {args.output_dir} is a file; give a folder")
+    if not os.path.isdir(parent):
+        raise UserError(f"--output_dir: the folder {parent} does not exist; create it first")
+    if args.resume_from_checkpoint or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
+        return
+    if os.listdir(args.output_dir):
+        raise UserError(
+            f"--output_dir {args.output_dir} is not empty; give another folder, "
+            "or --overwrite_output_dir True, or --resume_from_checkpoint True"
+        )
+
+
+def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where every query would have only its positive to be compared with."""
+    if data.train_group_size > 1:
+        return
+    if not args.use_inbatch_neg:
+        raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
+    if args.per_device_train_batch_size == 1:
+        raise UserError(
+            "--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0"
+        )
+
+
+def _refuse_what_does_nothing(args: RetrieverTrainingArguments) -> None:
+    if args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor has no meaning for the contrastive loss; leave it out")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy}: only random and sequential are supported"
+        )
+
+
+def _require_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{flag} {value}: must be at least 1")

@@ -1,0 +1,44 @@
+import numpy as np
+from conftest import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_finetune.batching import batches_by_length, pad, tokenize
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))
+def test_batches_hold_every_text_once_within_the_token_budget(lengths, budget):
+    batches = list(batches_by_length(lengths, budget))
+    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+    longest = [max(lengths[row] for row in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_padding_stands_on_the_tokenizers_own_side():
+    ids = [[2, 7, 3], [2, 7, 8, 9, 3]]
+    right = pad(make_tokenizer(padding_side="right"), ids)
+    assert right["input_ids"].tolist() == [[2, 7, 3, 0, 0], [2, 7, 8, 9, 3]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    left = pad(make_tokenizer(padding_side="left"), ids)
+    assert left["input_ids"].tolist() == [[0, 0, 2, 7, 3], [2, 7, 8, 9, 3]]
+
+
+def test_token_ids_are_those_of_the_tokenizer_with_instruction_and_truncation():
+    tokenizer = make_tokenizer()
+    texts = ["reset the {pump}", "", "who do i call for the alarm before the week"]
+    ours = tokenize(tokenizer, texts, instruction="how: ", max_length=8)
+    assert ours == [tokenizer("how: " + text, truncation=True, max_length=8)["input_ids"] for text in texts]
+    assert max(map(len, ours)) == 8
+
+
+def test_an_empty_instruction_leaves_the_text_as_it_is():
+    tokenizer = make_tokenizer()
+    assert tokenize(tokenizer, [" {x} 100%s "], instruction="", max_length=64) == [
+        tokenizer(" {x} 100%s ")["input_ids"]
+    ]
+
+
+def test_no_texts_give_no_tokens():
+    assert tokenize(make_tokenizer(), [], instruction="", max_length=8) == []

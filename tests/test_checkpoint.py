@@ -1,0 +1,174 @@
+"""Checkpoints in both directions, with transformers and sentence-transformers as independent oracles."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny_bert
+from transformers import AutoModel, AutoTokenizer
+
+from embedding_finetune.batching import pad, tokenize
+from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model import BiEncoder, load_backbone
+
+TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
+
+
+def our_embeddings(folder, texts, kind="query"):
+    backbone, tokenizer, config = load_backbone(str(folder), flag="--model")
+    instruction = config.query_instruction if kind == "query" else config.passage_instruction
+    ids = tokenize(tokenizer, texts, instruction=instruction, max_length=config.max_seq_length or 64)
+    with torch.inference_mode():
+        return BiEncoder(backbone, config).eval().encode(**pad(tokenizer, ids)).numpy()
+
+
+def cosines(a, b):
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def assert_equal_embeddings(a, b):
+    assert cosines(a, b).min() >= 0.9999
+    assert np.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_what_we_save_sentence_transformers_loads_with_the_same_embeddings(
+    tiny_bert, tmp_path, pooling, normalized
+):
+    from sentence_transformers import SentenceTransformer
+
+    config = EmbeddingConfig(
+        pooling=pooling,
+        normalized=normalized,
+        query_instruction="how: ",
+        passage_instruction="it is ",
+        max_seq_length=20,
+    )
+    backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    save_checkpoint(tmp_path / "saved", backbone, tokenizer, config)
+
+    peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert peer.max_seq_length == 20
+    assert_equal_embeddings(our_embeddings(tmp_path / "saved", TEXTS), peer.encode_query(TEXTS))
+    assert_equal_embeddings(our_embeddings(tmp_path / "saved", TEXTS, "passage"), peer.encode_document(TEXTS))
+    assert not (tmp_path / "saved" / ".saving").exists()
+
+
+def test_what_we_save_transformers_loads_with_the_same_weights(tiny_bert, tmp_path):
+    backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
+    save_checkpoint(tmp_path, backbone, tokenizer, config)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        inputs = tokenizer(TEXTS[:3], padding=True, return_tensors="pt")
+        theirs = F.normalize(model(**inputs).last_hidden_state[:, 0], dim=-1).numpy()
+    assert_equal_embeddings(our_embeddings(tmp_path, TEXTS[:3]), theirs)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(
+    tiny_bert, tmp_path, pooling, normalized
+):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(tiny_bert), max_seq_length=16)
+    modules = [transformer, Pooling(32, pooling_mode=pooling), *([Normalize()] if normalized else [])]
+    peer = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "how: ", "document": "it is "})
+    peer.save(str(tmp_path))
+
+    assert read_config(str(tmp_path)).pooling == pooling
+    assert_equal_embeddings(our_embeddings(tmp_path, TEXTS[:3]), peer.encode_query(TEXTS[:3]))
+    assert_equal_embeddings(our_embeddings(tmp_path, TEXTS[:3], "passage"), peer.encode_document(TEXTS[:3]))
+
+
+@pytest.mark.demo_model
+def test_the_real_model_embeds_as_in_sentence_transformers(demo_model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    backbone, tokenizer, config = load_backbone(str(demo_model), flag="--model")
+    assert (config.pooling, config.normalized, config.max_seq_length) == ("mean", True, 256)
+    save_checkpoint(tmp_path, backbone, tokenizer, config)
+    theirs = SentenceTransformer(str(demo_model), device="cpu").encode(TEXTS)
+    assert_equal_embeddings(our_embeddings(demo_model, TEXTS), theirs)
+    assert_equal_embeddings(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), theirs)
+
+
+def test_a_plain_transformers_folder_is_cls_pooled_and_normalised(tiny_bert, caplog):
+    with caplog.at_level("INFO"):
+        assert read_config(str(tiny_bert)) == EmbeddingConfig(pooling="cls", normalized=True)
+    assert "no modules.json" in caplog.text
+
+
+def test_a_flag_that_contradicts_the_checkpoint_wins_and_both_are_logged(caplog):
+    with caplog.at_level("INFO"):
+        config = EmbeddingConfig(pooling="cls").with_flags(pooling="mean", normalized=None)
+    assert config == EmbeddingConfig(pooling="mean", normalized=True)
+    assert "'mean'" in caplog.text
+    assert "'cls'" in caplog.text
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def saved(tiny_bert, folder):
+    backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
+    save_checkpoint(folder, backbone, tokenizer, config)
+    return folder
+
+
+def test_a_module_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_path):
+    folder = saved(tiny_bert, tmp_path)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="Dense"):
+        read_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_tokens": True}, r"cls\+mean"),
+        ({"pooling_mode_cls_token": False}, "none"),
+        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+    ],
+)
+def test_a_pooling_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_path, changes, complaint):
+    folder = saved(tiny_bert, tmp_path)
+    edit(folder / "1_Pooling" / "config.json", **changes)
+    with pytest.raises(UserError, match=complaint):
+        read_config(str(folder))
+
+
+def test_a_side_file_that_is_not_json_is_named(tiny_bert, tmp_path):
+    folder = saved(tiny_bert, tmp_path)
+    (folder / "modules.json").write_text("{")
+    with pytest.raises(UserError, match=r"modules\.json"):
+        read_config(str(folder))
+
+
+def test_saving_unnormalised_over_a_normalised_checkpoint_leaves_no_stale_module(tiny_bert, tmp_path):
+    backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=True))
+    save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=False))
+    assert read_config(str(tmp_path)).normalized is False
+    assert not (tmp_path / "2_Normalize").exists()
+
+
+def test_cased_text_is_lowered_when_the_checkpoint_says_so(tmp_path):
+    folder = make_tiny_bert(tmp_path / "cased", lower_case=False)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": true}')
+    config = read_config(str(folder))
+    assert config.lower_case is True
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    upper, lower = (
+        tokenize(tokenizer, [text], instruction="", max_length=32, lower_case=True) for text in ("RESET", "reset")
+    )
+    assert upper == lower

@@ -1,0 +1,158 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from embedding_finetune import jsonl
+from embedding_finetune.command_line import UserError
+
+GOOD = b'{"query": "q", "pos": ["p"]}\n'
+
+
+def read_rows(path):
+    return list(jsonl.read_training_rows(path))
+
+
+def test_blank_lines_a_byte_order_mark_and_gzip_are_read(tmp_path):
+    content = b"\xef\xbb\xbf" + GOOD + b"\n   \n" + GOOD
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_bytes(content)
+    packed.write_bytes(gzip.compress(content))
+    assert read_rows(plain) == read_rows(packed) == [{"query": "q", "pos": ["p"]}] * 2
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "a\u2028b", "pos": ["p\u0085"]}\n', encoding="utf-8")
+    assert read_rows(path) == [{"query": "a\u2028b", "pos": ["p\u0085"]}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{nonsense\n", "not valid JSON"),
+        (b'["a list"]\n', "expected an object"),
+        (b'{"pos": ["p"]}\n', '"query" is missing'),
+        (b'{"query": 3, "pos": ["p"]}\n', '"query" is a int'),
+        (b'{"query": "  ", "pos": ["p"]}\n', '"query" is an empty string'),
+        (b'{"query": "q"}\n', '"pos" is missing'),
+        (b'{"query": "q", "pos": "p"}\n', '"pos" is a str, expected a list'),
+        (b'{"query": "q", "pos": []}\n', '"pos" is empty'),
+        (b'{"query": "q", "pos": ["p", ""]}\n', '"pos"[1] is an empty string'),
+        (b'{"query": "q", "pos": ["p"], "neg": ["n", 5]}\n', '"neg"[1] is a int'),
+        (b'{"query": "q", "pos": ["p"], "neg": "n"}\n', '"neg" is a str'),
+        (b'{"query": "q", "pos": ["\\ud800"]}\n', "surrogate"),
+        (b'{"query": "q\xff", "pos": ["p"]}\n', "not UTF-8"),
+    ],
+)
+def test_a_wrong_line_is_named_by_path_and_number(tmp_path, line, complaint):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n" + line)
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is empty"):
+        read_rows(path)
+
+
+def test_a_truncated_gzip_file_is_an_error_not_a_shorter_file(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(os.urandom(5000).hex().encode() + GOOD * 100)[:-20])
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz"):
+        read_rows(path)
+
+
+def test_candidates_and_pool_lines_give_the_same_passages(tmp_path):
+    path = tmp_path / "pool.jsonl"
+    path.write_text('{"context": ["a", "b"]}\n{"text": "c"}\n')
+    assert list(jsonl.read_passages(path)) == ["a", "b", "c"]
+    path.write_text('{"texts": "c"}\n')
+    with pytest.raises(UserError, match=r'pool\.jsonl:1: neither "context" nor "text"'):
+        list(jsonl.read_passages(path))
+
+
+def test_a_folder_means_its_visible_json_files_in_sorted_order(tmp_path, caplog):
+    for name in ("b.jsonl", "a.json", "c.jsonl.gz", "._a.jsonl", ".DS_Store", "notes.txt", "a.jsonl~"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "sub.jsonl").mkdir()
+    with caplog.at_level("INFO"):
+        assert [path.name for path in jsonl.data_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert "notes.txt" in caplog.text
+
+
+def test_texts_compare_after_nfc_and_stripping():
+    assert jsonl.canonical(" cafe\u0301\n") == "caf\u00e9"
+    assert jsonl.text_id("caf\u00e9") == jsonl.text_id(" cafe\u0301 ")
+    assert jsonl.text_id("Cafe") != jsonl.text_id("cafe")
+    assert 0 <= jsonl.text_id("x") < 2**63
+
+
+def test_unknown_fields_and_unicode_survive_a_round_trip(tmp_path):
+    path = tmp_path / "out.jsonl"
+    rows = [{"id": 7, "query": "q 日本 \u2028", "pos": ["é"], "nested": {"a": [1.5, None, True]}}]
+    jsonl.write(path, rows)
+    assert read_rows(path) == rows
+    assert "日本" in path.read_text(encoding="utf-8")
+
+
+def test_a_gzip_output_has_the_same_bytes_every_time(tmp_path):
+    first, second = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"
+    for path in (first, second):
+        jsonl.write(path, [{"query": "q", "pos": ["p"]}])
+    assert first.read_bytes() == second.read_bytes()
+    assert read_rows(first) == [{"query": "q", "pos": ["p"]}]
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+
+    def records():
+        yield {"a": 1}
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        jsonl.write(path, records())
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_kill_9_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    program = f"""
+import time
+from embedding_finetune import jsonl
+def records():
+    for number in range(10**9):
+        if number == 50_000:
+            print("written", flush=True)
+        yield {{"number": number}}
+jsonl.write({str(path)!r}, records())
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(signal.SIGKILL)
+    assert path.read_text() == "old"
+
+
+def test_output_through_a_symbolic_link_keeps_the_link(tmp_path):
+    (tmp_path / "real.jsonl").write_text("old")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to("real.jsonl")
+    jsonl.write(link, [{"a": 1}])
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "real.jsonl").read_text()) == {"a": 1}

@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_finetune.loss import PADDING_ID, contrastive_loss, masked_columns
+
+
+def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None):
+    """The definition as nested loops over Python floats."""
+    total = 0.0
+    for b, query in enumerate(queries.tolist()):
+        groups = range(len(passages)) if in_batch else [b]
+        seen, logits, target = set(), [], None
+        for c in groups:
+            for g, passage in enumerate(passages[c].tolist()):
+                logit = sum(x * y for x, y in zip(query, passage)) / temperature
+                own = (c, g) == (b, 0)
+                if ids is not None:
+                    text = int(ids[c, g])
+                    masked = text == PADDING_ID
+                    if known is not None:
+                        masked = masked or text in seen or text in known[b].tolist()
+                    seen.add(text)
+                    if masked and not own:
+                        continue
+                target = logit if own else target
+                logits.append(logit)
+        total += math.log(sum(math.exp(logit - target) for logit in logits))
+    return total / len(queries)
+
+
+def test_the_in_batch_loss_of_two_queries_worked_by_hand():
+    # Orthonormal queries, each equal to its positive; the negatives are the zero vector.
+    queries = torch.eye(2)
+    passages = torch.stack([torch.stack([row, torch.zeros(2)]) for row in queries])
+    # Row: own positive e^(1/0.5), other positive e^0, two negatives e^0.
+    expected = -math.log(math.exp(2) / (math.exp(2) + 3))
+    assert contrastive_loss(queries, passages, temperature=0.5).item() == pytest.approx(expected, rel=1e-6)
+    own_group_only = -math.log(math.exp(2) / (math.exp(2) + 1))
+    loss = contrastive_loss(queries, passages, temperature=0.5, use_inbatch_neg=False)
+    assert loss.item() == pytest.approx(own_group_only, rel=1e-6)
+
+
+def test_one_query_and_one_passage_have_loss_zero():
+    assert contrastive_loss(torch.ones(1, 3), torch.ones(1, 1, 3), temperature=0.02).item() == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.integers(1, 5),
+    group=st.integers(1, 4),
+    in_batch=st.booleans(),
+    with_known=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_batch, with_known, seed):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(batch, 4, generator=generator)
+    passages = torch.randn(batch, group, 4, generator=generator)
+    ids = torch.randint(PADDING_ID, 6, (batch, group), generator=generator)
+    ids[:, 0] = ids[:, 0].clamp(min=0)
+    known = torch.randint(PADDING_ID, 6, (batch, 2), generator=generator) if with_known else None
+    loss = contrastive_loss(
+        queries, passages, temperature=0.7, use_inbatch_neg=in_batch, passage_ids=ids, known_ids=known
+    )
+    expected = reference_loss(queries, passages, 0.7, in_batch, ids, known)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_masking_with_no_such_texts_equals_the_plain_loss_exactly():
+    torch.manual_seed(0)
+    queries, passages = torch.randn(4, 8), torch.randn(4, 3, 8)
+    ids = torch.arange(12).reshape(4, 3)
+    known = torch.tensor([[0, 100], [3, 101], [6, 102], [9, PADDING_ID]])
+    plain = contrastive_loss(queries, passages, temperature=0.02)
+    assert torch.equal(
+        plain, contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=known)
+    )
+
+
+def test_a_positive_that_two_queries_share_is_not_a_negative_of_either():
+    ids = torch.tensor([[5, 7, 5, 8]])  # query 0: target column 0; query 1: target column 2, the same text
+    known = torch.tensor([[5, 90], [5, 91]])
+    masked = masked_columns(ids, torch.tensor([0, 2]), known)
+    assert masked.tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
+def test_a_text_in_several_columns_counts_once_and_the_query_itself_never():
+    ids = torch.tensor([[5, 7, 7, 90]])
+    masked = masked_columns(ids, torch.tensor([0]), torch.tensor([[5, 90]]))
+    assert masked.tolist() == [[False, False, True, True]]
+
+
+def test_a_row_with_every_negative_masked_stays_finite_with_zero_gradient():
+    queries = torch.randn(2, 4, requires_grad=True)
+    passages = torch.randn(2, 2, 4)
+    ids = torch.tensor([[5, 5], [5, PADDING_ID]])
+    loss = contrastive_loss(
+        queries, passages, temperature=0.02, passage_ids=ids, known_ids=torch.tensor([[5], [5]])
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(queries.grad, torch.zeros_like(queries))
+
+
+def test_scores_are_float32_under_bfloat16_autocast():
+    # 0.9990 and 0.9985 are the same number in bfloat16; divided by 0.02 they differ by 0.025.
+    query = torch.tensor([[1.0, 0.0]])
+    passages = torch.tensor([[[0.9990, 0.0], [0.9985, 0.0]]])
+    exact = contrastive_loss(query, passages, temperature=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(query, passages, temperature=0.02), exact)
+    assert exact.item() == pytest.approx(math.log(1 + math.exp(-0.0005 / 0.02)), rel=1e-3)
+
+
+def test_groups_gathered_from_other_ranks_shift_the_targets():
+    torch.manual_seed(0)
+    queries, passages = torch.randn(4, 8), torch.randn(4, 3, 8)
+    whole = contrastive_loss(queries, passages, temperature=0.1)
+    parts = [
+        contrastive_loss(queries[rank : rank + 2], passages, temperature=0.1, first_group=rank) for rank in (0, 2)
+    ]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-6)

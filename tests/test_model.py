@@ -1,0 +1,102 @@
+import pytest
+import torch
+from conftest import make_tiny_bert
+from transformers import MPNetConfig, MPNetModel
+
+from embedding_finetune.checkpoint import EmbeddingConfig
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model import BiEncoder, freeze_position_embeddings, length_limit, load_backbone, pool
+
+STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
+RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])
+LEFT = torch.tensor([[0, 1, 1], [1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("method", "mask", "expected"),
+    [
+        ("cls", RIGHT, [STATES[0, 0], STATES[1, 0]]),
+        ("cls", LEFT, [STATES[0, 1], STATES[1, 0]]),
+        ("lasttoken", RIGHT, [STATES[0, 1], STATES[1, 2]]),
+        ("lasttoken", LEFT, [STATES[0, 2], STATES[1, 2]]),
+        ("mean", RIGHT, [STATES[0, :2].mean(0), STATES[1].mean(0)]),
+        ("mean", LEFT, [STATES[0, 1:].mean(0), STATES[1].mean(0)]),
+    ],
+)
+def test_pooling_takes_real_tokens_on_either_padding_side(method, mask, expected):
+    assert torch.equal(pool(STATES, mask, method), torch.stack(expected))
+
+
+def test_an_unknown_pooling_raises():
+    with pytest.raises(ValueError, match="median"):
+        pool(STATES, RIGHT, "median")
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_embeddings_are_float32_under_autocast_and_unit_length_when_normalised(tiny_bert, normalized):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    model = BiEncoder(backbone, EmbeddingConfig(pooling="mean", normalized=normalized)).eval()
+    ids = torch.randint(5, 50, (3, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = model.encode(ids, torch.ones_like(ids))
+    assert embeddings.dtype == torch.float32
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(3)) is normalized
+
+
+def test_a_backbone_of_half_precision_weights_is_loaded_as_float32(tiny_bert, tmp_path):
+    backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    backbone.bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _, _ = load_backbone(str(tmp_path), flag="--model")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_the_pooler_is_left_out_of_training(tiny_bert):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    model = BiEncoder(backbone, EmbeddingConfig())
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["backbone.pooler.dense.weight", "backbone.pooler.dense.bias"]
+
+
+def test_positions_counted_from_the_padding_index_shorten_the_limit(tiny_bert):
+    _, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    tokenizer.model_max_length = 10**30
+    config = MPNetConfig(
+        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=34,
+    )  # fmt: skip
+    model = MPNetModel(config)
+    limit = length_limit(model, tokenizer)
+    assert limit == 32
+    ids = torch.full((1, limit), 7)
+    model(input_ids=ids)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.full((1, limit + 1), 7))
+
+
+def test_position_embeddings_can_be_frozen(tiny_bert):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    freeze_position_embeddings(backbone)
+    assert not backbone.embeddings.position_embeddings.weight.requires_grad
+    assert backbone.embeddings.word_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "no weights", "broken weights", "other weights"])
+def test_a_model_that_cannot_be_loaded_is_one_line_that_names_the_flag(tmp_path, damage):
+    folder = make_tiny_bert(tmp_path / "bert")
+    if damage == "no folder":
+        folder = tmp_path / "nowhere"
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif damage == "broken weights":
+        (folder / "model.safetensors").write_bytes(b"not safetensors")
+    elif damage == "other weights":
+        from safetensors.torch import save_file
+
+        save_file({"something": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as error:
+        load_backbone(str(folder), flag="--model_name_or_path")
+    assert str(error.value).startswith(f"--model_name_or_path {folder}")
+    assert "\n" not in str(error.value)

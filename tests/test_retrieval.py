@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.retrieval import PairScores, TopK, require_gpu, search
+
+
+def reference_search(queries, passages, top_k, ties):
+    """Every score in float64, sorted by numpy; -1 past the end."""
+    scores = (queries.astype(np.float64) @ passages.astype(np.float64).T).astype(np.float32)
+    places = np.arange(len(passages))
+    order = np.stack([np.lexsort((places if ties == "first" else -places, -row)) for row in scores])
+    best = np.full((len(queries), top_k), -1)
+    best[:, : len(passages)] = order[:, :top_k]
+    return best
+
+
+def vectors(rng, count, dimensions):
+    """Small integers: many exact ties, and products that are exact in float32."""
+    return rng.integers(-2, 3, (count, dimensions)).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    queries=st.integers(0, 30),
+    passages=st.integers(1, 60),
+    top_k=st.integers(1, 70),
+    block=st.integers(1, 60),
+    ties=st.sampled_from(["first", "last"]),
+    seed=st.integers(0, 10_000),
+)
+def test_search_in_blocks_equals_numpy_argsort(queries, passages, top_k, block, ties, seed):
+    rng = np.random.default_rng(seed)
+    q, p = vectors(rng, queries, 3), vectors(rng, passages, 3)
+    ranking = TopK(q, top_k, ties=ties)
+    for start in range(0, passages, block):
+        ranking.add(start, p[start : start + block])
+    if queries:
+        assert np.array_equal(ranking.positions, reference_search(q, p, top_k, ties))
+    else:
+        assert ranking.positions.shape == (0, top_k)
+
+
+def test_real_valued_search_equals_numpy_argsort():
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((50, 64)).astype(np.float32)
+    p = rng.standard_normal((3000, 64)).astype(np.float32)
+    _, positions = search(q, p, 100)
+    assert np.array_equal(positions, reference_search(q, p, 100, "first"))
+
+
+@pytest.mark.parametrize("count", [1, 19, 20, 200])
+def test_equal_vectors_tie_exactly_however_many_queries_there_are(count):
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((count, 48)).astype(np.float32)
+    p = np.repeat(rng.standard_normal((5, 48)).astype(np.float32), 30, axis=0)
+    scores, positions = search(q, p, 40)
+    assert (np.diff(positions[:, :30], axis=1) == 1).all()
+    assert (scores[:, 0] == scores[:, 29]).all()
+
+
+def test_a_constant_scorer_gets_the_corpus_order_or_its_reverse_and_nothing_in_between():
+    q, p = np.ones((3, 8), dtype=np.float32), np.ones((500, 8), dtype=np.float32)
+    assert (search(q, p, 5)[1] == [0, 1, 2, 3, 4]).all()
+    assert (search(q, p, 5, ties="last")[1] == [499, 498, 497, 496, 495]).all()
+
+
+def test_a_corpus_of_one_and_k_beyond_it_are_padded_with_minus_one():
+    scores, positions = search(np.ones((1, 4), dtype=np.float32), np.ones((1, 4), dtype=np.float32), 3)
+    assert positions.tolist() == [[0, -1, -1]]
+    assert scores.tolist() == [[4.0, -np.inf, -np.inf]]
+
+
+def test_pair_scores_are_the_inner_products_whatever_the_blocks():
+    rng = np.random.default_rng(2)
+    q, p = vectors(rng, 6, 5), vectors(rng, 40, 5)
+    rows, positions = rng.integers(0, 6, 30), rng.integers(0, 40, 30)
+    pairs = PairScores(q, rows, positions)
+    for start in (0, 7, 14, 21, 28, 35):
+        pairs.add(start, p[start : start + 7])
+    assert np.array_equal(pairs.scores, (q[rows] * p[positions]).sum(axis=1))
+
+
+def test_gpu_search_without_gpu_support_says_what_to_do():
+    import faiss
+
+    if hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this faiss has GPU support")
+    with pytest.raises(UserError, match=r"--use_gpu_for_searching.*requirements_cuda\.txt"):
+        require_gpu()
