@@ -19,7 +19,7 @@ demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	  --range_for_sampling 2-10 --negative_number 5
 	$(BIN)/python finetune.py --model_name_or_path $(MODEL) --output_dir .demo/finetuned \
 	  --overwrite_output_dir True --train_data .demo/augmented_example.jsonl \
-	  --num_train_epochs 4 --per_device_train_batch_size 32 --train_group_size 2 --learning_rate 5e-5 \
+	  --num_train_epochs 2 --per_device_train_batch_size 32 --train_group_size 2 --learning_rate 5e-5 \
 	  --temperature 0.05 --query_max_len 64 --passage_max_len 256 --logging_steps 10 --save_strategy no
 	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned \
 	  --index_file_jsonl_path candidate_context.jsonl --query_file_jsonl_path example_heldout.jsonl \

@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             temperature=args.temperature,
             use_inbatch_neg=args.use_inbatch_neg,
             mask_known_positives=args.mask_known_positives,
+            tokens_per_sub_batch=args.tokens_per_sub_batch,
         ),
         args,
         train_dataset=dataset,

@@ -61,7 +61,7 @@ class EmbeddingConfig:
         for name, value in given.items():
             if value != getattr(self, name):
                 logger.info(
-                    "%s: %r as the flag says, not %r as the checkpoint does",
+                    "%s: %r, as the flag says, instead of the checkpoint's %r",
                     name,
                     value,
                     getattr(self, name),

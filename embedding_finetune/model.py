@@ -19,11 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from embedding_finetune.batching import batches_by_length
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.loss import contrastive_loss
 
 logger = logging.getLogger(__name__)
+
+_TOKENS_PER_SUB_BATCH = {"cpu": 2048}
+"""Padded tokens per sub-batch where --tokens_per_sub_batch does not say; see benchmarks/README.md."""
 
 _UNLIMITED = 10**9
 """Tokenizers without a limit say 10^30."""
@@ -40,6 +44,7 @@ class BiEncoder(nn.Module):
         temperature: float = 0.02,
         use_inbatch_neg: bool = True,
         mask_known_positives: bool = True,
+        tokens_per_sub_batch: int | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -47,14 +52,38 @@ class BiEncoder(nn.Module):
         self.temperature = temperature
         self.use_inbatch_neg = use_inbatch_neg
         self.mask_known_positives = mask_known_positives
+        self.tokens_per_sub_batch = tokens_per_sub_batch
         # Embeddings come from the last hidden states: a pooler on top gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings (N, H) float32 of padded texts (N, T), padding on either side."""
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, T, H)
-        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (N, H)
+        return self._embed(attention_mask, input_ids=input_ids)
+
+    def encode_in_sub_batches(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What `encode` gives, computed in sub-batches of texts of similar length: (N, H) float32.
+
+        Half of a random batch is padding; sorted by length, hardly any is, and activations stay small.
+        """
+        lengths = attention_mask.sum(dim=1)
+        budget = self.tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
+        # The word embeddings of the whole batch are looked up once: the gradient of a lookup is as large
+        # as its table, and would be paid for by every sub-batch.
+        token_ids, positions = input_ids.unique(return_inverse=True)  # (V,), (N, T)
+        table = self.backbone.get_input_embeddings()(token_ids)  # (V, H')
+        batches = [torch.from_numpy(rows) for rows in batches_by_length(lengths.cpu().numpy(), budget)]
+        embeddings = []
+        for rows in batches:
+            columns = _columns_in_use(attention_mask[rows])
+            inputs = F.embedding(positions[rows, columns], table)  # (n, t, H')
+            embeddings.append(self._embed(attention_mask[rows, columns], inputs_embeds=inputs))
+        order = torch.cat(batches).argsort().to(input_ids.device)
+        return torch.cat(embeddings)[order]
+
+    def _embed(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H)
+        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (n, H)
         return F.normalize(embeddings, dim=-1) if self.embedding_config.normalized else embeddings
 
     def forward(
@@ -71,7 +100,7 @@ class BiEncoder(nn.Module):
         input_ids, attention_mask: (N, T), the batch's distinct texts. query_index: (B,) and passage_index:
         (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
         """
-        embeddings = self.encode(input_ids, attention_mask)  # (N, H)
+        embeddings = self.encode_in_sub_batches(input_ids, attention_mask)  # (N, H)
         loss = contrastive_loss(
             embeddings[query_index],
             embeddings[passage_index],
@@ -85,6 +114,12 @@ class BiEncoder(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """What transformers' Trainer calls under --gradient_checkpointing."""
         self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+def _columns_in_use(attention_mask: Tensor) -> slice:
+    """The columns of (n, T) that any text has tokens in; padding is on one side of all of them."""
+    used = attention_mask.any(dim=0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:

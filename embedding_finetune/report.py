@@ -71,5 +71,8 @@ def mining_account(
     width = max(len(name) for name, _ in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
     if short:
-        lines.append(f"warning: {short} rows have fewer than {wanted} negatives: there are too few candidates")
+        lines.append(
+            f"warning: {short} rows have fewer than {wanted} negatives: too few candidates are outside the "
+            "retrieved ranks; lower --range_for_sampling or give a larger --candidate_pool"
+        )
     return "\n".join(lines)

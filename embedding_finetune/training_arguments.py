@@ -71,6 +71,11 @@ class RetrieverTrainingArguments(TrainingArguments):
         True,
         "a text known to answer a query is never its negative, nor is a text counted twice",
     )
+    tokens_per_sub_batch: int | None = _flag(
+        None,
+        "padded tokens that go through the model at once, sorted by length; changes speed and memory, "
+        "not the result (default: 2048 on CPU, 65536 elsewhere)",
+    )
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
@@ -80,6 +85,8 @@ class RetrieverTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature}: must be greater than 0")
+        if self.tokens_per_sub_batch is not None:
+            _require_positive("tokens_per_sub_batch", self.tokens_per_sub_batch)
         _refuse_what_does_nothing(self)
         if self.n_gpu > 1:
             # transformers would cut the batch up over them with nn.DataParallel: texts here, their indices there.

@@ -23,7 +23,7 @@ our with and or not no yes . , ? : 0 1 2 3 4 5 6 7 8 9 ##s ##ing ##ed ##er ##a #
 TOPICS = ("pump", "valve", "filter", "motor", "gate", "panel", "sensor", "alarm", "badge", "desk")
 
 
-def make_tokenizer(*, lower_case: bool = True, padding_side: str = "right", model_max_length: int = 64):
+def make_tokenizer(*, lower_case: bool = True, padding_side: str = "right", model_max_length: int = 128):
     """A WordPiece tokenizer over WORDS."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -60,10 +60,10 @@ def make_tiny_bert(folder: Path, *, seed: int = 0, dropout: float = 0.1, **token
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        initializer_range=0.4,  # the default makes random embeddings nearly equal
+        initializer_range=0.1,  # the default, 0.02, makes random embeddings nearly equal
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -113,3 +113,29 @@ def pairs(tmp_path) -> Path:
 @pytest.fixture
 def candidates(tmp_path) -> Path:
     return write_jsonl(tmp_path / "candidates.jsonl", [{"context": [passage_about(topic)]} for topic in TOPICS])
+
+
+def make_rotary_model(folder: Path, *, padding_side: str = "right") -> Path:
+    """Save a random 2-layer ModernBERT: rotary positions, so that either padding side gives the same states."""
+    import torch
+    from transformers import ModernBertConfig, ModernBertModel
+
+    tokenizer = make_tokenizer(padding_side=padding_side)
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.4,
+    )
+    ModernBertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_tiny_bert
+from conftest import make_rotary_model, make_tiny_bert
 from transformers import MPNetConfig, MPNetModel
 
 from embedding_finetune.checkpoint import EmbeddingConfig
@@ -100,3 +100,34 @@ def test_a_model_that_cannot_be_loaded_is_one_line_that_names_the_flag(tmp_path,
         load_backbone(str(folder), flag="--model_name_or_path")
     assert str(error.value).startswith(f"--model_name_or_path {folder}")
     assert "\n" not in str(error.value)
+
+
+def ragged_batch(seed=0, count=12, longest=20, padding_side="right"):
+    torch.manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,))
+    ids = torch.randint(5, 60, (count, longest))
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    if padding_side == "left":
+        mask = mask.flip(1)
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("budget", [1, 33, 10_000])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+def test_sub_batches_give_the_loss_and_gradients_of_one_batch(tmp_path, budget, padding_side, pooling):
+    backbone, _, _ = load_backbone(str(make_rotary_model(tmp_path)), flag="--model")
+    ids, mask = ragged_batch(padding_side=padding_side)
+    config = EmbeddingConfig(pooling=pooling)
+    whole = BiEncoder(backbone, config).train()
+    parts = BiEncoder(backbone, config, tokens_per_sub_batch=budget).train()
+    target = torch.randn(12, 32)
+
+    gradients = []
+    for embeddings in (whole.encode(ids, mask), parts.encode_in_sub_batches(ids, mask)):
+        backbone.zero_grad()
+        loss = (embeddings * target).sum()
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max()))

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer, write_jsonl
+from torch.utils.data import DataLoader
+
+from embedding_finetune.checkpoint import EmbeddingConfig
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data import EmbedCollator, EpochSampler, KnownPositives, TrainDataset, load_rows
+from embedding_finetune.jsonl import text_id
+from embedding_finetune.loss import PADDING_ID
+
+
+def rows_of(tmp_path, records):
+    return load_rows(str(write_jsonl(tmp_path / "rows.jsonl", records)))
+
+
+def many(count, negatives=6):
+    return [
+        {"query": f"q{n}", "pos": [f"p{n}", f"other p{n}"], "neg": [f"n{n}-{i}" for i in range(negatives)]}
+        for n in range(count)
+    ]
+
+
+def collator(group_size, **config):
+    return EmbedCollator(
+        make_tokenizer(), EmbeddingConfig(**config), group_size=group_size, query_max_len=16, passage_max_len=32
+    )
+
+
+def test_an_example_is_one_positive_and_distinct_negatives(tmp_path):
+    dataset = TrainDataset(rows_of(tmp_path, many(20)), group_size=4, seed=1)
+    for index in range(20):
+        example = dataset[0, index]
+        positive, *negatives = example.passages
+        assert positive in (f"p{index}", f"other p{index}")
+        assert len(set(negatives)) == 3
+        assert all(text.startswith(f"n{index}-") for text in negatives)
+
+
+def test_choices_depend_on_seed_epoch_and_index_alone(tmp_path):
+    rows = rows_of(tmp_path, many(20))
+    forward = [TrainDataset(rows, group_size=3, seed=1)[2, i].passages for i in range(20)]
+    dataset = TrainDataset(rows, group_size=3, seed=1)
+    backward = [dataset[2, i].passages for i in reversed(range(20))]
+    assert forward == backward[::-1]
+    assert forward != [dataset[3, i].passages for i in range(20)]
+    assert forward != [TrainDataset(rows, group_size=3, seed=2)[2, i].passages for i in range(20)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_dataloader_workers_see_the_same_epochs_as_the_main_process(tmp_path, persistent):
+    dataset = TrainDataset(rows_of(tmp_path, many(20)), group_size=3, seed=1)
+
+    def epochs(**workers):
+        sampler = EpochSampler(20, seed=5)
+        loader = DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=list, **workers)
+        seen = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            seen.append([example.passages for batch in loader for example in batch])
+        return seen
+
+    alone = epochs(num_workers=0)
+    assert alone == epochs(num_workers=2, persistent_workers=persistent)
+    assert alone[0] != alone[1] != alone[2]
+
+
+def test_the_sampler_yields_every_row_once_and_as_many_as_its_length():
+    sampler = EpochSampler(13, seed=0)
+    order = [index for _, index in sampler]
+    assert sorted(order) == list(range(13))
+    assert order != list(range(13))
+    assert len(order) == len(sampler)
+    assert [index for _, index in EpochSampler(5, seed=0, shuffle=False)] == [0, 1, 2, 3, 4]
+
+
+def test_known_positives_are_those_of_every_row_with_the_same_query(tmp_path):
+    rows = rows_of(
+        tmp_path,
+        [
+            {"query": "caf\u00e9", "pos": ["a"]},
+            {"query": "other", "pos": ["b"]},
+            {"query": " cafe\u0301 ", "pos": ["c", "a"]},
+        ],
+    )
+    known = set(KnownPositives(rows).of("caf\u00e9").tolist())
+    assert known == {text_id("a"), text_id("c"), text_id("caf\u00e9")}
+
+
+def test_rows_without_negatives_and_with_other_fields_are_read_together(tmp_path):
+    rows = rows_of(
+        tmp_path,
+        [
+            {"query": "a", "pos": ["p"]},
+            {"query": "b", "pos": ["p"], "neg": [], "meta": {"x": 1}},
+            {"query": "c", "pos": ["p"], "neg": ["n"], "pos_scores": [0.5]},
+        ],
+    )
+    dataset = TrainDataset(rows, group_size=3, seed=0)
+    assert [dataset[0, i].passages for i in range(3)] == [["p"], ["p"], ["p", "n"]]
+
+
+def test_a_group_short_of_negatives_is_filled_with_masked_columns(tmp_path):
+    rows = rows_of(tmp_path, [{"query": "a", "pos": ["red"], "neg": ["green"]}, {"query": "b", "pos": ["blue"]}])
+    dataset = TrainDataset(rows, group_size=4, seed=0)
+    batch = collator(4)([dataset[0, 0], dataset[0, 1]])
+    red, green, blue = map(text_id, ("red", "green", "blue"))
+    assert batch["passage_ids"].tolist() == [[red, green, PADDING_ID, PADDING_ID], [blue] + [PADDING_ID] * 3]
+    assert batch["input_ids"].shape[0] == 5  # two queries, three passages: padding is not encoded
+
+
+def test_a_text_that_a_batch_holds_several_times_is_encoded_once(tmp_path):
+    rows = rows_of(tmp_path, [{"query": q, "pos": ["reset"], "neg": ["a", "b"]} for q in ("red", "green", "red")])
+    dataset = TrainDataset(rows, group_size=3, seed=0)
+    batch = collator(3)([dataset[0, i] for i in range(3)])
+    assert batch["input_ids"].shape[0] == 5
+    texts = batch["input_ids"][batch["passage_index"][:, 0]]
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(batch["query_index"], torch.tensor([0, 1, 0]))
+
+
+def test_instructions_go_before_queries_and_passages_and_never_into_text_ids(tmp_path):
+    rows = rows_of(tmp_path, [{"query": "red", "pos": ["green"], "neg": ["blue"]}])
+    example = TrainDataset(rows, group_size=2, seed=0)[0, 0]
+    batch = collator(2, query_instruction="how: ", passage_instruction="it is ")([example])
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "how : red"
+    assert tokenizer.decode(batch["input_ids"][1], skip_special_tokens=True) == "it is green"
+    assert batch["passage_ids"].tolist() == [[text_id("green"), text_id("blue")]]
+
+
+def test_at_most_so_many_rows_of_each_file_are_drawn_by_seed(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", many(50))
+    write_jsonl(folder / "b.jsonl", many(3))
+    draw = lambda seed: load_rows(str(folder), max_rows_per_file=10, seed=seed)["query"]  # noqa: E731
+    assert len(list(draw(0))) == 13
+    assert list(draw(0)) == list(draw(0))
+    assert list(draw(0)) != list(draw(1))
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "old", "pos": ["p"]}])
+    assert list(load_rows(str(path))["query"]) == ["old"]
+    write_jsonl(path, [{"query": "new", "pos": ["p"]}])
+    assert list(load_rows(str(path))["query"]) == ["new"]
+
+
+def test_a_bad_row_is_named_by_path_and_line(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": "p"}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: \"pos\" is a str"):
+        load_rows(str(path))
+
+
+def test_known_ids_of_unequal_number_are_filled_up(tmp_path):
+    rows = rows_of(tmp_path, [{"query": "a", "pos": ["p", "q"]}, {"query": "b", "pos": ["p"]}])
+    dataset = TrainDataset(rows, group_size=1, seed=0)
+    known = collator(1)([dataset[0, 0], dataset[0, 1]])["known_ids"].numpy()
+    assert known.shape == (2, 3)
+    assert (known == PADDING_ID).sum(axis=1).tolist() == [0, 1]
+    assert np.isin([text_id("p"), text_id("b")], known[1]).all()

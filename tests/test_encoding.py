@@ -1,0 +1,68 @@
+import argparse
+import itertools
+
+import numpy as np
+import pytest
+from conftest import TOPICS, passage_about
+
+from embedding_finetune import encoding
+from embedding_finetune.arguments import add_encoding_arguments
+from embedding_finetune.command_line import UserError
+from embedding_finetune.encoding import load_encoder
+
+TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
+
+
+def encoder_for(folder, *flags):
+    parser = argparse.ArgumentParser()
+    add_encoding_arguments(parser)
+    return load_encoder(str(folder), parser.parse_args(flags), flag="--model")
+
+
+def passages(encoder, texts):
+    return np.concatenate([block for _, block in encoder.encode_passages(texts)])
+
+
+def test_embeddings_do_not_depend_on_batch_or_block_size(tiny_bert, monkeypatch):
+    whole = passages(encoder_for(tiny_bert), TEXTS)
+    for budget, block in itertools.product(("1", "100", "100000"), (1, 5, 1000)):
+        monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
+        assert np.allclose(passages(encoder_for(tiny_bert, "--tokens_per_batch", budget), TEXTS), whole, atol=1e-6)
+
+
+def test_blocks_come_in_order_with_their_positions(tiny_bert, monkeypatch):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 5)
+    blocks = [(start, len(block)) for start, block in encoder_for(tiny_bert).encode_passages(TEXTS)]
+    assert blocks == [(0, 5), (5, 5), (10, 5), (15, 5), (20, 2)]
+
+
+def test_texts_of_the_same_tokens_get_identical_embeddings(tiny_bert):
+    embeddings = encoder_for(tiny_bert).encode_queries(["Reset the PUMP", *TEXTS, "reset  the pump"])
+    assert np.array_equal(embeddings[0], embeddings[-1])
+
+
+def test_no_texts_give_no_embeddings(tiny_bert):
+    assert encoder_for(tiny_bert).encode_queries([]).shape == (0, 32)
+    assert list(encoder_for(tiny_bert).encode_passages([])) == []
+
+
+@pytest.mark.parametrize("flag", ["--query_max_len", "--passage_max_len"])
+def test_more_tokens_than_the_model_takes_is_an_error_that_names_the_flag(tiny_bert, flag):
+    with pytest.raises(UserError, match=f"{flag} 129: the model takes at most 128"):
+        encoder_for(tiny_bert, flag, "129")
+
+
+def test_length_flags_cut_queries_and_passages_separately(tiny_bert):
+    short = encoder_for(tiny_bert, "--query_max_len", "4", "--passage_max_len", "6")
+    long = encoder_for(tiny_bert)
+    text = passage_about("pump")
+    assert not np.allclose(short.encode_queries([text]), long.encode_queries([text]), atol=1e-3)
+    assert not np.allclose(passages(short, [text]), short.encode_queries([text]), atol=1e-3)
+
+
+def test_the_query_instruction_applies_to_queries_and_the_passage_instruction_to_passages(tiny_bert):
+    flags = ("--query_instruction_for_retrieval", "how: ", "--passage_instruction_for_retrieval", "it is ")
+    instructed, plain = encoder_for(tiny_bert, *flags), encoder_for(tiny_bert)
+    text = "reset the pump"
+    assert np.allclose(instructed.encode_queries([text]), plain.encode_queries(["how: " + text]), atol=1e-6)
+    assert np.allclose(passages(instructed, [text]), passages(plain, ["it is " + text]), atol=1e-6)
