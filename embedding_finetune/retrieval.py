@@ -11,6 +11,7 @@ from typing import Literal
 
 import faiss
 import numpy as np
+from tqdm import tqdm
 
 from embedding_finetune.command_line import UserError
 
@@ -48,7 +49,8 @@ class TopK:
         if not len(block) or not len(self.queries):
             return
         index = _flat_index(block, use_gpu=self.use_gpu)
-        for first in range(0, len(self.queries), _QUERIES_PER_SEARCH):
+        starts = range(0, len(self.queries), _QUERIES_PER_SEARCH)
+        for first in tqdm(starts, desc="Searching", unit="batch", leave=False):
             part = slice(first, first + _QUERIES_PER_SEARCH)
             scores, positions = _search_block(index, block, self.queries[part], self.scores.shape[1], self.ties)
             scores = np.concatenate([self.scores[part], scores], axis=1)

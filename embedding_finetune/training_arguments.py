@@ -5,6 +5,7 @@ The flags of the other two scripts are in arguments.py, which imports nothing he
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -100,11 +101,14 @@ def check_output_dir(args: RetrieverTrainingArguments) -> None:
     """Raise UserError where training could not write, or would write over something, unasked."""
     if not args.output_dir:
         raise UserError("--output_dir is required")
-    parent = os.path.dirname(os.path.abspath(args.output_dir))
-    if os.path.isfile(args.output_dir):
-        raise UserError(f"--output_dir {args.output_dir} is a file; give a folder")
-    if not os.path.isdir(parent):
-        raise UserError(f"--output_dir: the folder {parent} does not exist; create it first")
+    # Missing folders above it are made: `BAAI/bge-base-en-v1.5_finetuned` has to work beside a model from the hub.
+    existing = Path(args.output_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {args.output_dir}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {args.output_dir}: {existing} is not writable")
     if args.resume_from_checkpoint or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     if os.listdir(args.output_dir):

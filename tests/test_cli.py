@@ -153,7 +153,7 @@ def test_mining_refuses_a_bad_flag_by_name(folder, capsys, flag, value):
         ("train_sampling_strategy", "group_by_length"),
         ("output_dir", "full"),
         ("output_dir", "good.jsonl"),
-        ("output_dir", "nowhere/tuned"),
+        ("output_dir", "good.jsonl/tuned"),
         ("no_such_flag", "1"),
     ],
 )

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import make_rotary_model, make_tiny_bert
@@ -79,6 +81,17 @@ def test_position_embeddings_can_be_frozen(tiny_bert):
     freeze_position_embeddings(backbone)
     assert not backbone.embeddings.position_embeddings.weight.requires_grad
     assert backbone.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_a_hub_name_is_found_in_the_cache_folder(tiny_bert, tmp_path):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123abcd"
+    shutil.copytree(tiny_bert, snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0123abcd")
+    (snapshot / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+    backbone, _, config = load_backbone("some/model", flag="--model", cache_dir=str(tmp_path))
+    assert backbone.config.hidden_size == 32
+    assert config.max_seq_length == 12
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no config", "no weights", "broken weights", "other weights"])
