@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     model_args, data_args, args = parse_arguments(argv)
 
+    from embedding_finetune.allocator import keep_freed_memory
     from embedding_finetune.data import EmbedCollator, TrainDataset, load_rows
+    from embedding_finetune.dropout import use_cheap_dropout
     from embedding_finetune.model import (
         BiEncoder,
         check_max_length,
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from embedding_finetune.trainer import RetrievalTrainer
 
+    keep_freed_memory()
     rows = load_rows(
         data_args.train_data,
         max_rows_per_file=data_args.max_example_num_per_dataset,
@@ -79,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit = length_limit(backbone, tokenizer)
     check_max_length("--query_max_len", data_args.query_max_len, limit)
     check_max_length("--passage_max_len", data_args.passage_max_len, limit)
+    use_cheap_dropout(backbone)
     if args.fix_position_embedding:
         freeze_position_embeddings(backbone)
     config = config.with_flags(

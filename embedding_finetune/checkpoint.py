@@ -115,9 +115,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     if pooling_config is None:
         raise UserError(f"{name_or_path}: {pooling_file} is missing, though modules.json names it")
     if not pooling_config.get("include_prompt", True) and (config.query_instruction or config.passage_instruction):
-        raise UserError(
-            f"{name_or_path}: pooling that leaves out the instruction (include_prompt) is not supported"
-        )
+        raise UserError(f"{name_or_path}: pooling that leaves out the instruction (include_prompt) is not supported")
     return replace(
         config,
         pooling=_pooling_method(name_or_path, pooling_config),

@@ -26,7 +26,7 @@ from embedding_finetune.loss import contrastive_loss
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_PER_SUB_BATCH = {"cpu": 2048}
+_TOKENS_PER_SUB_BATCH = {"cpu": 1024}
 """Padded tokens per sub-batch where --tokens_per_sub_batch does not say; see benchmarks/README.md."""
 
 _UNLIMITED = 10**9

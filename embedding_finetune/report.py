@@ -48,9 +48,7 @@ def quantile_line(scores: np.ndarray) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in quantiles(scores).items()) or "none"
 
 
-def mining_account(
-    selections: Sequence[Selection], wanted: int, ranking: TopK, positive_scores: np.ndarray
-) -> str:
+def mining_account(selections: Sequence[Selection], wanted: int, ranking: TopK, positive_scores: np.ndarray) -> str:
     """What mining did: rows, negatives, random fills, shortfalls, drops by reason, score quantiles."""
     dropped: Counter[str] = Counter()
     negative_scores: list[float] = []

@@ -75,7 +75,7 @@ class RetrieverTrainingArguments(TrainingArguments):
     tokens_per_sub_batch: int | None = _flag(
         None,
         "padded tokens that go through the model at once, sorted by length; changes speed and memory, "
-        "not the result (default: 2048 on CPU, 65536 elsewhere)",
+        "not the result (default: 1024 on CPU, 65536 elsewhere)",
     )
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
@@ -125,9 +125,7 @@ def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments
     if not args.use_inbatch_neg:
         raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
     if args.per_device_train_batch_size == 1:
-        raise UserError(
-            "--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0"
-        )
+        raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
 
 
 def _refuse_what_does_nothing(args: RetrieverTrainingArguments) -> None:

@@ -36,9 +36,7 @@ def assert_equal_embeddings(a, b):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_what_we_save_sentence_transformers_loads_with_the_same_embeddings(
-    tiny_bert, tmp_path, pooling, normalized
-):
+def test_what_we_save_sentence_transformers_loads_with_the_same_embeddings(tiny_bert, tmp_path, pooling, normalized):
     from sentence_transformers import SentenceTransformer
 
     config = EmbeddingConfig(
@@ -70,9 +68,7 @@ def test_what_we_save_transformers_loads_with_the_same_weights(tiny_bert, tmp_pa
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(
-    tiny_bert, tmp_path, pooling, normalized
-):
+def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(tiny_bert, tmp_path, pooling, normalized):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 

@@ -228,9 +228,7 @@ def test_help_and_errors_answer_at_once(tmp_path, script, argv):
 def test_importing_a_script_does_nothing_and_imports_nothing_heavy(script):
     heavy = {"torch", "transformers", "faiss", "datasets", "numpy"}
     program = f"import sys, {script}; print(sorted({heavy} & sys.modules.keys()))"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 

@@ -57,9 +57,7 @@ def test_mined_rows_keep_their_order_and_unknown_fields_and_replace_old_negative
         for n, topic in enumerate(TOPICS)
     ]
     mined = mine(tiny_bert, write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
-    assert [(row["id"], row["query"], row["pos"]) for row in mined] == [
-        (r["id"], r["query"], r["pos"]) for r in rows
-    ]
+    assert [(row["id"], row["query"], row["pos"]) for row in mined] == [(r["id"], r["query"], r["pos"]) for r in rows]
     # Both the positives and the old negatives are candidates; stale scores beside new negatives would be wrong.
     assert all(set(row["neg"]) <= {passage_about(topic) for topic in TOPICS} | {"old"} for row in mined)
     assert all("neg_scores" not in row for row in mined)
@@ -155,16 +153,13 @@ def test_mining_writes_the_same_bytes_under_another_hash_seed_and_batch_size(tin
 def test_another_seed_gives_other_negatives(tiny_bert, pairs, tmp_path):
     flags = ("--range_for_sampling", "1-8", "--negative_number", "2")
     first, again, other = (
-        [row["neg"] for row in mine(tiny_bert, pairs, tmp_path / "out.jsonl", *flags, "--seed", seed)]
-        for seed in "112"
+        [row["neg"] for row in mine(tiny_bert, pairs, tmp_path / "out.jsonl", *flags, "--seed", seed)] for seed in "112"
     )
     assert first == again != other
 
 
 def test_positives_missing_from_the_corpus_count_as_misses_and_are_counted(tiny_bert, tmp_path, caplog):
-    queries = write_jsonl(
-        tmp_path / "q.jsonl", [{"query": "red", "pos": ["red"]}, {"query": "red", "pos": ["gone"]}]
-    )
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"query": "red", "pos": ["red"]}, {"query": "red", "pos": ["gone"]}])
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"context": ["red", "red ", "blue light"]}])
     with caplog.at_level("WARNING"):
         metrics = measure(tiny_bert, corpus, queries)
@@ -176,9 +171,7 @@ def test_positives_missing_from_the_corpus_count_as_misses_and_are_counted(tiny_
 @pytest.mark.demo_model
 def test_the_mining_command_of_the_readme_reproduces_the_sample_file(demo_model, tmp_path):
     source, expected = REPOSITORY / "example.jsonl", read_jsonl(REPOSITORY / "augmented_example.jsonl")
-    mined = mine(
-        demo_model, source, tmp_path / "out.jsonl", "--range_for_sampling", "2-10", "--negative_number", "5"
-    )
+    mined = mine(demo_model, source, tmp_path / "out.jsonl", "--range_for_sampling", "2-10", "--negative_number", "5")
     assert mined == expected
 
 

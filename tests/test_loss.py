@@ -76,9 +76,7 @@ def test_masking_with_no_such_texts_equals_the_plain_loss_exactly():
     ids = torch.arange(12).reshape(4, 3)
     known = torch.tensor([[0, 100], [3, 101], [6, 102], [9, PADDING_ID]])
     plain = contrastive_loss(queries, passages, temperature=0.02)
-    assert torch.equal(
-        plain, contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=known)
-    )
+    assert torch.equal(plain, contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=known))
 
 
 def test_a_positive_that_two_queries_share_is_not_a_negative_of_either():
@@ -98,9 +96,7 @@ def test_a_row_with_every_negative_masked_stays_finite_with_zero_gradient():
     queries = torch.randn(2, 4, requires_grad=True)
     passages = torch.randn(2, 2, 4)
     ids = torch.tensor([[5, 5], [5, PADDING_ID]])
-    loss = contrastive_loss(
-        queries, passages, temperature=0.02, passage_ids=ids, known_ids=torch.tensor([[5], [5]])
-    )
+    loss = contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=torch.tensor([[5], [5]]))
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(queries.grad, torch.zeros_like(queries))
@@ -120,7 +116,5 @@ def test_groups_gathered_from_other_ranks_shift_the_targets():
     torch.manual_seed(0)
     queries, passages = torch.randn(4, 8), torch.randn(4, 3, 8)
     whole = contrastive_loss(queries, passages, temperature=0.1)
-    parts = [
-        contrastive_loss(queries[rank : rank + 2], passages, temperature=0.1, first_group=rank) for rank in (0, 2)
-    ]
+    parts = [contrastive_loss(queries[rank : rank + 2], passages, temperature=0.1, first_group=rank) for rank in (0, 2)]
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-6)

@@ -65,6 +65,4 @@ def flag_tables() -> list[set[str]]:
     """The flags in the first column of each table of the README's section on flags."""
     section = README.split("## Flags")[1].split("## Checkpoints")[0]
     tables = re.split(r"\*\*.*?\*\*", section)[1:]
-    return [
-        set(re.findall(r"`(--\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", t, re.MULTILINE)))) for t in tables
-    ]
+    return [set(re.findall(r"`(--\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", t, re.MULTILINE)))) for t in tables]

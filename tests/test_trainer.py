@@ -42,9 +42,7 @@ def make_trainer(tmp_path):
             BiEncoder(backbone, config, temperature=temperature, use_inbatch_neg=args.use_inbatch_neg),
             args,
             train_dataset=TrainDataset(load_rows(str(data)), group_size=group_size, seed=args.seed),
-            data_collator=EmbedCollator(
-                tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32
-            ),
+            data_collator=EmbedCollator(tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32),
             saved_config=config,
         )
 
@@ -56,9 +54,7 @@ def weights(trainer):
 
 
 def test_accumulated_micro_batches_give_the_mean_of_their_gradients(make_trainer):
-    trainer = make_trainer(
-        gradient_accumulation_steps=4, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0
-    )
+    trainer = make_trainer(gradient_accumulation_steps=4, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0)
     before = weights(trainer)
     batches = list(make_trainer().get_train_dataloader())[:4]
     expected = make_trainer().model.train()
