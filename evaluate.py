@@ -10,9 +10,7 @@ The last line on stdout is the metrics as a Python dict.
 """
 
 import argparse
-import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
 from embedding_finetune.arguments import (
@@ -21,13 +19,7 @@ from embedding_finetune.arguments import (
     positive_int,
 )
 from embedding_finetune.command_line import command, log_to_stderr
-from embedding_finetune.corpus import Corpus
-from embedding_finetune.jsonl import Record
-
-if TYPE_CHECKING:
-    import numpy as np
-
-logger = logging.getLogger("embedding_finetune.evaluate")
+from embedding_finetune.corpus import Corpus, load_task
 
 MEASURES = ("MRR", "Hit")
 
@@ -40,12 +32,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """
     args = parse_arguments(argv)
     log_to_stderr()
-    corpus = Corpus(jsonl.read_passages(args.index_file_jsonl_path))
-    rows = list(jsonl.read_queries(args.query_file_jsonl_path))
-    relevant = relevant_positions(rows, corpus)
+    task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
-    from embedding_finetune.metrics import means, per_query, relevance_of
+    from embedding_finetune.encoding import load_encoder
+    from embedding_finetune.evaluation import measure
     from embedding_finetune.report import comparison_table
     from embedding_finetune.retrieval import require_gpu
 
@@ -53,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         require_gpu()
     metrics = {}
     for name in args.model_name:
-        positions = rank_corpus(name, rows, corpus, args)
-        metrics[name] = means(per_query(relevance_of(positions, relevant), args.measures, args.cutoffs))
+        encoder = load_encoder(name, args, flag="--model_name")
+        metrics[name] = measure(
+            encoder, task, measures=args.measures, cutoffs=args.cutoffs, use_gpu=args.use_gpu_for_searching
+        )
     if len(metrics) > 1:
         print(comparison_table(metrics))
     result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
@@ -106,35 +99,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     jsonl.require_file("--index_file_jsonl_path", args.index_file_jsonl_path)
     jsonl.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
     return args
-
-
-def relevant_positions(rows: Sequence[Record], corpus: Corpus) -> list[set[int]]:
-    """The corpus positions that answer each query; a warning counts positives that the corpus does not hold."""
-    found = [[corpus.position(text) for text in row["pos"]] for row in rows]
-    missing = sum(position is None for positions in found for position in positions)
-    relevant = [{position for position in positions if position is not None} for positions in found]
-    logger.info("%d queries, %d distinct passages", len(rows), len(corpus))
-    if missing:
-        logger.warning(
-            "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
-            "and count as misses",
-            missing,
-            sum(not positions for positions in relevant),
-        )
-    return relevant
-
-
-def rank_corpus(name: str, rows: Sequence[Record], corpus: Corpus, args: argparse.Namespace) -> "np.ndarray":
-    """Positions (Q, K) of the best passages under one model, ties as trec_eval breaks them: last first."""
-    from embedding_finetune.encoding import load_encoder
-    from embedding_finetune.retrieval import TopK
-
-    encoder = load_encoder(name, args, flag="--model_name")
-    queries = encoder.encode_queries([row["query"] for row in rows])
-    ranking = TopK(queries, max(args.cutoffs), ties="last", use_gpu=args.use_gpu_for_searching)
-    for start, block in encoder.encode_passages(corpus.texts):
-        ranking.add(start, block)
-    return ranking.positions
 
 
 if __name__ == "__main__":

@@ -22,36 +22,85 @@ transformers' TrainingArguments are flags here.
 """
 
 import dataclasses
+import json
 import logging
+import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
-from embedding_finetune.command_line import (
-    UserError,
-    command,
-    first_line,
-    log_to_stderr,
-)
+from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr
+from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
-    from embedding_finetune.training_arguments import (
-        DataArguments,
-        ModelArguments,
-        RetrieverTrainingArguments,
-    )
+    from embedding_finetune.data import TrainDataset
+    from embedding_finetune.trainer import RetrievalTrainer
+    from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 logger = logging.getLogger("embedding_finetune.finetune")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything, load rows and model, train, save the checkpoint."""
+    """Check everything, load rows and model, train, save the checkpoint, say what was done."""
     log_to_stderr()
     model_args, data_args, args = parse_arguments(argv)
+    checkpoint = resume_point(args)
 
     from embedding_finetune.allocator import keep_freed_memory
-    from embedding_finetune.data import EmbedCollator, TrainDataset, load_rows
+    from embedding_finetune.data import TrainDataset, load_rows
+
+    keep_freed_memory()
+    rows = load_rows(data_args.train_data, max_rows_per_file=data_args.max_example_num_per_dataset, seed=args.seed)
+    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
+    logger.info("%d training rows", len(dataset))
+    task = load_evaluation(data_args, dataset)
+
+    trainer = make_trainer(model_args, data_args, args, dataset, task)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    summary = trainer.summary(time.monotonic() - began)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
+            file.write(json.dumps(summary, indent=2).encode() + b"\n")
+        for name, value in summary.items():
+            logger.info("%-18s  %s", name, value)
+
+
+def load_evaluation(data_args: "DataArguments", dataset: "TrainDataset") -> RetrievalTask | None:
+    """The queries to measure with and the passages to search, if any; warns where training has seen them."""
+    if data_args.eval_query_file_jsonl_path is None:
+        return None
+    if data_args.eval_index_file_jsonl_path is not None:
+        corpus = Corpus(jsonl.read_passages(data_args.eval_index_file_jsonl_path))
+    else:
+        queries = jsonl.read_queries(data_args.eval_query_file_jsonl_path)
+        rows = (*dataset.rows.select_columns(["pos"]), *queries)
+        corpus = Corpus(text for row in rows for text in row["pos"])
+    task = load_task(data_args.eval_query_file_jsonl_path, corpus)
+    seen_queries, seen_passages = dataset.known_positives.overlap(task)
+    if seen_queries or seen_passages:
+        logger.warning(
+            "warning: of the evaluation, %d of %d queries and %d of %d relevant passages are also in the training data",
+            seen_queries,
+            len(task.queries),
+            seen_passages,
+            len(set().union(*task.relevant)),
+        )
+    return task
+
+
+def make_trainer(
+    model_args: "ModelArguments",
+    data_args: "DataArguments",
+    args: "RetrieverTrainingArguments",
+    dataset: "TrainDataset",
+    task: RetrievalTask | None,
+) -> "RetrievalTrainer":
+    """Load the model, settle how it embeds, and put it together with data and arguments."""
+    from embedding_finetune.data import EmbedCollator
     from embedding_finetune.dropout import use_cheap_dropout
     from embedding_finetune.model import (
         BiEncoder,
@@ -61,15 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_backbone,
     )
     from embedding_finetune.trainer import RetrievalTrainer
-
-    keep_freed_memory()
-    rows = load_rows(
-        data_args.train_data,
-        max_rows_per_file=data_args.max_example_num_per_dataset,
-        seed=args.seed,
-    )
-    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
-    logger.info("%d training rows", len(dataset))
 
     backbone, tokenizer, config = load_backbone(
         model_args.model_name_or_path,
@@ -83,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_max_length("--query_max_len", data_args.query_max_len, limit)
     check_max_length("--passage_max_len", data_args.passage_max_len, limit)
     use_cheap_dropout(backbone)
+    if args.negatives_cross_device and args.world_size == 1:
+        logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
     if args.fix_position_embedding:
         freeze_position_embeddings(backbone)
     config = config.with_flags(
@@ -93,34 +135,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # The finished model keeps the length it came with, and takes at least what it was trained on.
     trained_length = max(data_args.query_max_len, data_args.passage_max_len)
-    saved_config = dataclasses.replace(
+    saved_length = max(trained_length, min(config.max_seq_length or limit, limit))
+    model = BiEncoder(
+        backbone,
         config,
-        max_seq_length=max(trained_length, min(config.max_seq_length or limit, limit)),
-        backbone_folder="",
+        temperature=args.temperature,
+        use_inbatch_neg=args.use_inbatch_neg,
+        mask_known_positives=args.mask_known_positives,
+        negatives_cross_device=args.negatives_cross_device,
+        tokens_per_sub_batch=args.tokens_per_sub_batch,
+        recompute_sub_batches=args.recompute_sub_batches,
     )
-    trainer = RetrievalTrainer(
-        BiEncoder(
-            backbone,
-            config,
-            temperature=args.temperature,
-            use_inbatch_neg=args.use_inbatch_neg,
-            mask_known_positives=args.mask_known_positives,
-            tokens_per_sub_batch=args.tokens_per_sub_batch,
-        ),
-        args,
-        train_dataset=dataset,
-        data_collator=EmbedCollator(
-            tokenizer,
-            config,
-            group_size=data_args.train_group_size,
-            query_max_len=data_args.query_max_len,
-            passage_max_len=data_args.passage_max_len,
-        ),
-        saved_config=saved_config,
+    collator = EmbedCollator(
+        tokenizer,
+        config,
+        group_size=data_args.train_group_size,
+        query_max_len=data_args.query_max_len,
+        passage_max_len=data_args.passage_max_len,
     )
-    trainer.train(resume_from_checkpoint=resume_point(args))
-    trainer.save_model()
-    logger.info("the finetuned model is in %s", args.output_dir)
+    saved_config = dataclasses.replace(config, max_seq_length=saved_length, backbone_folder="")
+    return RetrievalTrainer(
+        model, args, train_dataset=dataset, data_collator=collator, saved_config=saved_config, task=task
+    )
 
 
 def parse_arguments(
@@ -134,8 +170,10 @@ def parse_arguments(
         DataArguments,
         ModelArguments,
         RetrieverTrainingArguments,
+        check_evaluation,
         check_loss_is_not_zero,
         check_output_dir,
+        check_reporting,
     )
 
     class Parser(HfArgumentParser, OneLineErrorParser):
@@ -152,16 +190,30 @@ def parse_arguments(
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
     check_output_dir(args)
     check_loss_is_not_zero(data_args, args)
+    check_evaluation(data_args, args)
+    check_reporting(args)
     jsonl.require_file("--train_data", data_args.train_data, folder_allowed=True)
+    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+        if getattr(data_args, flag) is not None:
+            jsonl.require_file(f"--{flag}", getattr(data_args, flag))
     return model_args, data_args, args
 
 
-def resume_point(args: "RetrieverTrainingArguments") -> str | bool | None:
-    """What --resume_from_checkpoint asks for: a checkpoint folder, True for the last one, or nothing."""
+def resume_point(args: "RetrieverTrainingArguments") -> str | None:
+    """The checkpoint folder that --resume_from_checkpoint asks for: itself, or the last one for True."""
+    from embedding_finetune.trainer import last_checkpoint
+
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
-    return True if asked.lower() == "true" else asked
+    if asked.lower() == "true":
+        found = last_checkpoint(args.output_dir)
+        if found is None:
+            raise UserError(f"--resume_from_checkpoint True: {args.output_dir} holds no finished checkpoint")
+        return found
+    if not os.path.isdir(asked):
+        raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder")
+    return asked
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import argparse
 import re
 from typing import NoReturn
 
+TOKENS_PER_BATCH = 4096
+"""Padded tokens that go through the model at once in encoding, where no flag says otherwise."""
+
 POOLING_METHODS = ("cls", "mean", "lasttoken")
 """`cls`: the first token's state; `mean`: the mean over tokens; `lasttoken`: the last token's state."""
 
@@ -54,7 +57,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokens_per_batch",
         type=positive_int,
-        default=4096,
+        default=TOKENS_PER_BATCH,
         metavar="N",
         help="padded tokens that go through the model at once (default: %(default)s)",
     )

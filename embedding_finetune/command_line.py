@@ -37,9 +37,16 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 
 
 def log_to_stderr() -> None:
-    """Send the package's log lines to stderr: stdout carries results only."""
+    """Send the package's log lines to stderr: stdout carries results only.
+
+    Under torchrun the first process speaks for all: the others log errors alone and show no progress bars. To be
+    called before tqdm is imported, which looks at its environment then.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("embedding_finetune").setLevel(logging.INFO)
+    first_process = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("embedding_finetune").setLevel(logging.INFO if first_process else logging.ERROR)
+    if not first_process:
+        os.environ["TQDM_DISABLE"] = "1"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,13 @@
-"""The distinct texts that can be retrieved, each known by its position."""
+"""What can be retrieved, the distinct texts known by their positions, and what should be."""
 
+import logging
+import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from embedding_finetune.jsonl import canonical
+from embedding_finetune.jsonl import canonical, read_queries
+
+logger = logging.getLogger(__name__)
 
 
 class Corpus:
@@ -27,3 +32,28 @@ class Corpus:
     def position(self, text: str) -> int | None:
         """Where `text` stands, or None when it is not in the corpus."""
         return self._positions.get(canonical(text))
+
+
+class RetrievalTask(NamedTuple):
+    """Queries, the corpus to search, and per query the positions of the texts that answer it."""
+
+    queries: list[str]
+    corpus: Corpus
+    relevant: list[set[int]]
+
+
+def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:
+    """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
+    rows = list(read_queries(query_file))
+    found = [[corpus.position(text) for text in row["pos"]] for row in rows]
+    relevant = [{position for position in positions if position is not None} for positions in found]
+    logger.info("%d queries, %d distinct passages", len(rows), len(corpus))
+    missing = sum(position is None for positions in found for position in positions)
+    if missing:
+        logger.warning(
+            "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
+            "and count as misses",
+            missing,
+            sum(not positions for positions in relevant),
+        )
+    return RetrievalTask([row["query"] for row in rows], corpus, relevant)

@@ -23,6 +23,7 @@ from embedding_finetune import jsonl
 from embedding_finetune.batching import pad, tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
+from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
 
@@ -31,6 +32,8 @@ ROW_FEATURES = datasets.Features(
         "query": datasets.Value("string"),
         "pos": datasets.List(datasets.Value("string")),
         "neg": datasets.List(datasets.Value("string")),
+        "query_id": datasets.Value("int64"),
+        "pos_ids": datasets.List(datasets.Value("int64")),
     }
 )
 
@@ -38,8 +41,9 @@ EpochIndex = tuple[int, int]
 
 
 class TrainExample(NamedTuple):
-    """One query with its chosen positive, up to G - 1 negatives, and the ids of the texts that answer it."""
+    """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it."""
 
+    row: int
     query: str
     passages: list[str]
     known_ids: np.ndarray
@@ -65,19 +69,26 @@ class KnownPositives:
     """Query -> the ids of every text that any row gives as an answer to it."""
 
     def __init__(self, rows: datasets.Dataset):
-        query_ids, answer_ids = [], []
-        for batch in rows.select_columns(["query", "pos"]).iter(batch_size=1000):
-            for query, texts in zip(batch["query"], batch["pos"]):
-                answer_ids.extend(map(text_id, texts))
-                query_ids.extend([text_id(query)] * len(texts))
-        pairs = np.unique(np.array([query_ids, answer_ids], dtype=np.int64), axis=1)
-        self._query_ids, self._answer_ids = pairs  # sorted by query
+        query_ids, answer_ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for table in rows.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(batch_size=10_000):
+            answers = table["pos_ids"].combine_chunks()
+            answer_ids.append(answers.flatten().to_numpy())
+            query_ids.append(np.repeat(table["query_id"].to_numpy(), answers.value_lengths().to_numpy()))
+        queries, answers = np.concatenate(query_ids), np.concatenate(answer_ids)
+        order = np.lexsort((answers, queries))
+        self.query_ids, self.answer_ids = queries[order], answers[order]  # (pairs,) each, sorted by query
 
     def of(self, query: str) -> np.ndarray:
         """Ids of the query's answers and of the query itself: (P,) int64."""
         own = text_id(query)
-        first, last = np.searchsorted(self._query_ids, [own, own + 1])
-        return np.append(self._answer_ids[first:last], own)
+        first, last = np.searchsorted(self.query_ids, [own, own + 1])
+        return np.append(np.unique(self.answer_ids[first:last]), own)
+
+    def overlap(self, task: RetrievalTask) -> tuple[int, int]:
+        """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
+        queries = [text_id(query) for query in task.queries]
+        passages = [text_id(task.corpus.texts[position]) for position in set().union(*task.relevant)]
+        return int(np.isin(queries, self.query_ids).sum()), int(np.isin(passages, self.answer_ids).sum())
 
 
 class TrainDataset(Dataset):
@@ -98,7 +109,7 @@ class TrainDataset(Dataset):
         rng = random.Random(f"{self.seed}:{epoch}:{index}")
         positive = rng.choice(row["pos"])
         negatives = rng.sample(row["neg"], min(self.group_size - 1, len(row["neg"])))
-        return TrainExample(row["query"], [positive, *negatives], self.known_positives.of(row["query"]))
+        return TrainExample(index, row["query"], [positive, *negatives], self.known_positives.of(row["query"]))
 
 
 class EpochSampler(Sampler[EpochIndex]):
@@ -124,7 +135,7 @@ class EpochSampler(Sampler[EpochIndex]):
 
 
 class EmbedCollator:
-    """Examples -> the arguments of BiEncoder.forward; a text that a batch holds several times is in it once."""
+    """Examples -> the arguments of BiEncoder.forward, and `rows` (B,); a repeated text is in a batch once."""
 
     def __init__(
         self,
@@ -165,6 +176,7 @@ class EmbedCollator:
         most = max(len(example.known_ids) for example in examples)
         return {
             **pad(self.tokenizer, list(rows)),  # (N, T)
+            "rows": torch.tensor([example.row for example in examples]),  # (B,)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.
             "passage_index": _filled(passage_index, self.group_size, 0),  # (B, G)
@@ -205,4 +217,10 @@ def _scratch_folder() -> tempfile.TemporaryDirectory:
 
 def _training_rows(path: str) -> Iterator[jsonl.Record]:
     for row in jsonl.read_training_rows(path):
-        yield {"query": row["query"], "pos": row["pos"], "neg": row.get("neg", [])}
+        yield {
+            "query": row["query"],
+            "pos": row["pos"],
+            "neg": row.get("neg", []),
+            "query_id": text_id(row["query"]),
+            "pos_ids": list(map(text_id, row["pos"])),
+        }

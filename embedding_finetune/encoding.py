@@ -87,7 +87,7 @@ class Encoder:
             progress.update(int(copies[batch].sum()))
         return embeddings[rows]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
         device = self.model.backbone.device
         batch = {name: tensor.to(device) for name, tensor in pad(self.tokenizer, token_ids).items()}

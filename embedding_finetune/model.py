@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,6 +23,7 @@ from transformers import (
 from embedding_finetune.batching import batches_by_length
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.distributed import gather_rows
 from embedding_finetune.loss import contrastive_loss
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,9 @@ class BiEncoder(nn.Module):
         temperature: float = 0.02,
         use_inbatch_neg: bool = True,
         mask_known_positives: bool = True,
+        negatives_cross_device: bool = False,
         tokens_per_sub_batch: int | None = None,
+        recompute_sub_batches: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -52,7 +56,9 @@ class BiEncoder(nn.Module):
         self.temperature = temperature
         self.use_inbatch_neg = use_inbatch_neg
         self.mask_known_positives = mask_known_positives
+        self.negatives_cross_device = negatives_cross_device
         self.tokens_per_sub_batch = tokens_per_sub_batch
+        self.recompute_sub_batches = recompute_sub_batches
         # Embeddings come from the last hidden states: a pooler on top gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -64,7 +70,9 @@ class BiEncoder(nn.Module):
     def encode_in_sub_batches(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What `encode` gives, computed in sub-batches of texts of similar length: (N, H) float32.
 
-        Half of a random batch is padding; sorted by length, hardly any is, and activations stay small.
+        Half of a random batch is padding; sorted by length, hardly any is, and activations stay small. With
+        recompute_sub_batches they are not kept at all: the backward pass computes each sub-batch again, so that
+        memory does not grow with the batch (the gradient cache of arXiv:2101.06983, dropout masks included).
         """
         lengths = attention_mask.sum(dim=1)
         budget = self.tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
@@ -76,10 +84,16 @@ class BiEncoder(nn.Module):
         embeddings = []
         for rows in batches:
             columns = _columns_in_use(attention_mask[rows])
-            inputs = F.embedding(positions[rows, columns], table)  # (n, t, H')
-            embeddings.append(self._embed(attention_mask[rows, columns], inputs_embeds=inputs))
+            inputs = (table, positions[rows, columns], attention_mask[rows, columns])
+            if self.recompute_sub_batches:
+                embeddings.append(checkpoint(self._embed_from_table, *inputs, use_reentrant=False))
+            else:
+                embeddings.append(self._embed_from_table(*inputs))
         order = torch.cat(batches).argsort().to(input_ids.device)
         return torch.cat(embeddings)[order]
+
+    def _embed_from_table(self, table: Tensor, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._embed(attention_mask, inputs_embeds=F.embedding(positions, table))
 
     def _embed(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H)
@@ -101,9 +115,14 @@ class BiEncoder(nn.Module):
         (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
         """
         embeddings = self.encode_in_sub_batches(input_ids, attention_mask)  # (N, H)
+        passages, first_group = embeddings[passage_index], 0  # (B, G, H)
+        if self.negatives_cross_device and self.use_inbatch_neg:
+            passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
+            passage_ids, _ = gather_rows(passage_ids)  # (C, G)
         loss = contrastive_loss(
             embeddings[query_index],
-            embeddings[passage_index],
+            passages,
+            first_group=first_group,
             temperature=self.temperature,
             use_inbatch_neg=self.use_inbatch_neg,
             passage_ids=passage_ids,
@@ -111,9 +130,9 @@ class BiEncoder(nn.Module):
         )
         return {"loss": loss}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def activation_checkpointing_enable(self, **options: object) -> None:
         """What transformers' Trainer calls under --gradient_checkpointing."""
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.backbone.activation_checkpointing_enable(**options)
 
 
 def _columns_in_use(attention_mask: Tensor) -> slice:

@@ -53,14 +53,15 @@ class TopK:
         for first in tqdm(starts, desc="Searching", unit="batch", leave=False):
             part = slice(first, first + _QUERIES_PER_SEARCH)
             scores, positions = _search_block(index, block, self.queries[part], self.scores.shape[1], self.ties)
-            scores = np.concatenate([self.scores[part], scores], axis=1)
-            positions = np.concatenate(
-                [self.positions[part], np.where(positions < 0, -1, positions + start)],
-                axis=1,
-            )
-            order = _best_first(scores, positions, self.ties)[:, : self.scores.shape[1]]
-            self.scores[part] = np.take_along_axis(scores, order, axis=1)
-            self.positions[part] = np.take_along_axis(positions, order, axis=1)
+            self.merge(scores, positions + start, part)
+
+    def merge(self, scores: np.ndarray, positions: np.ndarray, part: slice = slice(None)) -> None:
+        """Take in results (Q, any) of another search of the same queries, or of those in `part`."""
+        scores = np.concatenate([self.scores[part], scores], axis=1)
+        positions = np.concatenate([self.positions[part], positions], axis=1)
+        order = _best_first(scores, positions, self.ties)[:, : self.scores.shape[1]]
+        self.scores[part] = np.take_along_axis(scores, order, axis=1)
+        self.positions[part] = np.take_along_axis(positions, order, axis=1)
 
 
 class PairScores:

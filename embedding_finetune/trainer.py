@@ -1,25 +1,34 @@
-"""transformers' Trainer for a BiEncoder: our sampler, our checkpoints, progress on stderr."""
+"""transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
 
+import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from embedding_finetune.arguments import TOKENS_PER_BATCH
 from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint
+from embedding_finetune.command_line import UserError
+from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
+from embedding_finetune.encoding import Encoder
+from embedding_finetune.evaluation import measure
 from embedding_finetune.model import BiEncoder
-from embedding_finetune.training_arguments import RetrieverTrainingArguments
+from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
 class RetrievalTrainer(Trainer):
-    """Trains a BiEncoder on a TrainDataset and saves it so that any tool embeds with it alike."""
+    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it."""
 
     def __init__(
         self,
@@ -29,20 +38,96 @@ class RetrievalTrainer(Trainer):
         train_dataset: TrainDataset,
         data_collator: EmbedCollator,
         saved_config: EmbeddingConfig,
+        task: RetrievalTask | None = None,
     ):
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
+            eval_dataset=task,
             processing_class=data_collator.tokenizer,
         )
         self.saved_config = saved_config
+        # Measured as evaluate.py will measure the finished model.
+        self.encoder = Encoder(
+            model,
+            data_collator.tokenizer,
+            query_max_len=saved_config.max_seq_length,
+            passage_max_len=saved_config.max_seq_length,
+            tokens_per_batch=TOKENS_PER_BATCH,
+        )
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StderrProgress(disabled=args.disable_tqdm))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ):
+        """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
+        rows = inputs["rows"]
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "rows"}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the rows "
+                f"{', '.join(str(row + 1) for row in rows.tolist())} (counted from 1); "
+                "lower --learning_rate, raise --temperature, or look at these rows"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: RetrievalTask | None = None,
+        ignore_keys: list | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval measures on the whole candidate set, logged as `eval_MRR@10` and so on."""
+        began, was_training = time.monotonic(), self.model.training
+        self.model.eval()
+        try:
+            values = measure(self.encoder, self.eval_dataset, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
+        finally:
+            self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def metrics_at(self, step: int) -> dict[str, float] | None:
+        """The measures that were logged at a step, without their prefix; None when there was no evaluation."""
+        for entry in self.state.log_history:
+            if entry["step"] == step and "eval_MRR@10" in entry:
+                return {name.removeprefix("eval_"): entry[name] for name in entry if "@" in name}
+        return None
+
+    def summary(self, seconds: float) -> dict:
+        """What the run did, for people and for training_summary.json; evaluates the final weights if need be."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        steps = self.state.global_step - self._initial_global_step
+        samples = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        if self.eval_dataset is not None and self.metrics_at(best or self.state.global_step) is None:
+            self.evaluate()
+        return {
+            "rows": len(self.train_dataset),
+            "steps": self.state.global_step,
+            "epochs": self.state.epoch,
+            "seconds": round(seconds, 1),
+            "samples_per_second": round(samples / seconds, 3) if seconds else None,
+            "best_step": best,
+            "metrics_before": self.metrics_at(0),
+            "metrics_after": self.metrics_at(best or self.state.global_step),
+            "checkpoint": self.args.output_dir,
+        }
 
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -52,15 +137,15 @@ class RetrievalTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             save_checkpoint(
-                output_dir or self.args.output_dir,
-                self.model.backbone,
-                self.processing_class,
-                self.saved_config,
+                output_dir or self.args.output_dir, self.model.backbone, self.processing_class, self.saved_config
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
-        self.model.backbone.load_state_dict(weights)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+
+    def _load_best_model(self) -> None:
+        logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class StderrProgress(ProgressCallback):
@@ -83,3 +168,22 @@ class StderrProgress(ProgressCallback):
                 if name != "total_flos"
             )
             tqdm.write(f"step {state.global_step}  {line}", file=sys.stderr)
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint folder that was written to its end, None when there is none.
+
+    trainer_state.json is the last file of a checkpoint: a run killed while saving leaves none, or half of one.
+    """
+    folders = {
+        int(folder.name.removeprefix("checkpoint-")): folder
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdecimal()
+    }
+    for step in sorted(folders, reverse=True):
+        try:
+            json.loads((folders[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(folders[step])
+    return None

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-from embedding_finetune.command_line import UserError
+from embedding_finetune.command_line import UserError, first_line
+
+EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
+EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
 
 
 def _flag(default: object, text: str) -> object:
@@ -47,7 +51,16 @@ class DataArguments:
         None, 'put before each passage (default: what the checkpoint says, else "")'
     )
 
+    eval_query_file_jsonl_path: str | None = _flag(
+        None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
+    )
+    eval_index_file_jsonl_path: str | None = _flag(
+        None, "the passages they are searched among (default: every positive of training and evaluation rows)"
+    )
+
     def __post_init__(self) -> None:
+        if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
+            raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         for flag in ("train_group_size", "query_max_len", "passage_max_len"):
             _require_positive(flag, getattr(self, flag))
         if self.max_example_num_per_dataset is not None:
@@ -72,10 +85,21 @@ class RetrieverTrainingArguments(TrainingArguments):
         True,
         "a text known to answer a query is never its negative, nor is a text counted twice",
     )
+    negatives_cross_device: bool = _flag(
+        False, "under torchrun, the passages of all processes are negatives, not only this one's"
+    )
     tokens_per_sub_batch: int | None = _flag(
         None,
         "padded tokens that go through the model at once, sorted by length; changes speed and memory, "
         "not the result (default: 1024 on CPU, 65536 elsewhere)",
+    )
+    recompute_sub_batches: bool = _flag(
+        False,
+        "keep no activations of a sub-batch, compute them again for the backward pass: memory that does "
+        "not grow with the batch, for about a third more time",
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "stop after this many evaluations without a better --metric_for_best_model"
     )
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
@@ -83,6 +107,13 @@ class RetrieverTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
+        if self.early_stopping_patience is not None:
+            _require_positive("early_stopping_patience", self.early_stopping_patience)
+            self.load_best_model_at_end = True
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_MRR@10"
         super().__post_init__()
         if not self.temperature > 0:
             raise UserError(f"--temperature {self.temperature}: must be greater than 0")
@@ -118,6 +149,27 @@ def check_output_dir(args: RetrieverTrainingArguments) -> None:
         )
 
 
+def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where evaluation is asked for without queries, or would not be used; settle its defaults."""
+    if data.eval_query_file_jsonl_path is None:
+        if args.eval_strategy != IntervalStrategy.NO:
+            raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
+        return
+    args.eval_on_start = True
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVAL_METRICS:
+        raise UserError(f"--metric_for_best_model {metric}: must be one of {', '.join(sorted(EVAL_METRICS))}")
+
+
+def check_reporting(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where --report_to names a tool that is not installed."""
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"--report_to: {first_line(error)}") from error
+
+
 def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments) -> None:
     """Raise UserError where every query would have only its positive to be compared with."""
     if data.train_group_size > 1:
@@ -129,6 +181,11 @@ def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments
 
 
 def _refuse_what_does_nothing(args: RetrieverTrainingArguments) -> None:
+    if args.torch_compile:
+        raise UserError(
+            "--torch_compile: sub-batches change their shape at every step, and each shape would be compiled anew; "
+            "leave it out"
+        )
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor has no meaning for the contrastive loss; leave it out")
     if args.train_sampling_strategy not in ("random", "sequential"):

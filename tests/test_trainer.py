@@ -59,6 +59,7 @@ def test_accumulated_micro_batches_give_the_mean_of_their_gradients(make_trainer
     batches = list(make_trainer().get_train_dataloader())[:4]
     expected = make_trainer().model.train()
     for batch in batches:
+        del batch["rows"]
         (expected(**batch)["loss"] / 4).backward()
     trainer.train()
     for name, parameter in expected.backbone.named_parameters():

@@ -1,0 +1,65 @@
+"""What the processes of a torchrun run share. In a run of one process every function here is the identity."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """How many processes run together; 1 outside torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def own_share(count: int) -> slice:
+    """The part of `count` items that this process works on: contiguous, in rank order, sizes differing by at most 1."""
+    ranks = world_size()
+    return slice(count * rank() // ranks, count * (rank() + 1) // ranks)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value of every process, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """All processes' rows (n, ...) one after the other, with gradients, and where this process's begin.
+
+    The number of rows may differ between processes. The gradient of a row is the sum of what every process
+    gives it: with DistributedDataParallel's mean over processes, W processes have the gradient of one with all rows.
+    """
+    if world_size() == 1:
+        return rows, 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    dist.all_reduce(counts)
+    return _GatherRows.apply(rows, counts.tolist()), int(counts[: rank()].sum())
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded)
+        return torch.cat([part[:count] for part, count in zip(received, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.counts)[rank()], None

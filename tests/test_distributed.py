@@ -1,0 +1,174 @@
+"""Claims about several processes, with gloo on CPU, really launched by torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, write_jsonl
+from safetensors.torch import load_file
+
+STEPS, GLOBAL_BATCH = 3, 8
+
+
+def launch(program: str, folder: Path, *, processes: int, **variables) -> subprocess.CompletedProcess:
+    """Run a Python program under torchrun; it ends within two minutes or has hung."""
+    script = folder / f"program_{processes}.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Rows in which a batch of one process often holds the positives of another's queries."""
+    return write_jsonl(
+        tmp_path / "rows.jsonl",
+        [
+            {
+                "query": f"{words} {topic}",
+                "pos": [passage_about(topic)],
+                "neg": [passage_about(TOPICS[n - 1]), passage_about(TOPICS[n - 2]), f"call the {topic}"][: n % 4],
+            }
+            for words in ("reset the", "my red", "open the")
+            for n, topic in enumerate(TOPICS)
+        ],
+    )
+
+
+def training_flags(model, data, output, processes, *extra):
+    return [
+        *("--model_name_or_path", str(model), "--train_data", str(data), "--output_dir", str(output)),
+        *("--per_device_train_batch_size", str(GLOBAL_BATCH // processes), "--train_group_size", "3"),
+        *("--max_steps", str(STEPS), "--optim", "sgd", "--learning_rate", "0.5", "--max_grad_norm", "0.3"),
+        *("--temperature", "0.2", "--logging_steps", "1", "--save_steps", str(STEPS), "--disable_tqdm", "True"),
+        *("--eval_query_file_jsonl_path", str(data), *extra),
+    ]
+
+
+VARIANTS = {
+    "plain": ("--negatives_cross_device", "True"),
+    "unmasked": ("--negatives_cross_device", "True", "--mask_known_positives", "False"),
+    "group": ("--negatives_cross_device", "True", "--use_inbatch_neg", "False"),
+    "recomputed": ("--negatives_cross_device", "True", "--recompute_sub_batches", "True"),
+}
+
+
+def test_two_processes_train_as_one_with_the_twofold_batch(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    for processes in (1, 2):
+        runs = [
+            training_flags(model, data, tmp_path / f"{name}_{processes}", processes, *extra)
+            for name, extra in VARIANTS.items()
+        ]
+        program = f"import finetune\nfor flags in {runs!r}:\n    finetune.main(flags)"
+        result = launch(program, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("30 training rows") == len(VARIANTS)
+        assert result.stdout == ""
+    start = load_file(model / "model.safetensors")
+    for name in VARIANTS:
+        one, two = (load_file(tmp_path / f"{name}_{n}" / "model.safetensors") for n in (1, 2))
+        for key in one:
+            # Relative to how far training moved the tensor.
+            moved = (one[key] - start[key]).norm()
+            assert (one[key] - two[key]).norm() <= 1e-5 * moved + 1e-6, (name, key)
+        history_one, history_two = (history(tmp_path / f"{name}_{n}") for n in (1, 2))
+        for field in ("loss", "grad_norm"):
+            first, second = ([e[field] for e in entries if field in e] for entries in (history_one, history_two))
+            assert len(first) == STEPS
+            assert second == pytest.approx(first, rel=1e-5), (name, field)
+        evaluations = [
+            [entry["eval_MRR@10"] for entry in entries if "eval_MRR@10" in entry]
+            for entries in (history_one, history_two)
+        ]
+        assert evaluations[0] == evaluations[1]
+    # The masks matter here: without them the loss is another one, so texts of other processes were seen.
+    masked, unmasked = (history(tmp_path / f"{name}_2")[1]["loss"] for name in ("plain", "unmasked"))
+    assert masked != pytest.approx(unmasked, rel=1e-3)
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_ragged_last_batch_neither_hangs_nor_stops_short(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert")
+    flags = training_flags(model, data, tmp_path / "out", 2, "--negatives_cross_device", "True")
+    flags[flags.index("--max_steps") : flags.index("--max_steps") + 2] = ["--num_train_epochs", "2"]
+    result = launch(f"import finetune\nfinetune.main({flags!r})", tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert summary["steps"] == 2 * 4  # 30 rows in global batches of 8
+
+
+GATHER = """
+import torch, torch.distributed as dist
+from embedding_finetune.distributed import gather_rows
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+rows = (torch.arange(6.).reshape(3, 2)[: 3 - 2 * rank] + 10 * rank).requires_grad_()  # 3 rows here, 1 there
+every, start = gather_rows(rows)
+assert every.tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]], every
+assert start == 3 * rank
+weights = torch.arange(1., 5.)[:, None] * (rank + 1)
+(every * weights).sum().backward()
+expected = (torch.arange(1., 5.) * 3)[start : start + len(rows), None].expand(-1, 2)  # 1 + 2 over both processes
+assert torch.equal(rows.grad, expected), rows.grad
+ids, _ = gather_rows(torch.tensor([rank] * (rank + 1)))
+assert ids.tolist() == [0, 1, 1]
+print("rank", rank, "ok")
+"""
+
+
+def test_gathered_rows_of_unequal_number_carry_the_gradients_of_every_process(tmp_path):
+    result = launch(GATHER, tmp_path, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["rank 0 ok", "rank 1 ok"]
+
+
+def test_a_failing_process_ends_the_run_with_its_own_error(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert")
+    flags = training_flags(model, data, tmp_path / "out", 2)
+    program = f"""
+import os, finetune
+from embedding_finetune.data import TrainDataset
+if os.environ["RANK"] == "1":
+    def broken(self, key):
+        raise OSError("the disk of rank 1 is gone")
+    TrainDataset.__getitem__ = broken
+finetune.main({flags!r})
+"""
+    result = launch(program, tmp_path, processes=2)
+    assert result.returncode != 0
+    assert "the disk of rank 1 is gone" in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_bad_input_under_torchrun_is_said_and_nothing_is_written(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "q", "pos": []}\n')
+    flags = training_flags("no-model", rows, tmp_path / "out", 2)
+    result = launch(f"import finetune\nfinetune.main({flags!r})", tmp_path, processes=2)
+    assert result.returncode != 0
+    assert 'rows.jsonl:1: "pos" is empty' in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_gathers_nothing():
+    from embedding_finetune.distributed import gather_objects, gather_rows, own_share
+
+    rows = torch.ones(2, 3)
+    assert gather_rows(rows) == (rows, 0)
+    assert gather_objects("x") == ["x"]
+    assert own_share(7) == slice(0, 7)
