@@ -35,9 +35,23 @@ def tokenize(
     return encoded["input_ids"]
 
 
-def pad(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both (N, T) int64, padded on the tokenizer's own side."""
-    longest = max(map(len, token_ids))
+LENGTH_STEP = 8
+"""Padded lengths are multiples of this: kernels are compiled anew for each shape, and few shapes fill caches less."""
+
+
+def padded_length(longest: int, limit: int) -> int:
+    """`longest` rounded up to a multiple of LENGTH_STEP, but at most `limit` where longest is not beyond it."""
+    return max(longest, min(-(-longest // LENGTH_STEP) * LENGTH_STEP, limit))
+
+
+def pad(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]], *, limit: int
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (N, T) int64, padded on the tokenizer's own side.
+
+    limit: the most tokens that the model takes, which rounding the length up does not pass.
+    """
+    longest = padded_length(max(map(len, token_ids)), limit)
     input_ids = np.full((len(token_ids), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
     attention_mask = np.zeros((len(token_ids), longest), dtype=np.int64)
     for row, ids in enumerate(token_ids):
@@ -54,13 +68,14 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_batch: int
     """Split rows into batches of similar length, the longest first.
 
     Yields arrays of row numbers with rows * longest <= tokens_per_batch; a single text longer than
-    that is a batch of its own. Ties keep their order, so the split is a function of the lengths.
+    that is a batch of its own. Lengths count as rounded up to multiples of LENGTH_STEP. Ties keep their order, so
+    the split is a function of the lengths.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
+        longest = padded_length(max(int(lengths[order[start]]), 1), limit=tokens_per_batch)
         rows = order[start : start + max(tokens_per_batch // longest, 1)]
         yield rows
         start += len(rows)

@@ -175,7 +175,7 @@ class EmbedCollator:
         passage_ids = [list(map(text_id, example.passages)) for example in examples]
         most = max(len(example.known_ids) for example in examples)
         return {
-            **pad(self.tokenizer, list(rows)),  # (N, T)
+            **pad(self.tokenizer, list(rows), limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
             "rows": torch.tensor([example.row for example in examples]),  # (B,)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.

@@ -90,7 +90,12 @@ class Encoder:
     @torch.no_grad()
     def _forward(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
         device = self.model.backbone.device
-        batch = {name: tensor.to(device) for name, tensor in pad(self.tokenizer, token_ids).items()}
+        batch = {
+            name: tensor.to(device)
+            for name, tensor in pad(
+                self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)
+            ).items()
+        }
         return self.model.encode(**batch).float().cpu().numpy()
 
 

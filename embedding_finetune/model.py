@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from embedding_finetune.batching import batches_by_length
+from embedding_finetune.batching import batches_by_length, padded_length
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.distributed import gather_rows
@@ -136,9 +136,13 @@ class BiEncoder(nn.Module):
 
 
 def _columns_in_use(attention_mask: Tensor) -> slice:
-    """The columns of (n, T) that any text has tokens in; padding is on one side of all of them."""
+    """The columns of (n, T) that any text has tokens in, and as many more as make it a length of few shapes."""
+    width = attention_mask.shape[1]
     used = attention_mask.any(dim=0).nonzero()
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+    if first == 0:  # padding is on the right, or there is none
+        return slice(0, padded_length(last + 1, width))
+    return slice(width - padded_length(width - first, width), width)
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:

@@ -3,7 +3,7 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.batching import batches_by_length, pad, tokenize
+from embedding_finetune.batching import batches_by_length, pad, padded_length, tokenize
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))
@@ -11,17 +11,18 @@ def test_batches_hold_every_text_once_within_the_token_budget(lengths, budget):
     batches = list(batches_by_length(lengths, budget))
     assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+        longest = padded_length(max(lengths[row] for row in batch), budget)
+        assert len(batch) == 1 or len(batch) * longest <= budget
     longest = [max(lengths[row] for row in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)
 
 
 def test_padding_stands_on_the_tokenizers_own_side():
     ids = [[2, 7, 3], [2, 7, 8, 9, 3]]
-    right = pad(make_tokenizer(padding_side="right"), ids)
+    right = pad(make_tokenizer(padding_side="right"), ids, limit=5)
     assert right["input_ids"].tolist() == [[2, 7, 3, 0, 0], [2, 7, 8, 9, 3]]
     assert right["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    left = pad(make_tokenizer(padding_side="left"), ids)
+    left = pad(make_tokenizer(padding_side="left"), ids, limit=5)
     assert left["input_ids"].tolist() == [[0, 0, 2, 7, 3], [2, 7, 8, 9, 3]]
 
 
@@ -42,3 +43,9 @@ def test_an_empty_instruction_leaves_the_text_as_it_is():
 
 def test_no_texts_give_no_tokens():
     assert tokenize(make_tokenizer(), [], instruction="", max_length=8) == []
+
+
+def test_padded_lengths_are_few_and_never_pass_the_limit():
+    assert [padded_length(n, limit=20) for n in (1, 8, 9, 17, 20)] == [8, 8, 16, 20, 20]
+    assert pad(make_tokenizer(), [[2, 7, 3]], limit=128)["input_ids"].shape == (1, 8)
+    assert pad(make_tokenizer(), [[2, 7, 3]], limit=3)["input_ids"].shape == (1, 3)

@@ -22,7 +22,9 @@ def our_embeddings(folder, texts, kind="query"):
     instruction = config.query_instruction if kind == "query" else config.passage_instruction
     ids = tokenize(tokenizer, texts, instruction=instruction, max_length=config.max_seq_length or 128)
     with torch.inference_mode():
-        return BiEncoder(backbone, config).eval().encode(**pad(tokenizer, ids)).numpy()
+        return (
+            BiEncoder(backbone, config).eval().encode(**pad(tokenizer, ids, limit=config.max_seq_length or 128)).numpy()
+        )
 
 
 def cosines(a, b):

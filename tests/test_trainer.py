@@ -1,10 +1,24 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import TOPICS, make_tiny_bert, passage_about, write_jsonl
+from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, read_jsonl, write_jsonl
+from safetensors.torch import load_file
 
+import evaluate
+import finetune
+from embedding_finetune.command_line import UserError
+from embedding_finetune.corpus import Corpus, load_task
 from embedding_finetune.data import EmbedCollator, TrainDataset, load_rows
+from embedding_finetune.dropout import use_cheap_dropout
 from embedding_finetune.model import BiEncoder, load_backbone
-from embedding_finetune.trainer import RetrievalTrainer
+from embedding_finetune.trainer import RetrievalTrainer, last_checkpoint
 from embedding_finetune.training_arguments import RetrieverTrainingArguments
 
 
@@ -25,7 +39,7 @@ def make_trainer(tmp_path):
     )
     model_folder = make_tiny_bert(tmp_path / "bert", dropout=0.0)
 
-    def make(name="out", group_size=2, temperature=0.1, **flags):
+    def make(name="out", group_size=2, temperature=0.1, evaluate=False, **flags):
         backbone, tokenizer, config = load_backbone(str(model_folder), flag="--model")
         args = RetrieverTrainingArguments(
             output_dir=str(tmp_path / name),
@@ -39,11 +53,19 @@ def make_trainer(tmp_path):
             },
         )
         return RetrievalTrainer(
-            BiEncoder(backbone, config, temperature=temperature, use_inbatch_neg=args.use_inbatch_neg),
+            BiEncoder(
+                backbone,
+                config,
+                temperature=temperature,
+                use_inbatch_neg=args.use_inbatch_neg,
+                recompute_sub_batches=args.recompute_sub_batches,
+                tokens_per_sub_batch=args.tokens_per_sub_batch,
+            ),
             args,
             train_dataset=TrainDataset(load_rows(str(data)), group_size=group_size, seed=args.seed),
             data_collator=EmbedCollator(tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32),
-            saved_config=config,
+            saved_config=dataclasses.replace(config, max_seq_length=32),
+            task=load_task(data, Corpus(row["pos"][0] for row in read_jsonl(data))) if evaluate else None,
         )
 
     return make
@@ -127,3 +149,201 @@ def test_the_log_is_on_stderr_and_stdout_stays_empty(make_trainer, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "step 1  loss" in captured.err
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recomputed_sub_batches_give_the_same_training_with_dropout_on(make_trainer, checkpointing):
+    losses, runs = [], []
+    for recompute in (False, True):
+        trainer = make_trainer(
+            recompute_sub_batches=recompute,
+            tokens_per_sub_batch=40,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=checkpointing and recompute,
+            optim="sgd",
+        )
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        use_cheap_dropout(trainer.model.backbone)
+        losses.append(trainer.train().training_loss)
+        runs.append(weights(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name in runs[0]:
+        assert torch.allclose(runs[0][name], runs[1][name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(make_trainer):
+    trainer = make_trainer(train_sampling_strategy="sequential", max_steps=5)
+    compute = trainer.model.forward
+
+    def poisoned(**batch):
+        output = compute(**batch)
+        return {"loss": output["loss"] * float("nan")} if trainer.state.global_step == 2 else output
+
+    trainer.model.forward = poisoned
+    with pytest.raises(UserError, match=r"nan at step 3, in a batch of the rows 9, 10, 11, 12 \(counted from 1\)"):
+        trainer.train()
+
+
+def test_evaluating_while_training_changes_neither_weights_nor_mode(make_trainer):
+    alone = make_trainer(max_steps=6)
+    alone.train()
+    watched = make_trainer(max_steps=6, evaluate=True, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    use_modes, forward = [], watched.model.forward
+
+    def note_mode(**batch):
+        use_modes.append(watched.model.backbone.training)
+        return forward(**batch)
+
+    watched.model.forward = note_mode
+    watched.train()
+    assert use_modes == [True] * 6
+    assert [entry["step"] for entry in watched.state.log_history if "eval_MRR@10" in entry] == [0, 2, 4, 6]
+    for name, tensor in weights(alone).items():
+        assert torch.equal(tensor, weights(watched)[name]), name
+
+
+def test_the_best_weights_are_loaded_and_patience_stops_the_run(make_trainer, monkeypatch):
+    scores = iter([0.1, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr("embedding_finetune.trainer.measure", lambda *_, **__: {"MRR@10": next(scores)})
+    trainer = make_trainer(
+        evaluate=True,
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_on_start=True,
+        early_stopping_patience=2,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8  # 0.1 at 0, 0.5 at 2, 0.9 at 4, then 0.4 and 0.3
+    summary = trainer.summary(1.0)
+    assert summary["best_step"] == 4
+    assert (summary["metrics_before"], summary["metrics_after"]) == ({"MRR@10": 0.1}, {"MRR@10": 0.9})
+    best = load_file(f"{trainer.args.output_dir}/checkpoint-4/model.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in weights(trainer).items())
+
+
+def training_flags(model, data, output, **flags):
+    flags = {"model_name_or_path": model, "train_data": data, "output_dir": output, **flags}
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def test_the_metrics_of_training_are_those_of_evaluate_and_stand_in_the_summary(
+    tiny_bert, pairs, candidates, tmp_path, caplog
+):
+    output = tmp_path / "tuned"
+    with caplog.at_level("INFO"):
+        finetune.main(
+            training_flags(
+                tiny_bert,
+                pairs,
+                output,
+                max_steps=6,
+                learning_rate=1e-3,
+                eval_query_file_jsonl_path=pairs,
+                eval_index_file_jsonl_path=candidates,
+                query_instruction_for_retrieval="how: ",
+                report_to="tensorboard",
+            )
+        )
+    summary = json.loads((output / "training_summary.json").read_text())
+    flags = ("--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs))
+    assert summary["metrics_after"] == evaluate.main(["--model_name", str(output), *flags])
+    instruction = ("--query_instruction_for_retrieval", "how: ")
+    assert summary["metrics_before"] == evaluate.main(["--model_name", str(tiny_bert), *flags, *instruction])
+    assert (summary["rows"], summary["steps"], summary["checkpoint"]) == (30, 6, str(output))
+    assert "30 of 30 queries and 10 of 10 relevant passages are also in the training data" in caplog.text
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_without_an_index_the_positives_of_training_and_evaluation_are_searched(tiny_bert, pairs, tmp_path, caplog):
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"query": "new", "pos": ["a new passage", passage_about("pump")]}])
+    with caplog.at_level("INFO"):
+        finetune.main(
+            training_flags(tiny_bert, pairs, tmp_path / "out", max_steps=1, eval_query_file_jsonl_path=queries)
+        )
+    assert "1 queries, 11 distinct passages" in caplog.text
+    assert "0 of 1 queries and 1 of 2 relevant passages are also in the training data" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp_path, workers):
+    flags = {
+        "max_steps": 26,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "seed": 5,
+        "dataloader_num_workers": workers,
+        "disable_tqdm": True,
+    }
+    finetune.main(training_flags(tiny_bert, pairs, tmp_path / "whole", **flags))
+
+    flags |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
+    slow = f"""
+import sys, time, finetune
+from embedding_finetune import trainer
+compute = trainer.RetrievalTrainer.compute_loss
+def slowly(self, *args, **kwargs):
+    time.sleep(0.15)
+    return compute(self, *args, **kwargs)
+trainer.RetrievalTrainer.compute_loss = slowly
+finetune.main({training_flags(tiny_bert, pairs, tmp_path / "parts", **flags)!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", slow], cwd=REPOSITORY, stderr=subprocess.DEVNULL) as process:
+        while last_checkpoint(tmp_path / "parts") is None or "-12" not in last_checkpoint(tmp_path / "parts"):
+            time.sleep(0.01)
+            assert process.poll() is None
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "parts" / "training_summary.json").exists()
+    finetune.main(training_flags(tiny_bert, pairs, tmp_path / "parts", resume_from_checkpoint=True, **flags))
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not torch.equal(
+        whole["encoder.layer.0.output.dense.weight"],
+        load_file(tiny_bert / "model.safetensors")["encoder.layer.0.output.dense.weight"],
+    )
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((3, "{}"), (12, "{}"), (15, '{"half'), (18, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+    assert last_checkpoint(str(tmp_path / "nowhere")) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"eval_strategy": "steps"}, "--eval_query_file_jsonl_path"),
+        ({"eval_index_file_jsonl_path": "x"}, "--eval_query_file_jsonl_path"),
+        ({"eval_query_file_jsonl_path": "no.jsonl"}, "--eval_query_file_jsonl_path: no.jsonl does not exist"),
+        ({"early_stopping_patience": "0"}, "--early_stopping_patience"),
+        ({"early_stopping_patience": "2"}, "eval"),
+        ({"resume_from_checkpoint": "True"}, "holds no finished checkpoint"),
+        ({"resume_from_checkpoint": "no_folder"}, "--resume_from_checkpoint no_folder"),
+        ({"torch_compile": "True"}, "--torch_compile"),
+        ({"report_to": "wandb"}, "wandb"),
+    ],
+)
+def test_flags_that_could_not_do_anything_are_refused(tiny_bert, pairs, tmp_path, capsys, flags, complaint):
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(training_flags(tiny_bert, pairs, tmp_path / "out", **flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert complaint in error
+    assert os.listdir(tmp_path) == ["pairs.jsonl"]
+
+
+def test_position_embeddings_can_be_kept_as_they_are(tiny_bert, pairs, tmp_path):
+    finetune.main(training_flags(tiny_bert, pairs, tmp_path / "out", max_steps=2, fix_position_embedding=True))
+    before, after = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(before["embeddings.position_embeddings.weight"], after["embeddings.position_embeddings.weight"])
+    assert not torch.equal(before["embeddings.word_embeddings.weight"], after["embeddings.word_embeddings.weight"])
