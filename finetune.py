@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from embedding_finetune.allocator import keep_freed_memory
     from embedding_finetune.data import TrainDataset, load_rows
+    from embedding_finetune.distributed import end_at_exit
 
     keep_freed_memory()
+    end_at_exit()
     rows = load_rows(data_args.train_data, max_rows_per_file=data_args.max_example_num_per_dataset, seed=args.seed)
     dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
     logger.info("%d training rows", len(dataset))

@@ -41,7 +41,7 @@ def main() -> None:
         if args.rows:
             write_many(data, args.rows)
             peak, seconds = run(
-                args.model, data, folder, per_device_train_batch_size=8, train_group_size=6, max_steps=1
+                args.model, data, folder, per_device_train_batch_size=1, train_group_size=6, max_steps=1
             )
             size = data.stat().st_size / 2**30
             print(f"{args.rows} rows, {size:.1f} GiB of JSON Lines: peak {peak} MiB to the end of step 1, {seconds} s")

@@ -1,5 +1,6 @@
 """What the processes of a torchrun run share. In a run of one process every function here is the identity."""
 
+import atexit
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,11 @@ T = TypeVar("T")
 def world_size() -> int:
     """How many processes run together; 1 outside torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def end_at_exit() -> None:
+    """Take the process group down before the interpreter goes: gloo's threads may else abort a finished process."""
+    atexit.register(lambda: dist.is_available() and dist.is_initialized() and dist.destroy_process_group())
 
 
 def rank() -> int:

@@ -128,6 +128,7 @@ assert torch.equal(rows.grad, expected), rows.grad
 ids, _ = gather_rows(torch.tensor([rank] * (rank + 1)))
 assert ids.tolist() == [0, 1, 1]
 print("rank", rank, "ok")
+dist.destroy_process_group()
 """
 
 
