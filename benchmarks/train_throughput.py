@@ -107,6 +107,7 @@ def run_ours(args: argparse.Namespace) -> dict:
             --per_device_train_batch_size {args.batch} --num_train_epochs 1 --train_sampling_strategy sequential
             --learning_rate {LEARNING_RATE} --temperature {TEMPERATURE} --train_group_size 2
             --query_max_len {MAX_LENGTH} --passage_max_len {MAX_LENGTH} --logging_steps 1 --save_strategy no
+            --mask_known_positives False
             --bf16 {args.dtypes[0] == "bf16"}"""
         finetune.main(flags.split())
     return {"seconds": clock.seconds, "losses": clock.losses}

@@ -156,16 +156,6 @@ finetune.main({flags!r})
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_bad_input_under_torchrun_is_said_and_nothing_is_written(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"query": "q", "pos": []}\n')
-    flags = training_flags("no-model", rows, tmp_path / "out", 2)
-    result = launch(f"import finetune\nfinetune.main({flags!r})", tmp_path, processes=2)
-    assert result.returncode != 0
-    assert 'rows.jsonl:1: "pos" is empty' in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_one_process_gathers_nothing():
     from embedding_finetune.distributed import gather_objects, gather_rows, own_share
 

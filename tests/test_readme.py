@@ -2,9 +2,13 @@
 
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 from conftest import REPOSITORY
+from transformers import TrainingArguments
+
+from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 import evaluate
 import finetune
@@ -12,7 +16,7 @@ import mine_hard_neg
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = [block.replace("\\\n", " ") for block in BLOCKS]
+COMMANDS = [re.sub(r"^torchrun --\S+ \d+ ", "python ", block.replace("\\\n", " ")) for block in BLOCKS]
 SCRIPTS = {"mine_hard_neg.py": mine_hard_neg, "finetune.py": finetune, "evaluate.py": evaluate}
 
 
@@ -44,6 +48,9 @@ def test_every_flag_the_readme_lists_exists_and_every_own_flag_is_listed(capsys)
         listed = sections[script] | sections["both"]
         assert listed == set(re.findall(r"^  (--\w+)", help_of(script, capsys), flags=re.MULTILINE))
     assert sections["finetune.py"] <= set(re.findall(r"(--\w+)", help_of("finetune.py", capsys)))
+    own = {field.name for kind in (ModelArguments, DataArguments, RetrieverTrainingArguments) for field in fields(kind)}
+    own -= {field.name for field in fields(TrainingArguments)}
+    assert sections["finetune.py"] >= {f"--{name}" for name in own}
 
 
 def test_the_defaults_the_readme_gives_are_those_of_the_parsers(monkeypatch):
