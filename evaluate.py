@@ -1,27 +1,35 @@
-"""Evaluate retrieval: how high does a model rank the right passages? MRR and Hit, before and after.
+"""Evaluate retrieval: how high does a model rank the right passages, and did finetuning help?
 
     python evaluate.py \\
         --model_name BAAI/bge-base-en-v1.5 \\
         --index_file_jsonl_path candidate_context.jsonl \\
         --query_file_jsonl_path example.jsonl
 
-With several models after --model_name, all are measured on the same data and compared with the first.
-The last line on stdout is the metrics as a Python dict.
+With several models after --model_name, all are measured on the same data and each is compared with the first: the
+difference, its 95% bootstrap interval, and the p-value of a paired randomisation test over queries. The last line on
+stdout is the metrics as a Python dict. Exit status 1 when --fail_below or --fail_if_worse says so.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
-from embedding_finetune.arguments import (
-    add_encoding_arguments,
-    new_parser,
-    positive_int,
-)
+from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int
 from embedding_finetune.command_line import command, log_to_stderr
-from embedding_finetune.corpus import Corpus, load_task
+from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
+from embedding_finetune.jsonl import Record
 
-MEASURES = ("MRR", "Hit")
+if TYPE_CHECKING:
+    import numpy as np
+
+MEASURES = ("MRR", "Hit", "Recall", "nDCG", "MAP", "Precision")
+SIGNIFICANT = 0.05
+FAILED_CHECK = 1
 
 
 @command
@@ -36,22 +44,34 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     # Heavy imports wait until flags and data are known to be good.
     from embedding_finetune.encoding import load_encoder
-    from embedding_finetune.evaluation import measure
-    from embedding_finetune.report import comparison_table
+    from embedding_finetune.evaluation import rank_corpus, values_per_query
+    from embedding_finetune.evaluation_files import SHOWN, write_evaluation
+    from embedding_finetune.model import weights_digest
+    from embedding_finetune.report import evaluation_tables
     from embedding_finetune.retrieval import require_gpu
 
     if args.use_gpu_for_searching:
         require_gpu()
-    metrics = {}
+    rankings, values, weights = {}, {}, {}
     for name in args.model_name:
         encoder = load_encoder(name, args, flag="--model_name")
-        metrics[name] = measure(
-            encoder, task, measures=args.measures, cutoffs=args.cutoffs, use_gpu=args.use_gpu_for_searching
-        )
-    if len(metrics) > 1:
-        print(comparison_table(metrics))
+        weights[name] = weights_digest(encoder.model.backbone)
+        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *args.cutoffs), use_gpu=args.use_gpu_for_searching)
+        values[name] = values_per_query(rankings[name], task, args.measures, args.cutoffs)
+
+    document = summarize(values, task, args, weights)
+    if args.output_dir is not None:
+        write_evaluation(Path(args.output_dir), document, task, rankings)
+    metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
-    print(result)
+    if args.json:
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        if len(metrics) > 1 or document["groups"]:
+            print(evaluation_tables(document))
+        print(result)
+    sys.stdout.flush()
+    fail_if_asked(document, args)
     return result
 
 
@@ -75,30 +95,117 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--query_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='rows {"query": str, "pos": [str, ...]}',
+        help='rows {"query": str, "pos": [str, ...]}, if you like with an "id" and a "group"',
+    )
+    parser.add_argument("--cutoffs", type=positive_int, nargs="+", default=[1, 5, 10], metavar="K", help="the k of @k")
+    parser.add_argument(
+        "--measures", choices=MEASURES, nargs="+", default=["MRR", "Hit"], help="what to measure (default: MRR Hit)"
+    )
+    parser.add_argument("--output_dir", metavar="DIR", help="write metrics, per-query results and TREC files there")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else on stdout")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the significance test")
+    parser.add_argument(
+        "--fail_below",
+        type=threshold,
+        nargs="+",
+        default=[],
+        metavar="MEASURE@K=X",
+        help="exit with status 1 when the last model is below this, for example MRR@10=0.75",
     )
     parser.add_argument(
-        "--cutoffs",
-        type=positive_int,
-        nargs="+",
-        default=[1, 5, 10],
-        metavar="K",
-        help="the k of @k",
-    )
-    parser.add_argument(
-        "--measures",
-        choices=MEASURES,
-        nargs="+",
-        default=list(MEASURES),
-        help="what to measure",
+        "--fail_if_worse",
+        action="store_true",
+        help="exit with status 1 when the last model is significantly worse (p < 0.05) than the first on any measure",
     )
     add_encoding_arguments(parser)
     args = parser.parse_args(argv)
+    args.cutoffs, args.measures = sorted(set(args.cutoffs)), list(dict.fromkeys(args.measures))
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
     if len(set(args.model_name)) < len(args.model_name):
         parser.error("argument --model_name: the same model is named twice")
+    if args.fail_if_worse and len(args.model_name) == 1:
+        parser.error("argument --fail_if_worse: there is only one --model_name, nothing to be worse than")
+    measured = [f"{measure}@{cutoff}" for cutoff in args.cutoffs for measure in args.measures]
+    for name, _ in args.fail_below:
+        if name not in measured:
+            parser.error(f"argument --fail_below: {name} is not measured; {', '.join(measured)} are")
     jsonl.require_file("--index_file_jsonl_path", args.index_file_jsonl_path)
     jsonl.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
-    return args
+    if args.output_dir is not None:
+        jsonl.require_folder("--output_dir", args.output_dir)
+
+
+def threshold(text: str) -> tuple[str, float]:
+    """`MRR@10=0.75` as ("MRR@10", 0.75)."""
+    match = re.fullmatch(r"(\w+@\d+)=(\d*\.?\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X, for example MRR@10=0.75")
+    return match[1], float(match[2])
+
+
+def summarize(
+    values: "Mapping[str, Mapping[str, np.ndarray]]",
+    task: RetrievalTask,
+    args: argparse.Namespace,
+    weights: Mapping[str, str],
+) -> Record:
+    """The whole outcome as one JSON document: what metrics.json holds."""
+    from embedding_finetune.metrics import compare, means
+
+    base = args.model_name[0]
+    groups = sorted({group for group in task.groups if group is not None})
+    members = {group: [number for number, own in enumerate(task.groups) if own == group] for group in groups}
+    return {
+        "metrics": {name: means(scores) for name, scores in values.items()},
+        "differences": {
+            name: {
+                measure: compare(values[base][measure], scores, seed=args.seed)._asdict()
+                for measure, scores in values[name].items()
+            }
+            for name in args.model_name[1:]
+        },
+        "groups": {
+            group: {
+                "queries": len(rows),
+                "metrics": {
+                    name: means({measure: scores[rows] for measure, scores in own.items()})
+                    for name, own in values.items()
+                },
+            }
+            for group, rows in members.items()
+        },
+        "queries": len(task.queries),
+        "passages": len(task.corpus),
+        "duplicate_passages": task.corpus.duplicates,
+        "positives_not_in_corpus": task.missing,
+        "queries_without_findable_positive": task.unanswerable,
+        "weights_sha256": dict(weights),
+        "settings": {name: value for name, value in vars(args).items() if name != "model_name"},
+    }
+
+
+def fail_if_asked(document: Record, args: argparse.Namespace) -> None:
+    """End with status 1, and say why, when the last model does not pass --fail_below or --fail_if_worse."""
+    last = args.model_name[-1]
+    reached = document["metrics"][last]
+    reasons = [
+        f"{name} is {reached[name]:.4f}, below {limit}" for name, limit in args.fail_below if reached[name] < limit
+    ]
+    if args.fail_if_worse:
+        reasons += [
+            f"{name} is {-difference['mean']:.4f} below that of {args.model_name[0]} (p = {difference['p_value']:.4f})"
+            for name, difference in document["differences"][last].items()
+            if difference["mean"] < 0 and difference["p_value"] < SIGNIFICANT
+        ]
+    for reason in reasons:
+        print(f"evaluate.py: failed: {last}: {reason}", file=sys.stderr)
+    if reasons:
+        raise SystemExit(FAILED_CHECK)
 
 
 if __name__ == "__main__":

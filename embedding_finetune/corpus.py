@@ -35,25 +35,49 @@ class Corpus:
 
 
 class RetrievalTask(NamedTuple):
-    """Queries, the corpus to search, and per query the positions of the texts that answer it."""
+    """Queries, the corpus to search, and what answers each query.
+
+    relevant: the positions of its answers in the corpus; relevant_counts: how many distinct answers it has, those that
+    the corpus does not hold included. ids name the queries in TREC files; groups are None where a query has none.
+    """
 
     queries: list[str]
     corpus: Corpus
     relevant: list[set[int]]
+    relevant_counts: list[int]
+    ids: list[str]
+    groups: list[str | None]
+
+    @property
+    def missing(self) -> int:
+        """How many answers the corpus does not hold."""
+        return sum(self.relevant_counts) - sum(map(len, self.relevant))
+
+    @property
+    def unanswerable(self) -> int:
+        """How many queries have no answer in the corpus."""
+        return sum(not positions for positions in self.relevant)
 
 
 def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:
     """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
     rows = list(read_queries(query_file))
-    found = [[corpus.position(text) for text in row["pos"]] for row in rows]
-    relevant = [{position for position in positions if position is not None} for positions in found]
-    logger.info("%d queries, %d distinct passages", len(rows), len(corpus))
-    missing = sum(position is None for positions in found for position in positions)
-    if missing:
+    answers = [{canonical(text): corpus.position(text) for text in row["pos"]} for row in rows]
+    digits = len(str(len(rows)))
+    task = RetrievalTask(
+        queries=[row["query"] for row in rows],
+        corpus=corpus,
+        relevant=[{position for position in found.values() if position is not None} for found in answers],
+        relevant_counts=[len(found) for found in answers],
+        ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
+        groups=[row.get("group") for row in rows],
+    )
+    logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
+    if task.missing:
         logger.warning(
             "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
             "and count as misses",
-            missing,
-            sum(not positions for positions in relevant),
+            task.missing,
+            task.unanswerable,
         )
-    return RetrievalTask([row["query"] for row in rows], corpus, relevant)
+    return task

@@ -14,8 +14,8 @@ from embedding_finetune.metrics import means, per_query, relevance_of
 from embedding_finetune.retrieval import TopK
 
 
-def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, use_gpu: bool = False) -> np.ndarray:
-    """Positions (Q, K) of the best passages for each query, -1 past the end of a small corpus.
+def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, use_gpu: bool = False) -> TopK:
+    """The best passages for each query, with their scores.
 
     Ties go as trec_eval breaks them, the passage that comes last in the corpus first.
     """
@@ -28,12 +28,19 @@ def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, use_gpu: b
     ranking = TopK(ranking.queries, top_k, ties="last")
     for scores, positions in gather_objects(own_results):
         ranking.merge(scores, positions)
-    return ranking.positions
+    return ranking
+
+
+def values_per_query(
+    ranking: TopK, task: RetrievalTask, measures: Sequence[str], cutoffs: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`."""
+    relevance = relevance_of(ranking.positions, task.relevant)
+    return per_query(relevance, np.array(task.relevant_counts), measures, cutoffs)
 
 
 def measure(
-    encoder: Encoder, task: RetrievalTask, *, measures: Sequence[str], cutoffs: Sequence[int], use_gpu: bool = False
+    encoder: Encoder, task: RetrievalTask, *, measures: Sequence[str], cutoffs: Sequence[int]
 ) -> dict[str, float]:
     """`{"MRR@1": ..., "Hit@1": ..., ...}`, means over all queries of the task."""
-    positions = rank_corpus(encoder, task, max(cutoffs), use_gpu=use_gpu)
-    return means(per_query(relevance_of(positions, task.relevant), measures, cutoffs))
+    return means(values_per_query(rank_corpus(encoder, task, max(cutoffs)), task, measures, cutoffs))

@@ -49,10 +49,28 @@ def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
 
 
 def read_queries(path: str | os.PathLike) -> Iterator[Record]:
-    """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows."""
+    """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
+
+    They may carry an `id` (a string without whitespace or a whole number; all rows or none, each its own) and a
+    `group` (any string).
+    """
+    lines_of: dict[str, int] = {}
+    without_id = 0
     for line, record in read(path):
         _require_text(path, line, record, "query")
         _require_texts(path, line, record, "pos")
+        if "group" in record:
+            _require_text(path, line, record, "group")
+        if "id" in record:
+            name = record["id"]
+            if type(name) not in (str, int) or str(name).split() != [str(name)]:
+                raise UserError(f'{path}:{line}: "id" is {name!r}, expected a string without whitespace or a number')
+            if lines_of.setdefault(str(name), line) != line:
+                raise UserError(f'{path}:{line}: "id" {name!r} stands in line {lines_of[str(name)]} already')
+        else:
+            without_id += 1
+        if lines_of and without_id:
+            raise UserError(f'{path}:{line}: some rows have an "id" and some do not; give all of them one, or none')
         yield record
 
 
@@ -164,6 +182,17 @@ def require_writable(flag: str, path: str | os.PathLike) -> None:
         raise UserError(f"{flag}: {path} is a folder; give a file name")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{flag}: the folder {folder} is not writable")
+
+
+def require_folder(flag: str, path: str | os.PathLike) -> None:
+    """Raise UserError naming `flag` unless `path` is a writable folder, or can be made as one."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {path}: {existing} is not writable")
 
 
 def _open_for_reading(path: str | os.PathLike) -> BinaryIO:

@@ -1,48 +1,111 @@
-"""Retrieval measures over rankings.
+"""Retrieval measures over rankings, and whether two models differ by more than luck.
 
-Shapes: Q queries, K ranks. `relevance` (Q, K) bool says whether the passage at each rank, best first,
-answers the query; a rank past the end of a small corpus is False.
+Shapes: Q queries, K ranks. `relevance` (Q, K) bool says whether the passage at each rank, best first, answers the
+query; a rank past the end of a small corpus is False. `relevant_counts` (Q,) int is how many distinct texts answer
+it, those that the corpus does not hold included: they cannot be found, and count as misses. Every measure gives one
+float64 per query, (Q,), and 0 for a query with no relevant passage within the cutoff.
 """
 
 from collections.abc import Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
 
 
-def mrr(relevance: np.ndarray, cutoff: int) -> np.ndarray:
-    """Reciprocal rank of the first relevant passage within the cutoff, per query: (Q,) float64.
-
-    0 for a query with none among its first `cutoff` ranks, also where it has no relevant passage in
-    the corpus at all. Its mean over queries is the MRR (Voorhees, TREC-8 1999).
-    """
+def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """Reciprocal rank of the first relevant passage within the cutoff (Voorhees, TREC-8 1999)."""
     within = relevance[:, :cutoff]
     if not within.shape[1]:
         return np.zeros(len(within))
     return np.where(within.any(axis=1), 1.0 / (within.argmax(axis=1) + 1), 0.0)
 
 
-def hit(relevance: np.ndarray, cutoff: int) -> np.ndarray:
-    """1 where at least one relevant passage is within the cutoff, else 0, per query: (Q,) float64.
-
-    It does not count how many there are: a query with two relevant passages scores 1 with either.
-    """
+def hit(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """1 where at least one relevant passage is within the cutoff, else 0: one of two is as good as both."""
     return relevance[:, :cutoff].any(axis=1).astype(np.float64)
 
 
-MEASURES = {"MRR": mrr, "Hit": hit}
+def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """Share of the query's relevant texts that are within the cutoff."""
+    return relevance[:, :cutoff].sum(axis=1) / relevant_counts
+
+
+def precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """Relevant passages within the cutoff, divided by the cutoff, also where the corpus is smaller than that."""
+    return relevance[:, :cutoff].sum(axis=1) / cutoff
+
+
+def average_precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """Sum of the precision at each relevant rank within the cutoff, divided by how many texts are relevant."""
+    within = relevance[:, :cutoff]
+    at_rank = within.cumsum(axis=1) / np.arange(1, within.shape[1] + 1)
+    return (at_rank * within).sum(axis=1) / relevant_counts
+
+
+def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+    """Discounted gain, 1 / log2(rank + 1) per relevant passage, over that of a ranking with all relevant texts on top.
+
+    The ideal is taken from the query file (Järvelin and Kekäläinen 2002, with linear gain as in trec_eval).
+    """
+    discounts = 1.0 / np.log2(np.arange(2, cutoff + 2))
+    within = relevance[:, :cutoff]
+    ideal = np.concatenate([[0.0], discounts.cumsum()])[np.minimum(relevant_counts, cutoff)]
+    return within @ discounts[: within.shape[1]] / ideal
+
+
+MEASURES = {
+    "MRR": mrr,
+    "Hit": hit,
+    "Recall": recall,
+    "nDCG": ndcg,
+    "MAP": average_precision,
+    "Precision": precision,
+}
 
 
 def relevance_of(positions: np.ndarray, relevant: Sequence[Set[int]]) -> np.ndarray:
-    """Whether the passage at each rank, of positions (Q, K), is one of its query's relevant ones: (Q, K) bool."""
+    """Whether the passage at each rank of positions (Q, K) is one of its query's relevant ones: (Q, K) bool."""
     rows = [[p in answers for p in ranked] for ranked, answers in zip(positions.tolist(), relevant)]
     return np.array(rows, dtype=bool).reshape(positions.shape)
 
 
-def per_query(relevance: np.ndarray, measures: Sequence[str], cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
+def per_query(
+    relevance: np.ndarray, relevant_counts: np.ndarray, measures: Sequence[str], cutoffs: Sequence[int]
+) -> dict[str, np.ndarray]:
     """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`, cutoff by cutoff."""
-    return {f"{name}@{k}": MEASURES[name](relevance, k) for k in cutoffs for name in measures}
+    return {f"{name}@{k}": MEASURES[name](relevance, relevant_counts, k) for k in cutoffs for name in measures}
 
 
 def means(values: dict[str, np.ndarray]) -> dict[str, float]:
     """The mean of each measure over all queries."""
     return {name: float(scores.mean()) for name, scores in values.items()}
+
+
+class Difference(NamedTuple):
+    """Mean difference of two models over the same queries, its 95% bootstrap interval, and the p-value."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def compare(base: np.ndarray, other: np.ndarray, *, seed: int, rounds: int = 10_000) -> Difference:
+    """How much better `other` (Q,) is than `base` (Q,) per query, and how sure that is.
+
+    p_value: two-sided paired randomisation test (Fisher 1935; Smucker et al., CIKM 2007): how often the mean is as far
+    from 0 when each query's difference has a random sign, counting the observed one. The interval holds the 2.5% and
+    97.5% quantiles of the mean over queries drawn with replacement (Efron 1979). Queries with equal differences are
+    drawn together, by binomial and multinomial numbers: the same distributions, at any number of queries.
+    """
+    rng = np.random.default_rng(seed)
+    differences = other - base
+    mean = float(differences.mean())
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    positive = rng.binomial(counts, 0.5, size=(rounds, len(counts)))  # (rounds, distinct sizes)
+    flipped = (2 * positive - counts) @ sizes / len(differences)  # (rounds,)
+    extreme = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
+    values, counts = np.unique(differences, return_counts=True)
+    drawn = rng.multinomial(len(differences), counts / len(differences), size=rounds)  # (rounds, distinct values)
+    low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
+    return Difference(mean, float(low), float(high), (extreme + 1) / (rounds + 1))

@@ -3,6 +3,7 @@
 Shapes: N texts, T tokens, H dimensions; B queries with G passages each.
 """
 
+import hashlib
 import logging
 import os
 
@@ -212,6 +213,15 @@ def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
     if table is None:
         raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
     table.requires_grad_(False)
+
+
+def weights_digest(backbone: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and contents of all weights: what a model is, whatever its folder is called."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,28 +5,34 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from embedding_finetune.jsonl import Record
 from embedding_finetune.mining import Selection
 from embedding_finetune.retrieval import TopK
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def comparison_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Models as rows, measures as columns, and under the first model each other one's difference to it."""
-    names = list(metrics)
-    measures = list(metrics[names[0]])
-    rows = [["model", *measures]]
-    for name in names:
-        rows.append([name, *(f"{metrics[name][measure]:.4f}" for measure in measures)])
-    for name in names[1:]:
-        differences = (metrics[name][measure] - metrics[names[0]][measure] for measure in measures)
-        rows.append(
-            [
-                "difference" if len(names) == 2 else f"{name} - first",
-                *(f"{d:+.4f}" for d in differences),
-            ]
-        )
-    return table(rows)
+def evaluation_tables(document: Record) -> str:
+    """Models by measures; every other model's differences to the first; measures by group of queries."""
+    metrics = document["metrics"]
+    names, measures = list(metrics), list(next(iter(metrics.values())))
+    parts = [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
+    for name, differences in document["differences"].items():
+        rows = [[f"{name} - {names[0]}", "difference", "95% interval", "p"]]
+        for measure, d in differences.items():
+            rows.append([measure, f"{d['mean']:+.4f}", f"{d['low']:+.4f} .. {d['high']:+.4f}", f"{d['p_value']:.4f}"])
+        parts.append(table(rows))
+    if document["groups"]:
+        rows = [["group", "queries", "model", *measures]]
+        for group, outcome in document["groups"].items():
+            for name in names:
+                rows.append([group, str(outcome["queries"]), name, *_scores(outcome["metrics"][name])])
+        parts.append(table(rows))
+    return "\n\n".join(parts)
+
+
+def _scores(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{value:.4f}" for value in metrics.values()]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ The flags of the other two scripts are in arguments.py, which imports nothing he
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.jsonl import require_folder
 
 EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
 EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
@@ -133,13 +133,7 @@ def check_output_dir(args: RetrieverTrainingArguments) -> None:
     if not args.output_dir:
         raise UserError("--output_dir is required")
     # Missing folders above it are made: `BAAI/bge-base-en-v1.5_finetuned` has to work beside a model from the hub.
-    existing = Path(args.output_dir).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {args.output_dir}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {args.output_dir}: {existing} is not writable")
+    require_folder("--output_dir", args.output_dir)
     if args.resume_from_checkpoint or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     if os.listdir(args.output_dir):

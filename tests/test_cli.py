@@ -286,7 +286,7 @@ def test_evaluating_two_models_prints_a_table_and_a_dict_of_dicts(tiny_bert, pai
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(metrics)
     difference = metrics[str(other)]["MRR@3"] - metrics[str(tiny_bert)]["MRR@3"]
-    assert lines[-2].split() == ["difference", f"{difference:+.4f}", *lines[-2].split()[2:]]
+    assert any(line.split()[:2] == ["MRR@3", f"{difference:+.4f}"] for line in lines)
 
 
 def test_a_folder_of_files_is_training_data(tiny_bert, pairs, tmp_path):

@@ -1,17 +1,25 @@
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from embedding_finetune.metrics import means, per_query, relevance_of
+from embedding_finetune.metrics import MEASURES, compare, means, per_query, relevance_of
 
-# Four queries over a corpus of five passages:
+# Four queries over a corpus of five passages; the last one's second answer is not in the corpus.
 POSITIONS = np.array([[3, 1, 0], [2, 4, 1], [0, 1, 2], [4, -1, -1]])
 RELEVANT = [{3}, {1, 4}, set(), {0}]
+COUNTS = np.array([1, 2, 1, 2])
+
+
+def measured(names, cutoffs):
+    return means(per_query(relevance_of(POSITIONS, RELEVANT), COUNTS, names, cutoffs))
 
 
 def test_mrr_and_hit_worked_by_hand():
     # First relevant rank: 1, 2 (of two relevant ones), none, none.
-    metrics = means(per_query(relevance_of(POSITIONS, RELEVANT), ["MRR", "Hit"], [1, 2, 3]))
-    assert metrics == pytest.approx(
+    assert measured(["MRR", "Hit"], [1, 2, 3]) == pytest.approx(
         {
             "MRR@1": 1 / 4,
             "Hit@1": 1 / 4,
@@ -23,16 +31,22 @@ def test_mrr_and_hit_worked_by_hand():
     )
 
 
+def test_the_other_measures_worked_by_hand():
+    # Query 1 has its answers at ranks 2 and 3: nDCG (1/log2 3 + 1/log2 4) / (1 + 1/log2 3).
+    assert measured(["Recall", "Precision", "MAP", "nDCG"], [3]) == pytest.approx(
+        {
+            "Recall@3": (1 + 2 / 2) / 4,
+            "Precision@3": (1 / 3 + 2 / 3) / 4,
+            "MAP@3": (1 + (1 / 2 + 2 / 3) / 2) / 4,
+            "nDCG@3": (1 + (1 / np.log2(3) + 1 / 2) / (1 + 1 / np.log2(3))) / 4,
+        }
+    )
+
+
 def test_mrr_at_1_is_hit_at_1():
     rng = np.random.default_rng(0)
-    relevance = rng.random((200, 10)) < 0.2
-    values = per_query(relevance, ["MRR", "Hit"], [1])
+    values = per_query(rng.random((200, 10)) < 0.2, np.ones(200, int), ["MRR", "Hit"], [1])
     assert np.array_equal(values["MRR@1"], values["Hit@1"])
-
-
-def test_a_query_without_a_findable_positive_counts_in_the_mean():
-    relevance = relevance_of(np.array([[0], [1]]), [{0}, set()])
-    assert means(per_query(relevance, ["MRR"], [1])) == {"MRR@1": 0.5}
 
 
 def test_places_past_the_end_of_a_small_corpus_are_never_relevant():
@@ -40,4 +54,75 @@ def test_places_past_the_end_of_a_small_corpus_are_never_relevant():
 
 
 def test_a_cutoff_beyond_the_ranking_counts_what_is_there():
-    assert means(per_query(np.array([[False, True]]), ["MRR", "Hit"], [50])) == {"MRR@50": 0.5, "Hit@50": 1.0}
+    values = means(per_query(np.array([[False, True]]), np.array([1]), list(MEASURES), [50]))
+    assert values == pytest.approx(
+        {"MRR@50": 0.5, "Hit@50": 1, "Recall@50": 1, "nDCG@50": 1 / np.log2(3), "MAP@50": 0.5, "Precision@50": 0.02}
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    queries=st.integers(1, 6),
+    corpus=st.integers(1, 30),
+    cutoff=st.sampled_from([1, 3, 5, 10, 100]),
+    seed=st.integers(0, 10_000),
+)
+def test_every_measure_equals_pytrec_eval_with_ties_and_missing_positives(queries, corpus, cutoff, seed):
+    import pytrec_eval
+
+    from embedding_finetune.retrieval import search
+
+    rng = np.random.default_rng(seed)
+    # Small integers: scores tie often, and are exact.
+    q, p = (rng.integers(-1, 2, (count, 2)).astype(np.float32) for count in (queries, corpus))
+    scores, positions = search(q, p, cutoff, ties="last")
+    answers = [set(rng.integers(0, corpus + 3, rng.integers(1, 5)).tolist()) for _ in range(queries)]
+    relevant = [{position for position in positions if position < corpus} for positions in answers]
+    counts = np.array([len(positions) for positions in answers])
+    ours = per_query(relevance_of(positions, relevant), counts, list(MEASURES), [cutoff])
+
+    docid = "{:09d}".format
+    run = {str(n): {docid(d): float(s) for d, s in zip(positions[n], scores[n]) if d >= 0} for n in range(queries)}
+    qrels = {str(n): {docid(d): 1 for d in answers[n]} for n in range(queries)}
+    names = {
+        "MRR": "recip_rank",
+        "Hit": f"success_{cutoff}",
+        "Recall": f"recall_{cutoff}",
+        "nDCG": f"ndcg_cut_{cutoff}",
+        "MAP": f"map_cut_{cutoff}",
+        "Precision": f"P_{cutoff}",
+    }
+    asked = {f"{name.rsplit('_', 1)[0]}.{cutoff}" for name in names.values() if name[-1].isdigit()} | {"recip_rank"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, asked).evaluate(run)
+    for (name, trec), n in itertools.product(names.items(), range(queries)):
+        assert ours[f"{name}@{cutoff}"][n] == pytest.approx(theirs[str(n)][trec], abs=1e-9), (name, n)
+
+
+def exact_p_value(differences):
+    """Every assignment of signs."""
+    observed = abs(np.mean(differences))
+    signs = itertools.product([-1, 1], repeat=len(differences))
+    return np.mean([abs(np.mean(np.multiply(s, differences))) >= observed - 1e-12 for s in signs])
+
+
+def test_the_p_value_is_the_share_of_sign_flips_as_extreme():
+    base = np.array([0.5, 0.2, 1.0, 0.0, 0.3, 0.1, 0.5, 0.25])
+    other = base + np.array([0.1, 0.2, -0.05, 0.3, 0.1, 0.2, -0.05, 0.0])
+    result = compare(base, other, seed=0, rounds=40_000)
+    assert result.p_value == pytest.approx(exact_p_value(other - base), abs=0.01)
+    assert result.mean == pytest.approx(0.1)
+
+
+def test_the_interval_is_that_of_resampled_queries():
+    rng = np.random.default_rng(0)
+    base, other = rng.random(200), rng.random(200) + 0.1
+    result = compare(base, other, seed=1)
+    draws = np.random.default_rng(2).choice(other - base, (10_000, 200)).mean(axis=1)
+    assert (result.low, result.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.005)
+
+
+def test_equal_models_are_not_different_and_the_seed_decides_the_rest():
+    scores = np.random.default_rng(0).random(50)
+    assert compare(scores, scores, seed=0) == (0, 0, 0, 1)
+    other = scores[::-1].copy()
+    assert compare(scores, other, seed=3) == compare(scores, other, seed=3)

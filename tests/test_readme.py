@@ -8,11 +8,10 @@ import pytest
 from conftest import REPOSITORY
 from transformers import TrainingArguments
 
-from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
-
 import evaluate
 import finetune
 import mine_hard_neg
+from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
