@@ -127,7 +127,7 @@ expected = (torch.arange(1., 5.) * 3)[start : start + len(rows), None].expand(-1
 assert torch.equal(rows.grad, expected), rows.grad
 ids, _ = gather_rows(torch.tensor([rank] * (rank + 1)))
 assert ids.tolist() == [0, 1, 1]
-print("rank", rank, "ok")
+print("ok")
 dist.destroy_process_group()
 """
 
@@ -135,7 +135,7 @@ dist.destroy_process_group()
 def test_gathered_rows_of_unequal_number_carry_the_gradients_of_every_process(tmp_path):
     result = launch(GATHER, tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == ["rank 0 ok", "rank 1 ok"]
+    assert result.stdout.count("ok") == 2
 
 
 def test_a_failing_process_ends_the_run_with_its_own_error(data, tmp_path):
