@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = make_trainer(model_args, data_args, args, dataset, task)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
-    summary = trainer.summary(time.monotonic() - began)
+    seconds = time.monotonic() - began
     trainer.save_model()
+    summary = trainer.summary(seconds)
     if trainer.is_world_process_zero():
         with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
             file.write(json.dumps(summary, indent=2).encode() + b"\n")

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -75,22 +76,24 @@ class BiEncoder(nn.Module):
         recompute_sub_batches they are not kept at all: the backward pass computes each sub-batch again, so that
         memory does not grow with the batch (the gradient cache of arXiv:2101.06983, dropout masks included).
         """
-        lengths = attention_mask.sum(dim=1)
         budget = self.tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
+        lengths = attention_mask.sum(dim=1).cpu().numpy()  # (N,)
+        left_padded = bool(attention_mask[:, 0].sum() < attention_mask[:, -1].sum())
         # The word embeddings of the whole batch are looked up once: the gradient of a lookup is as large
         # as its table, and would be paid for by every sub-batch.
         token_ids, positions = input_ids.unique(return_inverse=True)  # (V,), (N, T)
         table = self.backbone.get_input_embeddings()(token_ids)  # (V, H')
-        batches = [torch.from_numpy(rows) for rows in batches_by_length(lengths.cpu().numpy(), budget)]
+        batches = list(batches_by_length(lengths, budget))
         embeddings = []
         for rows in batches:
-            columns = _columns_in_use(attention_mask[rows])
+            width = padded_length(int(lengths[rows].max()), limit=input_ids.shape[1])
+            columns = slice(-width, None) if left_padded else slice(0, width)
             inputs = (table, positions[rows, columns], attention_mask[rows, columns])
             if self.recompute_sub_batches:
                 embeddings.append(checkpoint(self._embed_from_table, *inputs, use_reentrant=False))
             else:
                 embeddings.append(self._embed_from_table(*inputs))
-        order = torch.cat(batches).argsort().to(input_ids.device)
+        order = torch.from_numpy(np.concatenate(batches).argsort()).to(input_ids.device)
         return torch.cat(embeddings)[order]
 
     def _embed_from_table(self, table: Tensor, positions: Tensor, attention_mask: Tensor) -> Tensor:
@@ -134,16 +137,6 @@ class BiEncoder(nn.Module):
     def activation_checkpointing_enable(self, **options: object) -> None:
         """What transformers' Trainer calls under --gradient_checkpointing."""
         self.backbone.activation_checkpointing_enable(**options)
-
-
-def _columns_in_use(attention_mask: Tensor) -> slice:
-    """The columns of (n, T) that any text has tokens in, and as many more as make it a length of few shapes."""
-    width = attention_mask.shape[1]
-    used = attention_mask.any(dim=0).nonzero()
-    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
-    if first == 0:  # padding is on the right, or there is none
-        return slice(0, padded_length(last + 1, width))
-    return slice(width - padded_length(width - first, width), width)
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
