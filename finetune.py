@@ -25,7 +25,6 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,11 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_evaluation(data_args, dataset)
 
     trainer = make_trainer(model_args, data_args, args, dataset, task)
-    began = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - began
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    summary = trainer.summary(seconds)
+    summary = trainer.summary(result.metrics)
     if trainer.is_world_process_zero():
         with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
             file.write(json.dumps(summary, indent=2).encode() + b"\n")

@@ -110,22 +110,24 @@ class RetrievalTrainer(Trainer):
                 return {name.removeprefix("eval_"): entry[name] for name in entry if "@" in name}
         return None
 
-    def summary(self, seconds: float) -> dict:
-        """What the run did, for people and for training_summary.json; evaluates the final weights if need be."""
+    def summary(self, train_metrics: dict[str, float]) -> dict:
+        """What the run did, for people and for training_summary.json; evaluates the final weights if need be.
+
+        train_metrics: those of train()'s result; time and rate are of this process, also in a resumed run.
+        """
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        steps = self.state.global_step - self._initial_global_step
-        samples = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        if self.eval_dataset is not None and self.metrics_at(best or self.state.global_step) is None:
+        final = best or self.state.global_step
+        if self.eval_dataset is not None and self.metrics_at(final) is None:
             self.evaluate()
         return {
             "rows": len(self.train_dataset),
             "steps": self.state.global_step,
             "epochs": self.state.epoch,
-            "seconds": round(seconds, 1),
-            "samples_per_second": round(samples / seconds, 3) if seconds else None,
+            "seconds": train_metrics["train_runtime"],
+            "samples_per_second": train_metrics["train_samples_per_second"],
             "best_step": best,
             "metrics_before": self.metrics_at(0),
-            "metrics_after": self.metrics_at(best or self.state.global_step),
+            "metrics_after": self.metrics_at(final),
             "checkpoint": self.args.output_dir,
         }
 

@@ -217,9 +217,9 @@ def test_the_best_weights_are_loaded_and_patience_stops_the_run(make_trainer, mo
         eval_on_start=True,
         early_stopping_patience=2,
     )
-    trainer.train()
+    result = trainer.train()
     assert trainer.state.global_step == 8  # 0.1 at 0, 0.5 at 2, 0.9 at 4, then 0.4 and 0.3
-    summary = trainer.summary(1.0)
+    summary = trainer.summary(result.metrics)
     assert summary["best_step"] == 4
     assert (summary["metrics_before"], summary["metrics_after"]) == ({"MRR@10": 0.1}, {"MRR@10": 0.9})
     best = load_file(f"{trainer.args.output_dir}/checkpoint-4/model.safetensors")
