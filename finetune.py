@@ -33,6 +33,9 @@ from embedding_finetune.command_line import UserError, command, first_line, log_
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from embedding_finetune.checkpoint import EmbeddingConfig
     from embedding_finetune.data import TrainDataset
     from embedding_finetune.trainer import RetrievalTrainer
     from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -101,14 +104,7 @@ def make_trainer(
 ) -> "RetrievalTrainer":
     """Load the model, settle how it embeds, and put it together with data and arguments."""
     from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.dropout import use_cheap_dropout
-    from embedding_finetune.model import (
-        BiEncoder,
-        check_max_length,
-        freeze_position_embeddings,
-        length_limit,
-        load_backbone,
-    )
+    from embedding_finetune.model import BiEncoder, load_backbone
     from embedding_finetune.trainer import RetrievalTrainer
 
     backbone, tokenizer, config = load_backbone(
@@ -119,23 +115,14 @@ def make_trainer(
         cache_dir=model_args.cache_dir,
         trust_remote_code=model_args.trust_remote_code,
     )
-    limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", data_args.query_max_len, limit)
-    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
-    use_cheap_dropout(backbone)
-    if args.negatives_cross_device and args.world_size == 1:
-        logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
-    if args.fix_position_embedding:
-        freeze_position_embeddings(backbone)
+    saved_length = settle_lengths(backbone, tokenizer, config, data_args)
+    settle_parameters(backbone, args)
     config = config.with_flags(
         pooling=args.sentence_pooling_method,
         normalized=args.normalized,
         query_instruction=data_args.query_instruction_for_retrieval,
         passage_instruction=data_args.passage_instruction_for_retrieval,
     )
-    # The finished model keeps the length it came with, and takes at least what it was trained on.
-    trained_length = max(data_args.query_max_len, data_args.passage_max_len)
-    saved_length = max(trained_length, min(config.max_seq_length or limit, limit))
     model = BiEncoder(
         backbone,
         config,
@@ -157,6 +144,37 @@ def make_trainer(
     return RetrievalTrainer(
         model, args, train_dataset=dataset, data_collator=collator, saved_config=saved_config, task=task
     )
+
+
+def settle_lengths(
+    backbone: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "EmbeddingConfig",
+    data_args: "DataArguments",
+) -> int:
+    """Check the length flags against the model; the max_seq_length that the finished model gets.
+
+    It keeps the one it came with, and takes at least what it was trained on.
+    """
+    from embedding_finetune.model import check_max_length, length_limit
+
+    limit = length_limit(backbone, tokenizer)
+    check_max_length("--query_max_len", data_args.query_max_len, limit)
+    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
+    own_length = min(config.max_seq_length or limit, limit)
+    return max(data_args.query_max_len, data_args.passage_max_len, own_length)
+
+
+def settle_parameters(backbone: "PreTrainedModel", args: "RetrieverTrainingArguments") -> None:
+    """Make dropout cheap, freeze what is to stay, and say so where a flag has nothing to act on."""
+    from embedding_finetune.dropout import use_cheap_dropout
+    from embedding_finetune.model import freeze_position_embeddings
+
+    use_cheap_dropout(backbone)
+    if args.fix_position_embedding:
+        freeze_position_embeddings(backbone)
+    if args.negatives_cross_device and args.world_size == 1:
+        logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
 
 
 def parse_arguments(
