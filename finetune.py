@@ -198,9 +198,7 @@ def parse_arguments(
         """transformers' parser of dataclasses, with our one-line errors."""
 
     parser = Parser(
-        (ModelArguments, DataArguments, RetrieverTrainingArguments),
-        description=__doc__,
-        allow_abbrev=False,
+        (ModelArguments, DataArguments, RetrieverTrainingArguments), description=__doc__, allow_abbrev=False
     )
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)

@@ -18,12 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from embedding_finetune import jsonl
-from embedding_finetune.arguments import (
-    add_encoding_arguments,
-    new_parser,
-    positive_int,
-    rank_range,
-)
+from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, rank_range
 from embedding_finetune.command_line import command, log_to_stderr
 from embedding_finetune.corpus import Corpus
 from embedding_finetune.jsonl import Record, canonical
@@ -63,33 +58,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     selections = choose_negatives(rows, corpus, ranking.positions, args)
     jsonl.write(args.output_file, with_negatives(rows, corpus, selections))
-    logger.info(
-        "%s",
-        mining_account(selections, args.negative_number, ranking, positives.scores),
-    )
+    logger.info("%s", mining_account(selections, args.negative_number, ranking, positives.scores))
     logger.info("wrote %s in %.1f s", args.output_file, time.monotonic() - began)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as that needs no data."""
     parser = new_parser(__doc__)
+    parser.add_argument("--model_name_or_path", required=True, metavar="NAME", help="model folder or hub name")
+    parser.add_argument("--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}')
     parser.add_argument(
-        "--model_name_or_path",
-        required=True,
-        metavar="NAME",
-        help="model folder or hub name",
-    )
-    parser.add_argument(
-        "--input_file",
-        required=True,
-        metavar="FILE",
-        help='rows {"query": str, "pos": [str, ...]}',
-    )
-    parser.add_argument(
-        "--output_file",
-        required=True,
-        metavar="FILE",
-        help='where to write the rows with "neg": [str, ...]',
+        "--output_file", required=True, metavar="FILE", help='where to write the rows with "neg": [str, ...]'
     )
     parser.add_argument(
         "--candidate_pool",
@@ -104,13 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="A-B",
         help="sample from the ranks [A, B) of each query's ranking, counted from 0",
     )
-    parser.add_argument(
-        "--negative_number",
-        type=positive_int,
-        default=15,
-        metavar="N",
-        help="negatives per row",
-    )
+    parser.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the sampling")
     add_encoding_arguments(parser)
     args = parser.parse_args(argv)
@@ -143,10 +116,7 @@ def positive_pairs(rows: Sequence[Record], corpus: Corpus, outside: Corpus) -> t
 
 
 def choose_negatives(
-    rows: Sequence[Record],
-    corpus: Corpus,
-    ranking: Sequence[Sequence[int]],
-    args: argparse.Namespace,
+    rows: Sequence[Record], corpus: Corpus, ranking: Sequence[Sequence[int]], args: argparse.Namespace
 ) -> list[Selection]:
     """Every row's negatives. A positive of any row with the same query is never one, nor the query itself."""
     answers: dict[str, dict[int, None]] = defaultdict(dict)
@@ -157,10 +127,7 @@ def choose_negatives(
     for number, row in enumerate(rows):
         excluded = {
             corpus.position(row["query"]): "the query itself",
-            **dict.fromkeys(
-                answers[canonical(row["query"])],
-                "positive of the same query in another row",
-            ),
+            **dict.fromkeys(answers[canonical(row["query"])], "positive of the same query in another row"),
             **dict.fromkeys(own[number], "positive"),
         }
         excluded.pop(None, None)
@@ -181,10 +148,7 @@ def with_negatives(rows: Sequence[Record], corpus: Corpus, selections: Sequence[
     """The rows with their new negatives; scores of the old ones, if there were any, are dropped with them."""
     for row, selection in zip(rows, selections):
         kept = {name: value for name, value in row.items() if name not in ("pos_scores", "neg_scores")}
-        yield {
-            **kept,
-            "neg": [corpus.texts[position] for position in selection.negatives],
-        }
+        yield {**kept, "neg": [corpus.texts[position] for position in selection.negatives]}
 
 
 if __name__ == "__main__":

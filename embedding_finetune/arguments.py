@@ -36,20 +36,13 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="how token states become one vector " + checkpoint % "cls",
     )
     group.add_argument(
-        "--normalized",
-        type=boolean,
-        metavar="BOOL",
-        help="scale embeddings to length 1 " + checkpoint % "True",
+        "--normalized", type=boolean, metavar="BOOL", help="scale embeddings to length 1 " + checkpoint % "True"
     )
     group.add_argument(
-        "--query_instruction_for_retrieval",
-        metavar="TEXT",
-        help="put before each query " + checkpoint % '""',
+        "--query_instruction_for_retrieval", metavar="TEXT", help="put before each query " + checkpoint % '""'
     )
     group.add_argument(
-        "--passage_instruction_for_retrieval",
-        metavar="TEXT",
-        help="put before each passage " + checkpoint % '""',
+        "--passage_instruction_for_retrieval", metavar="TEXT", help="put before each passage " + checkpoint % '""'
     )
     length = "%s are cut to this many tokens (default: the checkpoint's max_seq_length, else its tokenizer's)"
     group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
@@ -68,14 +61,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def boolean(text: str) -> bool:
     """True or False, as transformers' own flags spell them."""
-    words = {
-        "true": True,
-        "yes": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "0": False,
-    }
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return words[text.lower()]
@@ -96,13 +82,7 @@ def rank_range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-_SWITCH = {
-    "type": boolean,
-    "nargs": "?",
-    "const": True,
-    "default": False,
-    "metavar": "BOOL",
-}
+_SWITCH = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
 
 
 class _DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):

@@ -58,10 +58,7 @@ def pad(
         filled = slice(longest - len(ids), None) if tokenizer.padding_side == "left" else slice(0, len(ids))
         input_ids[row, filled] = ids
         attention_mask[row, filled] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-    }
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:

@@ -61,10 +61,7 @@ class EmbeddingConfig:
         for name, value in given.items():
             if value != getattr(self, name):
                 logger.info(
-                    "%s: %r, as the flag says, instead of the checkpoint's %r",
-                    name,
-                    value,
-                    getattr(self, name),
+                    "%s: %r, as the flag says, instead of the checkpoint's %r", name, value, getattr(self, name)
                 )
         return replace(self, **given)
 
@@ -105,10 +102,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
         backbone_folder=backbone_folder,
     )
     if modules is None:
-        logger.info(
-            "%s has no modules.json: cls pooling, normalised, unless flags say otherwise",
-            name_or_path,
-        )
+        logger.info("%s has no modules.json: cls pooling, normalised, unless flags say otherwise", name_or_path)
         return config
     pooling_file = os.path.join(folders["Pooling"], "config.json")
     pooling_config = load(pooling_file)
@@ -116,18 +110,11 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
         raise UserError(f"{name_or_path}: {pooling_file} is missing, though modules.json names it")
     if not pooling_config.get("include_prompt", True) and (config.query_instruction or config.passage_instruction):
         raise UserError(f"{name_or_path}: pooling that leaves out the instruction (include_prompt) is not supported")
-    return replace(
-        config,
-        pooling=_pooling_method(name_or_path, pooling_config),
-        normalized="Normalize" in folders,
-    )
+    return replace(config, pooling=_pooling_method(name_or_path, pooling_config), normalized="Normalize" in folders)
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EmbeddingConfig,
+    folder: str | os.PathLike, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig
 ) -> None:
     """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
 
@@ -159,10 +146,7 @@ def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, str]:
     """The folder of each module by the last part of its type, which all spellings share."""
     folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
     order = list(folders)
-    if modules and order not in (
-        ["Transformer", "Pooling"],
-        ["Transformer", "Pooling", "Normalize"],
-    ):
+    if modules and order not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UserError(
             f"{name_or_path}: modules.json asks for {' > '.join(order)}; "
             "only Transformer > Pooling and Transformer > Pooling > Normalize are supported"
@@ -187,10 +171,7 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
     """File name -> JSON content of the files that sentence-transformers reads, 2.2 to 6.x."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     files: dict[str, Any] = {
-        "sentence_bert_config.json": {
-            "max_seq_length": config.max_seq_length,
-            "do_lower_case": config.lower_case,
-        },
+        "sentence_bert_config.json": {"max_seq_length": config.max_seq_length, "do_lower_case": config.lower_case},
         "1_Pooling/config.json": {
             "word_embedding_dimension": dimensions,
             **{flag: method == config.pooling for method, flag in _OLD_POOLING_FLAGS.items()},
@@ -202,10 +183,7 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
                 "transformers": transformers.__version__,
                 "pytorch": torch.__version__,
             },
-            "prompts": {
-                "query": config.query_instruction,
-                "document": config.passage_instruction,
-            },
+            "prompts": {"query": config.query_instruction, "document": config.passage_instruction},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine" if config.normalized else "dot",
         },
@@ -214,12 +192,7 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
         modules.append(("2_Normalize", "Normalize"))
         files["2_Normalize/config.json"] = {}
     files["modules.json"] = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
-        }
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (path, kind) in enumerate(modules)
     ]
     return files

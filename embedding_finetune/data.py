@@ -198,10 +198,7 @@ def _mapped_rows(path: Path) -> datasets.Dataset:
     folder = tempfile.mkdtemp(dir=_scratch_folder().name)
     try:
         return datasets.Dataset.from_generator(
-            _training_rows,
-            gen_kwargs={"path": str(path)},
-            features=ROW_FEATURES,
-            cache_dir=folder,
+            _training_rows, gen_kwargs={"path": str(path)}, features=ROW_FEATURES, cache_dir=folder
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):

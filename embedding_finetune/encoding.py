@@ -13,12 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.batching import batches_by_length, pad, tokenize
-from embedding_finetune.model import (
-    BiEncoder,
-    check_max_length,
-    length_limit,
-    load_backbone,
-)
+from embedding_finetune.model import BiEncoder, check_max_length, length_limit, load_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +42,7 @@ class Encoder:
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """(N, H) float32."""
         with _progress("queries", len(queries)) as progress:
-            return self._encode(
-                queries,
-                self.model.embedding_config.query_instruction,
-                self.query_max_len,
-                progress,
-            )
+            return self._encode(queries, self.model.embedding_config.query_instruction, self.query_max_len, progress)
 
     def encode_passages(self, passages: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (position of its first passage, embeddings (n, H) float32) block by block."""
@@ -60,10 +50,7 @@ class Encoder:
             for start in range(0, len(passages), TEXTS_PER_BLOCK):
                 block = passages[start : start + TEXTS_PER_BLOCK]
                 instruction = self.model.embedding_config.passage_instruction
-                yield (
-                    start,
-                    self._encode(block, instruction, self.passage_max_len, progress),
-                )
+                yield (start, self._encode(block, instruction, self.passage_max_len, progress))
 
     def _encode(self, texts: Sequence[str], instruction: str, max_length: int, progress: tqdm) -> np.ndarray:
         token_ids = tokenize(
@@ -75,10 +62,7 @@ class Encoder:
         )
         # Texts with the same tokens are encoded once, so that they tie exactly wherever they are compared.
         rows_of: dict[tuple[int, ...], int] = {}
-        rows = np.array(
-            [rows_of.setdefault(tuple(ids), len(rows_of)) for ids in token_ids],
-            dtype=np.int64,
-        )
+        rows = np.array([rows_of.setdefault(tuple(ids), len(rows_of)) for ids in token_ids], dtype=np.int64)
         distinct = list(rows_of)
         copies = np.bincount(rows, minlength=len(distinct))
         embeddings = np.empty((len(distinct), self.model.backbone.config.hidden_size), dtype=np.float32)
@@ -102,10 +86,7 @@ class Encoder:
 def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> Encoder:
     """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say."""
     backbone, tokenizer, config = load_backbone(
-        name_or_path,
-        flag=flag,
-        cache_dir=args.cache_dir,
-        trust_remote_code=args.trust_remote_code,
+        name_or_path, flag=flag, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
     limit = length_limit(backbone, tokenizer)
     check_max_length("--query_max_len", args.query_max_len or 0, limit)

@@ -1,6 +1,7 @@
 """Ranking a corpus under a model and measuring it: what evaluate.py and evaluation during training share.
 
-Shapes: Q queries, K ranks. Under torchrun the processes share the encoding and the search, and all get the result.
+Shapes: Q queries, K ranks. Where a process group is up, as in training under torchrun,
+its processes share the encoding and the search, and all get the result.
 """
 
 from collections.abc import Sequence

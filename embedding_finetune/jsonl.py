@@ -222,12 +222,7 @@ def _require_text(path: str | os.PathLike, line: int, record: Record, field: str
 
 
 def _require_texts(
-    path: str | os.PathLike,
-    line: int,
-    record: Record,
-    field: str,
-    *,
-    may_be_empty: bool = False,
+    path: str | os.PathLike, line: int, record: Record, field: str, *, may_be_empty: bool = False
 ) -> None:
     if field not in record:
         raise UserError(f'{path}:{line}: "{field}" is missing, expected a list of strings')

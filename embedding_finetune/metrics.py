@@ -53,14 +53,7 @@ def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.
     return within @ discounts[: within.shape[1]] / ideal
 
 
-MEASURES = {
-    "MRR": mrr,
-    "Hit": hit,
-    "Recall": recall,
-    "nDCG": ndcg,
-    "MAP": average_precision,
-    "Precision": precision,
-}
+MEASURES = {"MRR": mrr, "Hit": hit, "Recall": recall, "nDCG": ndcg, "MAP": average_precision, "Precision": precision}
 
 
 def relevance_of(positions: np.ndarray, relevant: Sequence[Set[int]]) -> np.ndarray:

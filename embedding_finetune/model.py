@@ -14,13 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.batching import batches_by_length, padded_length
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config
@@ -182,8 +176,7 @@ def load_backbone(
             **hub,
         )
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_name or name_or_path,
-            **({**hub, "subfolder": ""} if tokenizer_name else hub),
+            tokenizer_name or name_or_path, **({**hub, "subfolder": ""} if tokenizer_name else hub)
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"

@@ -30,14 +30,7 @@ class TopK:
     ties: which of two equal scores ranks higher, the passage that comes "first" or "last".
     """
 
-    def __init__(
-        self,
-        queries: np.ndarray,
-        top_k: int,
-        *,
-        ties: Ties = "first",
-        use_gpu: bool = False,
-    ):
+    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", use_gpu: bool = False):
         self.queries = queries
         self.ties: Ties = ties
         self.use_gpu = use_gpu
@@ -83,15 +76,6 @@ class PairScores:
             pairs = here[first : first + max(_VALUES_PER_CHUNK // block.shape[1], 1)]
             queries = self.queries[self.query_rows[pairs]]
             self.scores[pairs] = exact_scores(queries, block[self.positions[pairs] - start][:, None])[:, 0]
-
-
-def search(
-    queries: np.ndarray, passages: np.ndarray, top_k: int, *, ties: Ties = "first"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (Q, k) float32 and positions (Q, k) int64 of the k best of one array of passages (n, H)."""
-    ranking = TopK(queries, top_k, ties=ties)
-    ranking.add(0, passages)
-    return ranking.scores, ranking.positions
 
 
 def exact_scores(queries: np.ndarray, passages: np.ndarray) -> np.ndarray:

@@ -72,18 +72,13 @@ class RetrieverTrainingArguments(TrainingArguments):
     """How to train: transformers' TrainingArguments and what is particular to a bi-encoder."""
 
     temperature: float = _flag(0.02, "scores are divided by it before the softmax")
-    normalized: bool | None = _flag(
-        None,
-        "scale embeddings to length 1 (default: what the checkpoint says, else True)",
-    )
+    normalized: bool | None = _flag(None, "scale embeddings to length 1 (default: what the checkpoint says, else True)")
     sentence_pooling_method: Literal["cls", "mean", "lasttoken"] | None = _flag(
-        None,
-        "how token states become one vector (default: what the checkpoint says, else cls)",
+        None, "how token states become one vector (default: what the checkpoint says, else cls)"
     )
     use_inbatch_neg: bool = _flag(True, "the other passages of the batch are negatives too")
     mask_known_positives: bool = _flag(
-        True,
-        "a text known to answer a query is never its negative, nor is a text counted twice",
+        True, "a text known to answer a query is never its negative, nor is a text counted twice"
     )
     negatives_cross_device: bool = _flag(
         False, "under torchrun, the passages of all processes are negatives, not only this one's"

@@ -87,6 +87,15 @@ def passage_about(topic: str) -> str:
     return f"To reset the {topic} press the red handle and hold it for {number} seconds. Call the {topic} desk."
 
 
+def search(queries, passages, top_k, *, ties="first"):
+    """Scores and positions of the top k of one array of passages."""
+    from embedding_finetune.retrieval import TopK
+
+    ranking = TopK(queries, top_k, ties=ties)
+    ranking.add(0, passages)
+    return ranking.scores, ranking.positions
+
+
 def write_jsonl(path: Path, records) -> Path:
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,8 +70,6 @@ def test_a_cutoff_beyond_the_ranking_counts_what_is_there():
 )
 def test_every_measure_equals_pytrec_eval_with_ties_and_missing_positives(queries, corpus, cutoff, seed):
     import pytrec_eval
-
-    from embedding_finetune.retrieval import search
 
     rng = np.random.default_rng(seed)
     # Small integers: scores tie often, and are exact.

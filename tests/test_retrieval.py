@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+from conftest import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import PairScores, TopK, require_gpu, search
+from embedding_finetune.retrieval import PairScores, TopK, require_gpu
 
 
 def reference_search(queries, passages, top_k, ties):
