@@ -16,16 +16,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from embedding_finetune import jsonl
 from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int
 from embedding_finetune.command_line import command, log_to_stderr
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 from embedding_finetune.jsonl import Record
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MEASURES = ("MRR", "Hit", "Recall", "nDCG", "MAP", "Precision")
 SIGNIFICANT = 0.05
@@ -43,35 +41,36 @@ def main(argv: Sequence[str] | None = None) -> dict:
     task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
+    from embedding_finetune.distributed import own_gpu, rank, start
     from embedding_finetune.encoding import load_encoder
     from embedding_finetune.evaluation import rank_corpus, values_per_query
     from embedding_finetune.evaluation_files import SHOWN, write_evaluation
-    from embedding_finetune.model import weights_digest
     from embedding_finetune.report import evaluation_tables
-    from embedding_finetune.retrieval import require_gpu
+    from embedding_finetune.retrieval import gpus_to_search_on
 
-    if args.use_gpu_for_searching:
-        require_gpu()
+    start()
+    gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
     rankings, values, weights = {}, {}, {}
     for name in args.model_name:
         encoder = load_encoder(name, args, flag="--model_name")
-        weights[name] = weights_digest(encoder.model.backbone)
-        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *args.cutoffs), use_gpu=args.use_gpu_for_searching)
+        weights[name] = encoder.weights_digest
+        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *args.cutoffs), gpus=gpus)
         values[name] = values_per_query(rankings[name], task, args.measures, args.cutoffs)
 
     document = summarize(values, task, args, weights)
-    if args.output_dir is not None:
-        write_evaluation(Path(args.output_dir), document, task, rankings)
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
-    if args.json:
-        print(json.dumps(document, ensure_ascii=False))
-    else:
-        if len(metrics) > 1 or document["groups"]:
-            print(evaluation_tables(document))
-        print(result)
-    sys.stdout.flush()
-    fail_if_asked(document, args)
+    if rank() == 0:
+        if args.output_dir is not None:
+            write_evaluation(Path(args.output_dir), document, task, rankings)
+        if args.json:
+            print(json.dumps(document, ensure_ascii=False))
+        else:
+            if len(metrics) > 1 or document["groups"]:
+                print(evaluation_tables(document))
+            print(result)
+        sys.stdout.flush()
+        fail_if_asked(document, args)
     return result
 
 
@@ -138,6 +137,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     jsonl.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
     if args.output_dir is not None:
         jsonl.require_folder("--output_dir", args.output_dir)
+    if args.embeddings_dir is not None:
+        jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
 
 
 def threshold(text: str) -> tuple[str, float]:
@@ -149,7 +150,7 @@ def threshold(text: str) -> tuple[str, float]:
 
 
 def summarize(
-    values: "Mapping[str, Mapping[str, np.ndarray]]",
+    values: Mapping[str, Mapping[str, np.ndarray]],
     task: RetrievalTask,
     args: argparse.Namespace,
     weights: Mapping[str, str],

@@ -17,6 +17,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from embedding_finetune import jsonl
 from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, rank_range
 from embedding_finetune.command_line import command, log_to_stderr
@@ -38,23 +40,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
 
     # Heavy imports wait until flags and data are known to be good.
+    from embedding_finetune.distributed import own_gpu, rank, start
     from embedding_finetune.encoding import load_encoder
     from embedding_finetune.report import mining_account
-    from embedding_finetune.retrieval import PairScores, TopK, require_gpu
+    from embedding_finetune.retrieval import PairScores, TopK, gpus_to_search_on
+    from embedding_finetune.search import encode_own_passages, encode_queries, merge_rankings, merge_scores
 
-    if args.use_gpu_for_searching:
-        require_gpu()
+    start()
+    gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
     encoder = load_encoder(args.model_name_or_path, args, flag="--model_name_or_path")
-    queries = encoder.encode_queries([row["query"] for row in rows])
-    ranking = TopK(queries, args.range_for_sampling[1], use_gpu=args.use_gpu_for_searching)
+    queries = encode_queries(encoder, [row["query"] for row in rows])
+    ranking = TopK(queries, args.range_for_sampling[1], gpus=gpus)
     # Positives that the pool does not hold are scored for the account, but cannot be retrieved.
-    outside = Corpus(text for row in rows for text in row["pos"] if corpus.position(text) is None)
+    outside = Corpus(missing_positives(rows, corpus))
     positives = PairScores(queries, *positive_pairs(rows, corpus, outside))
-    for start, block in encoder.encode_passages(corpus.texts):
-        ranking.add(start, block)
-        positives.add(start, block)
-    for start, block in encoder.encode_passages(outside.texts):
-        positives.add(len(corpus) + start, block)
+    for first, block in encode_own_passages(encoder, corpus.texts):
+        ranking.add(first, block)
+        positives.add(first, block)
+    for first, block in encode_own_passages(encoder, outside.texts):
+        positives.add(len(corpus) + first, block)
+    merge_rankings(ranking)
+    merge_scores(positives)
+    if rank() > 0:
+        return
 
     selections = choose_negatives(rows, corpus, ranking.positions, args)
     jsonl.write(args.output_file, with_negatives(rows, corpus, selections))
@@ -91,6 +99,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.candidate_pool is not None:
         jsonl.require_file("--candidate_pool", args.candidate_pool)
     jsonl.require_writable("--output_file", args.output_file)
+    if args.embeddings_dir is not None:
+        jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
     return args
 
 
@@ -104,33 +114,39 @@ def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Itera
             yield from row.get("neg", ())
 
 
-def positive_pairs(rows: Sequence[Record], corpus: Corpus, outside: Corpus) -> tuple[list[int], list[int]]:
-    """Row number and position of every positive; those outside the corpus are numbered on from its end."""
-    pairs: tuple[list[int], list[int]] = ([], [])
-    for number, row in enumerate(rows):
-        for text in row["pos"]:
-            position = corpus.position(text)
-            pairs[0].append(number)
-            pairs[1].append(len(corpus) + outside.position(text) if position is None else position)
-    return pairs
+def missing_positives(rows: Sequence[Record], corpus: Corpus) -> Iterator[str]:
+    """The positives that the corpus does not hold."""
+    for row in rows:
+        positions = corpus.positions(row["pos"])
+        yield from (text for text, position in zip(row["pos"], positions) if position < 0)
+
+
+def positive_pairs(rows: Sequence[Record], corpus: Corpus, outside: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Row number and position of every positive (P,); those outside the corpus are numbered on from its end."""
+    texts = [text for row in rows for text in row["pos"]]
+    positions = corpus.positions(texts)
+    absent = np.flatnonzero(positions < 0)
+    positions[absent] = len(corpus) + outside.positions([texts[pair] for pair in absent])
+    return np.repeat(np.arange(len(rows)), [len(row["pos"]) for row in rows]), positions
 
 
 def choose_negatives(
     rows: Sequence[Record], corpus: Corpus, ranking: Sequence[Sequence[int]], args: argparse.Namespace
 ) -> list[Selection]:
     """Every row's negatives. A positive of any row with the same query is never one, nor the query itself."""
+    own = [corpus.positions(row["pos"]).tolist() for row in rows]
+    queries = corpus.positions([row["query"] for row in rows]).tolist()
     answers: dict[str, dict[int, None]] = defaultdict(dict)
-    own = [[corpus.position(text) for text in row["pos"]] for row in rows]
     for row, positions in zip(rows, own):
         answers[canonical(row["query"])].update(dict.fromkeys(positions))
     selections = []
     for number, row in enumerate(rows):
         excluded = {
-            corpus.position(row["query"]): "the query itself",
+            queries[number]: "the query itself",
             **dict.fromkeys(answers[canonical(row["query"])], "positive of the same query in another row"),
             **dict.fromkeys(own[number], "positive"),
         }
-        excluded.pop(None, None)
+        excluded.pop(-1, None)  # not in the corpus
         selections.append(
             select_negatives(
                 ranking[number].tolist(),

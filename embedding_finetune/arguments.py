@@ -7,8 +7,7 @@ import argparse
 import re
 from typing import NoReturn
 
-TOKENS_PER_BATCH = 4096
-"""Padded tokens that go through the model at once in encoding, where no flag says otherwise."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 POOLING_METHODS = ("cls", "mean", "lasttoken")
 """`cls`: the first token's state; `mean`: the mean over tokens; `lasttoken`: the last token's state."""
@@ -48,11 +47,25 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
     group.add_argument("--passage_max_len", type=positive_int, metavar="N", help=length % "passages")
     group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the model; auto: bfloat16 where the hardware computes it natively, else float32. "
+        "Pooling, normalisation and scores are float32 always",
+    )
+    group.add_argument(
         "--tokens_per_batch",
         type=positive_int,
-        default=TOKENS_PER_BATCH,
         metavar="N",
-        help="padded tokens that go through the model at once (default: %(default)s)",
+        help="padded tokens that go through the model at once (default: 4096 on CPU, 65536 elsewhere)",
+    )
+    group.add_argument(
+        "--torch_compile", **_SWITCH, help="compile the model: pays after some thousand texts on a CPU, needs g++ there"
+    )
+    group.add_argument(
+        "--embeddings_dir",
+        metavar="DIR",
+        help="keep embeddings there and take what earlier runs with the same weights and settings left",
     )
     group.add_argument("--use_gpu_for_searching", **_SWITCH, help="search with faiss-gpu on all GPUs")
     group.add_argument("--trust_remote_code", **_SWITCH, help="run code that comes with the model")

@@ -17,13 +17,16 @@ def tokenize(
     instruction: str,
     max_length: int,
     lower_case: bool = False,
-) -> list[list[int]]:
-    """Token ids of `instruction + text`, special tokens included, cut to `max_length` tokens, not padded."""
+) -> tuple[list[list[int]], int]:
+    """Token ids of `instruction + text`, special tokens included, not padded, and how many texts had to be cut.
+
+    A text is cut to `max_length` tokens.
+    """
     texts = [instruction + text for text in texts]
     if lower_case:
         texts = [text.lower() for text in texts]
     if not texts:
-        return []
+        return [], 0
     encoded = tokenizer(
         texts,
         truncation=True,
@@ -32,7 +35,11 @@ def tokenize(
         return_attention_mask=False,
         return_token_type_ids=False,
     )
-    return encoded["input_ids"]
+    token_ids = encoded["input_ids"]
+    full = [row for row, ids in enumerate(token_ids) if len(ids) == max_length]
+    if encoded.encodings is not None:
+        return token_ids, sum(bool(encoded.encodings[row].overflowing) for row in full)
+    return token_ids, sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length for row in full)
 
 
 LENGTH_STEP = 8
@@ -59,6 +66,23 @@ def pad(
         input_ids[row, filled] = ids
         attention_mask[row, filled] = 1
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
+
+
+def batches_of_one_length(
+    lengths: Sequence[int] | np.ndarray, tokens_per_batch: int, *, limit: int
+) -> list[np.ndarray]:
+    """Split rows into batches whose texts are padded to the same length, the longest first.
+
+    What a text is computed with so never depends on its neighbours, nor do the last bits of its embedding. Arrays
+    of row numbers with rows * padded length <= tokens_per_batch; a text longer than that is a batch of its own.
+    """
+    padded = np.array([padded_length(max(int(length), 1), limit) for length in lengths], dtype=np.int64)
+    batches = []
+    for length in np.unique(padded)[::-1]:
+        rows = np.flatnonzero(padded == length)
+        step = max(tokens_per_batch // int(length), 1)
+        batches += [rows[first : first + step] for first in range(0, len(rows), step)]
+    return batches
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:

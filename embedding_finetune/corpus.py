@@ -1,37 +1,104 @@
 """What can be retrieved, the distinct texts known by their positions, and what should be."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterable
-from typing import NamedTuple
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from embedding_finetune.jsonl import canonical, read_queries
 
 logger = logging.getLogger(__name__)
 
+_BUFFER_BYTES = 2**20
+
+
+class TextsOnDisk(Sequence[str]):
+    """Texts in a temporary file that goes with the process; memory holds 16 bytes for each.
+
+    Read by offset rather than mapped, so that its pages do not count as this process's memory.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
+        self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
+        ends = array("q", [0])
+        for text in texts:
+            ends.append(ends[-1] + self._file.write(text.encode()))
+        self._file.flush()
+        self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Forget all texts but those at `rows`, in that order."""
+        self._starts, self._ends = self._starts[rows], self._ends[rows]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            start, end = int(self._starts[index]), int(self._ends[index])
+            return self._read(start, end).decode()
+        starts, ends = self._starts[index].tolist(), self._ends[index].tolist()
+        if not starts:
+            return []
+        first = min(starts)
+        span = self._read(first, max(ends))
+        return [span[start - first : end - first].decode() for start, end in zip(starts, ends)]
+
+    def _read(self, start: int, end: int) -> bytes:
+        parts = []
+        while start < end:  # one read gives 2 GiB at most
+            parts.append(os.pread(self._file.fileno(), end - start, start))
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
 
 class Corpus:
     """Texts in first-seen order; texts that are equal in canonical form are one.
 
-    `texts[p]` is the text at position p as it was first written; `duplicates` counts the others.
+    `texts[p]` is the text at position p as it was first written; `duplicates` counts the others. Texts stay on disk:
+    equality is that of 128-bit digests, of which memory holds one for each text.
     """
 
     def __init__(self, texts: Iterable[str]):
-        self.texts: list[str] = []
-        self.duplicates = 0
-        self._positions: dict[str, int] = {}
-        for text in texts:
-            if self._positions.setdefault(canonical(text), len(self.texts)) == len(self.texts):
-                self.texts.append(text)
-            else:
-                self.duplicates += 1
+        digests = bytearray()
+
+        def digested() -> Iterable[str]:
+            for text in texts:
+                digests.extend(_digest(text))
+                yield text
+
+        self.texts = TextsOnDisk(digested())
+        self._digests, first_seen = np.unique(np.frombuffer(digests, dtype="S16"), return_index=True)
+        self.duplicates = len(self.texts) - len(first_seen)
+        order = np.argsort(first_seen)
+        self.texts.keep(first_seen[order])
+        self._positions = np.empty_like(order)  # of the sorted digests
+        self._positions[order] = np.arange(len(order))
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def position(self, text: str) -> int | None:
-        """Where `text` stands, or None when it is not in the corpus."""
-        return self._positions.get(canonical(text))
+    def positions(self, texts: Sequence[str]) -> np.ndarray:
+        """Where each text stands, -1 where it is not in the corpus: (len(texts),) int64."""
+        wanted = np.array([_digest(text) for text in texts], dtype="S16")
+        if not len(self) or not len(wanted):
+            return np.full(len(wanted), -1, dtype=np.int64)
+        places = np.searchsorted(self._digests, wanted).clip(max=len(self) - 1)
+        return np.where(self._digests[places] == wanted, self._positions[places], -1)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(canonical(text).encode(), digest_size=16).digest()
 
 
 class RetrievalTask(NamedTuple):
@@ -62,13 +129,13 @@ class RetrievalTask(NamedTuple):
 def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:
     """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
     rows = list(read_queries(query_file))
-    answers = [{canonical(text): corpus.position(text) for text in row["pos"]} for row in rows]
+    answers = [corpus.positions(row["pos"]) for row in rows]
     digits = len(str(len(rows)))
     task = RetrievalTask(
         queries=[row["query"] for row in rows],
         corpus=corpus,
-        relevant=[{position for position in found.values() if position is not None} for found in answers],
-        relevant_counts=[len(found) for found in answers],
+        relevant=[set(positions[positions >= 0].tolist()) for positions in answers],
+        relevant_counts=[len({canonical(text) for text in row["pos"]}) for row in rows],
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
     )

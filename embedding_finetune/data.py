@@ -155,13 +155,14 @@ class EmbedCollator:
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
         passages = [passage for example in examples for passage in example.passages]
         config = self.config
-        token_ids = tokenize(
+        queries, _ = tokenize(
             self.tokenizer,
             [example.query for example in examples],
             instruction=config.query_instruction,
             max_length=self.query_max_len,
             lower_case=config.lower_case,
-        ) + tokenize(
+        )
+        passages, _ = tokenize(
             self.tokenizer,
             passages,
             instruction=config.passage_instruction,
@@ -169,7 +170,7 @@ class EmbedCollator:
             lower_case=config.lower_case,
         )
         rows: dict[tuple[int, ...], int] = {}
-        texts = iter([rows.setdefault(tuple(ids), len(rows)) for ids in token_ids])
+        texts = iter([rows.setdefault(tuple(ids), len(rows)) for ids in queries + passages])
         query_index = [next(texts) for _ in examples]
         passage_index = [[next(texts) for _ in example.passages] for example in examples]
         passage_ids = [list(map(text_id, example.passages)) for example in examples]

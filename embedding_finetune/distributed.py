@@ -1,6 +1,8 @@
 """What the processes of a torchrun run share. In a run of one process every function here is the identity."""
 
 import atexit
+import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -8,6 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for the others, whose shares may take longer; a dead one is noticed by torchrun."""
+
+
+def start() -> None:
+    """Join the other processes of a torchrun run, each with its own GPU where there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    end_at_exit()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def world_size() -> int:
@@ -23,6 +39,11 @@ def end_at_exit() -> None:
 def rank() -> int:
     """This process's number among them, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def own_gpu() -> int | None:
+    """The number of the GPU that this process works on; None for a process that has all to itself."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else None
 
 
 def own_share(count: int) -> slice:

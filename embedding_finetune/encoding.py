@@ -1,28 +1,70 @@
-"""Texts -> embeddings, in length-sorted batches of a bounded number of tokens.
+"""Texts -> embeddings: block by block, in batches of one length and a bounded number of tokens.
+
+While a block is encoded, the next one is read and tokenized in a thread. What the store already holds is not
+encoded again.
 
 Shapes: N texts, H dimensions.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from embedding_finetune.batching import batches_by_length, pad, tokenize
-from embedding_finetune.model import BiEncoder, check_max_length, length_limit, load_backbone
+from embedding_finetune.allocator import keep_freed_memory
+from embedding_finetune.batching import batches_of_one_length, pad, tokenize
+from embedding_finetune.command_line import UserError
+from embedding_finetune.inference import choose_dtype, prepare_for_encoding
+from embedding_finetune.model import BiEncoder, check_max_length, length_limit, load_backbone, weights_digest
+from embedding_finetune.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
-TEXTS_PER_BLOCK = 32_768
-"""Passages that are tokenized, encoded and searched together; bounds memory, changes no result."""
+T = TypeVar("T")
+
+TEXTS_PER_BLOCK = 8192
+"""Texts that are tokenized, encoded, searched and stored together; bounds memory, changes no result."""
+
+_TOKENS_PER_BATCH = {"cpu": 4096}
+_TOKENS_PER_BATCH_ELSEWHERE = 65_536
+"""Where --tokens_per_batch does not say; see benchmarks/README.md."""
+
+_SHOWN = 60
+
+
+class TextKind(NamedTuple):
+    """How one kind of text is embedded: "query" or "passage", with its instruction and length in tokens."""
+
+    name: str
+    instruction: str
+    max_length: int
+    store: EmbeddingStore | None = None
+
+
+class Block(NamedTuple):
+    """Texts ready for the model: what the store gave, and the token ids of what it did not."""
+
+    start: int
+    texts: Sequence[str]
+    embeddings: np.ndarray  # (n, H), rows of `missing` not yet filled
+    missing: np.ndarray  # (m,)
+    token_ids: list[list[int]]  # of the missing texts
+    cut: int  # how many of these were longer than max_length
 
 
 class Encoder:
-    """A bi-encoder ready to embed queries and passages, each with its own instruction and length."""
+    """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
+
+    tokens_per_batch: padded tokens at once, by default what suits the device. stores: where to keep embeddings.
+    """
 
     def __init__(
         self,
@@ -31,60 +73,120 @@ class Encoder:
         *,
         query_max_len: int,
         passage_max_len: int,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None = None,
+        weights_digest: str = "",
     ):
+        config = model.embedding_config
         self.model = model
         self.tokenizer = tokenizer
-        self.query_max_len = query_max_len
-        self.passage_max_len = passage_max_len
         self.tokens_per_batch = tokens_per_batch
+        self.weights_digest = weights_digest
+        self.query = TextKind("query", config.query_instruction, query_max_len)
+        self.passage = TextKind("passage", config.passage_instruction, passage_max_len)
+
+    def keep_embeddings(self, root: str, dtype: torch.dtype) -> None:
+        """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on."""
+        config, dimensions = self.model.embedding_config, self.model.backbone.config.hidden_size
+        shared = {
+            "weights": self.weights_digest,
+            "architecture": _digest(self.model.backbone.config.to_diff_dict()),
+            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "pooling": config.pooling,
+            "normalized": config.normalized,
+            "lower_case": config.lower_case,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        for name in ("query", "passage"):
+            kind: TextKind = getattr(self, name)
+            settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
+            setattr(self, name, kind._replace(store=EmbeddingStore(root, settings, dimensions=dimensions)))
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
-        """(N, H) float32."""
-        with _progress("queries", len(queries)) as progress:
-            return self._encode(queries, self.model.embedding_config.query_instruction, self.query_max_len, progress)
+        """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
+        blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.model.backbone.config.hidden_size), np.float32)
 
-    def encode_passages(self, passages: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of its first passage, embeddings (n, H) float32) block by block."""
-        with _progress("passages", len(passages)) as progress:
-            for start in range(0, len(passages), TEXTS_PER_BLOCK):
-                block = passages[start : start + TEXTS_PER_BLOCK]
-                instruction = self.model.embedding_config.passage_instruction
-                yield (start, self._encode(block, instruction, self.passage_max_len, progress))
+    def encode_passages(self, passages: Sequence[str], share: slice = slice(None)) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position of its first passage, embeddings (n, H) float32) block by block, of passages[share] only.
 
-    def _encode(self, texts: Sequence[str], instruction: str, max_length: int, progress: tqdm) -> np.ndarray:
-        token_ids = tokenize(
+        Raises UserError like encode_queries.
+        """
+        yield from self._encode(passages, self.passage, share)
+
+    def _encode(self, texts: Sequence[str], kind: TextKind, share: slice) -> Iterator[tuple[int, np.ndarray]]:
+        first, stop, _ = share.indices(len(texts))
+        starts = range(first, stop, TEXTS_PER_BLOCK)
+        blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
+        cut = encoded = 0
+        with tqdm(total=stop - first, desc=f"Encoding {kind.name} texts", unit="text", disable=not starts) as progress:
+            for block in _one_ahead(blocks):
+                progress.update(len(block.texts) - len(block.missing))
+                if len(block.missing):
+                    block.embeddings[block.missing] = self._embed(block, kind, progress)
+                    _check_directions(block, kind)
+                    if kind.store is not None:
+                        kind.store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
+                cut, encoded = cut + block.cut, encoded + len(block.missing)
+                yield block.start, block.embeddings
+        if kind.store is not None:
+            logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
+        if cut:
+            logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
+
+    def _prepare(self, start: int, texts: Sequence[str], kind: TextKind) -> Block:
+        if kind.store is None:
+            embeddings = np.empty((len(texts), self.model.backbone.config.hidden_size), dtype=np.float32)
+            missing = np.arange(len(texts))
+        else:
+            embeddings, found = kind.store.get(texts)
+            missing = np.flatnonzero(~found)
+        token_ids, cut = tokenize(
             self.tokenizer,
-            texts,
-            instruction=instruction,
-            max_length=max_length,
+            [texts[row] for row in missing],
+            instruction=kind.instruction,
+            max_length=kind.max_length,
             lower_case=self.model.embedding_config.lower_case,
         )
-        # Texts with the same tokens are encoded once, so that they tie exactly wherever they are compared.
+        return Block(start, texts, embeddings, missing, token_ids, cut)
+
+    def _embed(self, block: Block, kind: TextKind, progress: tqdm) -> np.ndarray:
+        """Embeddings of a block's missing texts: (m, H)."""
+        # Texts with the same tokens are encoded once.
         rows_of: dict[tuple[int, ...], int] = {}
-        rows = np.array([rows_of.setdefault(tuple(ids), len(rows_of)) for ids in token_ids], dtype=np.int64)
+        rows = np.array([rows_of.setdefault(tuple(ids), len(rows_of)) for ids in block.token_ids], dtype=np.int64)
         distinct = list(rows_of)
         copies = np.bincount(rows, minlength=len(distinct))
-        embeddings = np.empty((len(distinct), self.model.backbone.config.hidden_size), dtype=np.float32)
-        for batch in batches_by_length([len(ids) for ids in distinct], self.tokens_per_batch):
-            embeddings[batch] = self._forward([distinct[row] for row in batch])
+        embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
+        device = self.model.backbone.device.type
+        budget = self.tokens_per_batch or _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH_ELSEWHERE)
+        for batch in batches_of_one_length([len(ids) for ids in distinct], budget, limit=kind.max_length):
+            embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
             progress.update(int(copies[batch].sum()))
         return embeddings[rows]
 
-    @torch.no_grad()
-    def _forward(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
+    def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
+        """Embeddings of one batch: (n, H). A GPU that runs out of memory gets it in halves, from now on."""
         device = self.model.backbone.device
-        batch = {
-            name: tensor.to(device)
-            for name, tensor in pad(
-                self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)
-            ).items()
-        }
-        return self.model.encode(**batch).float().cpu().numpy()
+        batch = pad(self.tokenizer, token_ids, limit=kind.max_length)
+        size = batch["input_ids"].numel()
+        if len(token_ids) == 1 or size <= (self.tokens_per_batch or size):
+            try:
+                with torch.no_grad():
+                    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                    return self.model.encode(**inputs).cpu().numpy()
+            except torch.OutOfMemoryError:
+                if len(token_ids) == 1:
+                    raise
+            self.tokens_per_batch = size // 2
+            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
+            torch.cuda.empty_cache()
+        half = len(token_ids) // 2
+        return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
 
 
 def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> Encoder:
     """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say."""
+    keep_freed_memory()
     backbone, tokenizer, config = load_backbone(
         name_or_path, flag=flag, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
@@ -98,15 +200,56 @@ def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> E
         passage_instruction=args.passage_instruction_for_retrieval,
     )
     default_length = min(config.max_seq_length or limit, limit)
-    model = BiEncoder(backbone, config).eval().to(torch.accelerator.current_accelerator() or "cpu")
-    return Encoder(
-        model,
+    digest = weights_digest(backbone)  # of the weights as they are stored, before they change precision
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = choose_dtype(args.dtype, device)
+    logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
+    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    encoder = Encoder(
+        BiEncoder(backbone, config).eval(),
         tokenizer,
         query_max_len=args.query_max_len or default_length,
         passage_max_len=args.passage_max_len or default_length,
         tokens_per_batch=args.tokens_per_batch,
+        weights_digest=digest,
+    )
+    if args.embeddings_dir is not None:
+        encoder.keep_embeddings(args.embeddings_dir, dtype)
+    return encoder
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def _check_directions(block: Block, kind: TextKind) -> None:
+    good = np.isfinite(block.embeddings).all(axis=1) & block.embeddings.any(axis=1)
+    if good.all():
+        return
+    row = int(np.argmin(good))
+    what = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
+    text = block.texts[row]
+    raise UserError(
+        f"{kind.name} {block.start + row + 1} has an embedding that is {what}: {text[:_SHOWN]!r}; "
+        "the model's weights are damaged, or they need --dtype float32"
     )
 
 
-def _progress(what: str, count: int) -> tqdm:
-    return tqdm(total=count, desc=f"Encoding {what}", unit="text", disable=not count)
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that decides about token ids: the fast tokenizer's own description, else vocabulary and settings."""
+    if tokenizer.is_fast:
+        described: object = json.loads(tokenizer.backend_tokenizer.to_str())
+        described.update(padding=None, truncation=None)  # set anew with each call
+    else:
+        described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+    return _digest([described, tokenizer.padding_side])

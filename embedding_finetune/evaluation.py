@@ -9,26 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from embedding_finetune.corpus import RetrievalTask
-from embedding_finetune.distributed import gather_objects, own_share
 from embedding_finetune.encoding import Encoder
 from embedding_finetune.metrics import means, per_query, relevance_of
 from embedding_finetune.retrieval import TopK
+from embedding_finetune.search import encode_own_passages, encode_queries, merge_rankings
 
 
-def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, use_gpu: bool = False) -> TopK:
+def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> TopK:
     """The best passages for each query, with their scores.
 
     Ties go as trec_eval breaks them, the passage that comes last in the corpus first.
     """
-    own_queries = encoder.encode_queries(task.queries[own_share(len(task.queries))])
-    ranking = TopK(np.concatenate(gather_objects(own_queries)), top_k, ties="last", use_gpu=use_gpu)
-    share = own_share(len(task.corpus))
-    for start, block in encoder.encode_passages(task.corpus.texts[share]):
-        ranking.add(share.start + start, block)
-    own_results = (ranking.scores, ranking.positions)
-    ranking = TopK(ranking.queries, top_k, ties="last")
-    for scores, positions in gather_objects(own_results):
-        ranking.merge(scores, positions)
+    ranking = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
+    for start, block in encode_own_passages(encoder, task.corpus.texts):
+        ranking.add(start, block)
+    merge_rankings(ranking)
     return ranking
 
 

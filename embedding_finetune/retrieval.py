@@ -5,8 +5,12 @@ Shapes: Q queries, n passages in a block, H dimensions, k results per query.
 faiss finds the nearest passages of a block. Its scores depend, in the last bit, on the shape of the
 matrix product, so equal vectors may get unequal scores; the final scores are therefore computed
 pair by pair in float64 and rounded to float32, and ties are decided by position.
+
+A result, a score at a position, is held as one 64-bit integer: the smaller, the better. Merging lists is sorting them.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import faiss
@@ -15,46 +19,109 @@ from tqdm import tqdm
 
 from embedding_finetune.command_line import UserError
 
+logger = logging.getLogger(__name__)
+
 Ties = Literal["first", "last"]
 
 _SPARE = 8
 """Passages asked of faiss beyond k, so that ties at the k-th place are mostly seen at once."""
-_QUERIES_PER_SEARCH = 1024
+_RESULTS_PER_SEARCH = 2**20
 _VALUES_PER_CHUNK = 2**23
 _FAISS_GPU_MAX_K = 2048
+_NOTHING = np.iinfo(np.int64).max
+_LOW_BITS = 2**32 - 1
 
 
 class TopK:
     """The k best passages of every query, kept up to date as blocks of passages come by.
 
-    ties: which of two equal scores ranks higher, the passage that comes "first" or "last".
+    ties: which of two equal scores ranks higher, the passage that comes "first" or "last". gpus: the numbers of the
+    GPUs to search on, none for the CPU. A corpus may hold 2^32 - 1 passages.
     """
 
-    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", use_gpu: bool = False):
+    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()):
         self.queries = queries
         self.ties: Ties = ties
-        self.use_gpu = use_gpu
-        self.scores = np.full((len(queries), top_k), -np.inf, dtype=np.float32)  # (Q, k)
-        self.positions = np.full((len(queries), top_k), -1, dtype=np.int64)  # (Q, k), -1 past the end
+        self.gpus = gpus
+        self.best = np.full((len(queries), top_k), _NOTHING, dtype=np.int64)  # (Q, k), ascending
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(Q, k) int64, best first, -1 past the end."""
+        return positions_of(self.best, self.ties)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(Q, k) float32, best first, -inf past the end."""
+        return scores_of(self.best)
 
     def add(self, start: int, block: np.ndarray) -> None:
         """Search passages start .. start + n - 1, whose embeddings are block (n, H)."""
         if not len(block) or not len(self.queries):
             return
-        index = _flat_index(block, use_gpu=self.use_gpu)
-        starts = range(0, len(self.queries), _QUERIES_PER_SEARCH)
-        for first in tqdm(starts, desc="Searching", unit="batch", leave=False):
-            part = slice(first, first + _QUERIES_PER_SEARCH)
-            scores, positions = _search_block(index, block, self.queries[part], self.scores.shape[1], self.ties)
-            self.merge(scores, positions + start, part)
+        index = _Index(block, self.gpus)
+        tolerance = _rounding_error(self.queries, block)  # (Q,)
+        width = min(self.best.shape[1] + _SPARE, len(block))
+        pending = np.arange(len(self.queries))
+        while len(pending):
+            unsettled = []
+            rows_at_once = max(_RESULTS_PER_SEARCH // width, 1)
+            starts = range(0, len(pending), rows_at_once)
+            for first in tqdm(starts, desc="Searching", unit="batch", leave=False, disable=len(starts) == 1):
+                rows = pending[first : first + rows_at_once]
+                best, settled = self._with_best_of(index, rows, width, start, tolerance[rows])
+                self.best[rows[settled]] = best[settled]
+                unsettled.append(rows[~settled])
+            pending, width = np.concatenate(unsettled), min(width * 4, len(block))
 
-    def merge(self, scores: np.ndarray, positions: np.ndarray, part: slice = slice(None)) -> None:
-        """Take in results (Q, any) of another search of the same queries, or of those in `part`."""
-        scores = np.concatenate([self.scores[part], scores], axis=1)
-        positions = np.concatenate([self.positions[part], positions], axis=1)
-        order = _best_first(scores, positions, self.ties)[:, : self.scores.shape[1]]
-        self.scores[part] = np.take_along_axis(scores, order, axis=1)
-        self.positions[part] = np.take_along_axis(positions, order, axis=1)
+    def _with_best_of(
+        self, index: "_Index", rows: np.ndarray, width: int, start: int, tolerance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The results of some queries with those of a block merged in (q, k), and which are settled (q,).
+
+        A query is not settled when faiss may have left out, among those beyond `width`, one that belongs there.
+        """
+        queries, best = self.queries[rows], self.best[rows]
+        found_scores, found = index.search(queries, width)  # (q, width)
+        reach = found_scores + tolerance[:, None]
+        # Only what may pass the k-th result so far is scored exactly: after a few blocks, hardly anything.
+        row, column = np.nonzero(reach >= scores_of(best[:, -1:]))
+        results = np.full(found.shape, _NOTHING, dtype=np.int64)
+        positions = found[row, column]
+        results[row, column] = as_results(
+            exact_scores(queries, row, index.block, positions), positions + start, self.ties
+        )
+        best = self.merged([best, results])
+        settled = (reach[:, -1] < scores_of(best[:, -1])) | (width == len(index.block))
+        return best, settled
+
+    def merged(self, lists: Sequence[np.ndarray]) -> np.ndarray:
+        """The k best of several lists of results (Q, any) of the same queries: (Q, k)."""
+        return np.sort(np.concatenate(lists, axis=1), axis=1)[:, : self.best.shape[1]]
+
+
+def as_results(scores: np.ndarray, positions: np.ndarray, ties: Ties) -> np.ndarray:
+    """Scores and positions, of the same shape, as integers that sort best first.
+
+    The high half holds the score, descending; the low half the position, such that the better of two ties is smaller.
+    """
+    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # adding 0 makes one of the two zeros
+    ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # IEEE 754: negative numbers count backwards
+    low = positions if ties == "first" else _LOW_BITS - positions
+    return (~ascending << 32) | low
+
+
+def scores_of(results: np.ndarray) -> np.ndarray:
+    """The float32 scores in results; -inf where there is none."""
+    ascending = ~(results >> 32)
+    bits = np.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).astype(np.int32)
+    return np.where(results == _NOTHING, np.float32(-np.inf), bits.view(np.float32))
+
+
+def positions_of(results: np.ndarray, ties: Ties) -> np.ndarray:
+    """The positions in results; -1 where there is none."""
+    low = results & _LOW_BITS
+    return np.where(results == _NOTHING, -1, low if ties == "first" else _LOW_BITS - low)
 
 
 class PairScores:
@@ -72,72 +139,73 @@ class PairScores:
     def add(self, start: int, block: np.ndarray) -> None:
         """Score the pairs whose passage is one of start .. start + n - 1; block: (n, H)."""
         here = np.flatnonzero((self.positions >= start) & (self.positions < start + len(block)))
-        for first in range(0, len(here), max(_VALUES_PER_CHUNK // max(block.shape[1], 1), 1)):
-            pairs = here[first : first + max(_VALUES_PER_CHUNK // block.shape[1], 1)]
-            queries = self.queries[self.query_rows[pairs]]
-            self.scores[pairs] = exact_scores(queries, block[self.positions[pairs] - start][:, None])[:, 0]
+        self.scores[here] = exact_scores(self.queries, self.query_rows[here], block, self.positions[here] - start)
 
 
-def exact_scores(queries: np.ndarray, passages: np.ndarray) -> np.ndarray:
-    """Inner products of queries (Q, H) with each one's passages (Q, k, H): (Q, k), summed in float64."""
-    scores = np.matmul(passages.astype(np.float64), queries.astype(np.float64)[:, :, None])  # (Q, k, 1)
-    return scores[:, :, 0].astype(np.float32)
+def exact_scores(
+    queries: np.ndarray, query_rows: np.ndarray, passages: np.ndarray, passage_rows: np.ndarray
+) -> np.ndarray:
+    """Inner products of pairs (P,) of rows of queries (Q, H) and passages (n, H), summed in float64: (P,) float32."""
+    scores = np.empty(len(query_rows), dtype=np.float32)
+    step = max(_VALUES_PER_CHUNK // queries.shape[1], 1)
+    for first in range(0, len(scores), step):
+        part = slice(first, first + step)
+        pairs = queries[query_rows[part]].astype(np.float64), passages[passage_rows[part]].astype(np.float64)
+        scores[part] = np.einsum("ph,ph->p", *pairs)
+    return scores
 
 
-def require_gpu() -> None:
-    """Raise UserError unless the installed faiss can search on a GPU of this machine."""
+def gpus_to_search_on(own: int | None = None) -> list[int]:
+    """The numbers of all GPUs, or of a process's own one alone.
+
+    Raises UserError unless the installed faiss can search on a GPU of this machine.
+    """
     if not hasattr(faiss, "StandardGpuResources"):
         raise UserError(
             "--use_gpu_for_searching: the installed faiss has no GPU support; "
             "pip uninstall faiss-cpu, then pip install -r requirements_cuda.txt, or drop the flag"
         )
-    if faiss.get_num_gpus() == 0:
+    count = faiss.get_num_gpus()
+    if count == 0:
         raise UserError("--use_gpu_for_searching: faiss finds no GPU on this machine; drop the flag")
+    return list(range(count)) if own is None else [own % count]
 
 
-def _flat_index(block: np.ndarray, *, use_gpu: bool) -> faiss.Index:
-    index = faiss.IndexFlatIP(block.shape[1])
-    if use_gpu:
-        options = faiss.GpuMultipleClonerOptions()
-        options.shard = True
-        index = faiss.index_cpu_to_all_gpus(index, options)
-    index.add(np.ascontiguousarray(block, dtype=np.float32))
-    return index
+class _Index:
+    """A block of passages (n, H) to search: on the GPUs, and on the CPU where these cannot serve."""
 
+    _has_said = False
 
-def _search_block(
-    index: faiss.Index, block: np.ndarray, queries: np.ndarray, top_k: int, ties: Ties
-) -> tuple[np.ndarray, np.ndarray]:
-    """The exact top k of one block: (Q, k') scores and positions within the block, k' = min(k, n)."""
-    top_k = min(top_k, len(block))
-    scores = np.empty((len(queries), top_k), dtype=np.float32)
-    positions = np.empty((len(queries), top_k), dtype=np.int64)
-    tolerance = _rounding_error(queries, block)  # (Q,)
-    pending, width = np.arange(len(queries)), min(top_k + _SPARE, len(block))
-    while len(pending):
-        unsettled = []
-        rows_at_once = max(_VALUES_PER_CHUNK // (width * block.shape[1]), 1)
-        for first in range(0, len(pending), rows_at_once):
-            rows = pending[first : first + rows_at_once]
-            found_scores, found = index.search(np.ascontiguousarray(queries[rows]), width)  # (q, width)
-            exact = exact_scores(queries[rows], block[found])  # (q, width)
-            order = _best_first(exact, found, ties)[:, :top_k]
-            scores[rows] = np.take_along_axis(exact, order, axis=1)
-            positions[rows] = np.take_along_axis(found, order, axis=1)
-            # A passage that faiss left out scores at most its last one; is that clearly below our k-th?
-            settled = found_scores[:, -1] + tolerance[rows] < scores[rows, -1]
-            unsettled.append(rows[~settled])
-        pending = np.concatenate(unsettled) if width < len(block) else np.empty(0, dtype=np.int64)
-        width = min(width * 4, len(block))
-    return scores, positions
+    def __init__(self, block: np.ndarray, gpus: Sequence[int]):
+        self.block = np.ascontiguousarray(block, dtype=np.float32)
+        self._gpus = gpus
+        self._indices: dict[bool, faiss.Index] = {}
+
+    def search(self, queries: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the `width` best passages, best first: (q, width) each."""
+        on_gpu = bool(self._gpus) and width <= _FAISS_GPU_MAX_K
+        if self._gpus and not on_gpu and not _Index._has_said:
+            _Index._has_said = True
+            logger.warning(
+                "warning: faiss-gpu gives at most %d results, %d are needed: searching on the CPU",
+                _FAISS_GPU_MAX_K,
+                width,
+            )
+        if on_gpu not in self._indices:
+            self._indices[on_gpu] = self._build(on_gpu)
+        return self._indices[on_gpu].search(np.ascontiguousarray(queries, dtype=np.float32), width)
+
+    def _build(self, on_gpu: bool) -> faiss.Index:
+        index = faiss.IndexFlatIP(self.block.shape[1])
+        if on_gpu:
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard = True
+            index = faiss.index_cpu_to_gpus_list(index, options, list(self._gpus))
+        index.add(self.block)
+        return index
 
 
 def _rounding_error(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
     """A generous bound on float32 rounding in an inner product of H terms, per query: (Q,)."""
     longest = np.sqrt(np.einsum("nh,nh->n", block, block).max())
     return 4 * np.finfo(np.float32).eps * np.sqrt(block.shape[1]) * longest * np.linalg.norm(queries, axis=1)
-
-
-def _best_first(scores: np.ndarray, positions: np.ndarray, ties: Ties) -> np.ndarray:
-    """The order of each row by score descending, then by position as `ties` says: (Q, n)."""
-    return np.lexsort((positions if ties == "first" else -positions, -scores), axis=1)

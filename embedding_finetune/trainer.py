@@ -14,7 +14,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from embedding_finetune.arguments import TOKENS_PER_BATCH
 from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
@@ -55,7 +54,6 @@ class RetrievalTrainer(Trainer):
             data_collator.tokenizer,
             query_max_len=saved_config.max_seq_length,
             passage_max_len=saved_config.max_seq_length,
-            tokens_per_batch=TOKENS_PER_BATCH,
         )
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False

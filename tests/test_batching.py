@@ -3,7 +3,7 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.batching import batches_by_length, pad, padded_length, tokenize
+from embedding_finetune.batching import batches_by_length, batches_of_one_length, pad, padded_length, tokenize
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))
@@ -15,6 +15,15 @@ def test_batches_hold_every_text_once_within_the_token_budget(lengths, budget):
         assert len(batch) == 1 or len(batch) * longest <= budget
     longest = [max(lengths[row] for row in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+@given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200), limit=st.integers(50, 60))
+def test_batches_of_one_length_pad_every_text_as_if_it_were_alone(lengths, budget, limit):
+    batches = batches_of_one_length(lengths, budget, limit=limit)
+    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        (length,) = {padded_length(max(lengths[row], 1), limit) for row in batch}
+        assert len(batch) == 1 or len(batch) * length <= budget
 
 
 def test_padding_stands_on_the_tokenizers_own_side():
@@ -29,20 +38,27 @@ def test_padding_stands_on_the_tokenizers_own_side():
 def test_token_ids_are_those_of_the_tokenizer_with_instruction_and_truncation():
     tokenizer = make_tokenizer()
     texts = ["reset the {pump}", "", "who do i call for the alarm before the week"]
-    ours = tokenize(tokenizer, texts, instruction="how: ", max_length=8)
+    ours, cut = tokenize(tokenizer, texts, instruction="how: ", max_length=8)
     assert ours == [tokenizer("how: " + text, truncation=True, max_length=8)["input_ids"] for text in texts]
     assert max(map(len, ours)) == 8
+    assert cut == 2
 
 
 def test_an_empty_instruction_leaves_the_text_as_it_is():
     tokenizer = make_tokenizer()
-    assert tokenize(tokenizer, [" {x} 100%s "], instruction="", max_length=64) == [
-        tokenizer(" {x} 100%s ")["input_ids"]
-    ]
+    token_ids, _ = tokenize(tokenizer, [" {x} 100%s "], instruction="", max_length=64)
+    assert token_ids == [tokenizer(" {x} 100%s ")["input_ids"]]
+
+
+def test_a_text_that_just_fits_is_not_counted_as_cut():
+    tokenizer = make_tokenizer()
+    whole = len(tokenizer("reset the pump")["input_ids"])
+    assert tokenize(tokenizer, ["reset the pump"] * 3, instruction="", max_length=whole)[1] == 0
+    assert tokenize(tokenizer, ["reset the pump"] * 3, instruction="", max_length=whole - 1)[1] == 3
 
 
 def test_no_texts_give_no_tokens():
-    assert tokenize(make_tokenizer(), [], instruction="", max_length=8) == []
+    assert tokenize(make_tokenizer(), [], instruction="", max_length=8) == ([], 0)
 
 
 def test_padded_lengths_are_few_and_never_pass_the_limit():

@@ -20,7 +20,7 @@ TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blu
 def our_embeddings(folder, texts, kind="query"):
     backbone, tokenizer, config = load_backbone(str(folder), flag="--model")
     instruction = config.query_instruction if kind == "query" else config.passage_instruction
-    ids = tokenize(tokenizer, texts, instruction=instruction, max_length=config.max_seq_length or 128)
+    ids, _ = tokenize(tokenizer, texts, instruction=instruction, max_length=config.max_seq_length or 128)
     with torch.inference_mode():
         return (
             BiEncoder(backbone, config).eval().encode(**pad(tokenizer, ids, limit=config.max_seq_length or 128)).numpy()

@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 STEPS, GLOBAL_BATCH = 3, 8
 
 
-def launch(program: str, folder: Path, *, processes: int, **variables) -> subprocess.CompletedProcess:
+def launch(program: str, folder: Path, *arguments: str, processes: int, **variables) -> subprocess.CompletedProcess:
     """Run a Python program under torchrun; it ends within two minutes or has hung."""
     script = folder / f"program_{processes}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+            *(script, *arguments),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=folder,
         capture_output=True,
@@ -154,6 +157,61 @@ finetune.main({flags!r})
     assert result.returncode != 0
     assert "the disk of rank 1 is gone" in result.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+MINE_AND_EVALUATE = """
+import sys, mine_hard_neg, evaluate
+model, rows, folder, *pools = sys.argv[1:]
+for number, pool in enumerate(pools):
+    mine_hard_neg.main(["--model_name_or_path", model, "--input_file", rows, "--candidate_pool", pool,
+        "--output_file", f"{folder}/{number}.jsonl", "--range_for_sampling", "1-4", "--negative_number", "2"])
+    evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
+        "--output_dir", f"{folder}/{number}"])
+"""
+
+
+@pytest.mark.slow
+def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(data, tmp_path):
+    """Uneven shares, and corpora of fewer passages than there are processes."""
+    model = make_tiny_bert(tmp_path / "bert")
+    pools = []
+    for count in (10, 2, 1):
+        texts = [{"text": passage_about(topic)} for topic in TOPICS[:count]]
+        pools.append(str(write_jsonl(tmp_path / f"pool_{count}.jsonl", texts)))
+    outcomes = []
+    for processes in (1, 2, 3):
+        folder = tmp_path / f"with_{processes}"
+        folder.mkdir()
+        result = launch(MINE_AND_EVALUATE, tmp_path, str(model), str(data), str(folder), *pools, processes=processes)
+        assert result.returncode == 0, result.stderr
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        metrics = [json.loads(files.pop(Path(f"{n}/metrics.json")))["metrics"] for n in range(len(pools))]
+        outcomes.append((files, metrics, result.stdout))
+    assert len(outcomes[0][0]) == 4 * len(pools)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@pytest.mark.parametrize("script", ["mine_hard_neg", "evaluate"])
+def test_a_killed_process_ends_the_run_with_an_error(data, tmp_path, script):
+    model, out = make_tiny_bert(tmp_path / "bert"), tmp_path / "out"
+    pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    flags = {
+        "mine_hard_neg": ["--model_name_or_path", model, "--input_file", data, "--output_file", out],
+        "evaluate": [
+            *("--model_name", model, "--output_dir", out),
+            *("--index_file_jsonl_path", pool, "--query_file_jsonl_path", data),
+        ],
+    }[script]
+    program = f"""
+import os, signal, {script}
+from embedding_finetune.encoding import Encoder
+if os.environ["RANK"] == "1":
+    Encoder.encode_passages = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+{script}.main({list(map(str, flags))!r})
+"""
+    result = launch(program, tmp_path, processes=2)
+    assert result.returncode != 0
+    assert not out.exists()
 
 
 def test_one_process_gathers_nothing():

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from conftest import TOPICS, passage_about
 
 from embedding_finetune import encoding
@@ -24,16 +25,20 @@ def passages(encoder, texts):
 
 
 def test_embeddings_do_not_depend_on_batch_or_block_size(tiny_bert, monkeypatch):
-    whole = passages(encoder_for(tiny_bert), TEXTS)
-    for budget, block in itertools.product(("1", "100", "100000"), (1, 5, 1000)):
-        monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
-        assert np.allclose(passages(encoder_for(tiny_bert, "--tokens_per_batch", budget), TEXTS), whole, atol=1e-6)
+    for dtype in ("float32", "bfloat16"):
+        flags = ("--dtype", dtype, "--tokens_per_batch")
+        whole = passages(encoder_for(tiny_bert, *flags, "4096"), TEXTS)
+        for budget, block in itertools.product(("1", "100", "100000"), (1, 5, 1000)):
+            monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
+            assert np.array_equal(passages(encoder_for(tiny_bert, *flags, budget), TEXTS), whole)
 
 
 def test_blocks_come_in_order_with_their_positions(tiny_bert, monkeypatch):
     monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 5)
     blocks = [(start, len(block)) for start, block in encoder_for(tiny_bert).encode_passages(TEXTS)]
     assert blocks == [(0, 5), (5, 5), (10, 5), (15, 5), (20, 2)]
+    share = [(start, len(block)) for start, block in encoder_for(tiny_bert).encode_passages(TEXTS, slice(9, 16))]
+    assert share == [(9, 5), (14, 2)]
 
 
 def test_texts_of_the_same_tokens_get_identical_embeddings(tiny_bert):
@@ -66,3 +71,52 @@ def test_the_query_instruction_applies_to_queries_and_the_passage_instruction_to
     text = "reset the pump"
     assert np.allclose(instructed.encode_queries([text]), plain.encode_queries(["how: " + text]), atol=1e-6)
     assert np.allclose(passages(instructed, [text]), passages(plain, ["it is " + text]), atol=1e-6)
+
+
+def test_texts_that_are_cut_are_counted(tiny_bert, caplog):
+    with caplog.at_level("INFO"):
+        encoder_for(tiny_bert, "--query_max_len", "6").encode_queries(["reset the pump", "reset the pump", "a b c d e"])
+    assert "1 of 3 query texts were cut to 6 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "complaint"), [(float("nan"), "not finite"), (0.0, "zero")])
+def test_an_embedding_without_a_direction_is_an_error_that_names_the_text(tiny_bert, monkeypatch, value, complaint):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 5)
+    encoder = encoder_for(tiny_bert)
+    encode = encoder.model.encode
+
+    def broken(input_ids, attention_mask):
+        embeddings = encode(input_ids, attention_mask)
+        embeddings[(input_ids == encoder.tokenizer.convert_tokens_to_ids("desk")).any(dim=1)] = value
+        return embeddings
+
+    monkeypatch.setattr(encoder.model, "encode", broken)
+    with pytest.raises(UserError, match=f"passage 8 has an embedding that is {complaint}: 'my desk'"):
+        list(encoder.encode_passages(["pump", "gate"] * 3 + ["red", "my desk", "panel"]))
+
+
+def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monkeypatch, caplog):
+    whole = passages(encoder_for(tiny_bert), TEXTS)
+    encoder = encoder_for(tiny_bert)
+    encode, sizes = encoder.model.encode, []
+
+    def small_gpu(input_ids, attention_mask):
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(input_ids, attention_mask)
+
+    monkeypatch.setattr(encoder.model, "encode", small_gpu)
+    assert np.array_equal(passages(encoder, TEXTS), whole)
+    assert "out of GPU memory: --tokens_per_batch is" in caplog.text
+    sizes.clear()
+    passages(encoder, TEXTS)
+    assert max(sizes) <= encoder.tokens_per_batch <= 100
+
+
+def test_other_errors_and_a_text_that_does_not_fit_alone_are_not_swallowed(tiny_bert, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("something else")):
+        encoder = encoder_for(tiny_bert)
+        monkeypatch.setattr(encoder.model, "encode", lambda error=error, **_: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error), match=str(error)):
+            encoder.encode_queries(TEXTS)

@@ -171,7 +171,8 @@ def test_positives_missing_from_the_corpus_count_as_misses_and_are_counted(tiny_
 @pytest.mark.demo_model
 def test_the_mining_command_of_the_readme_reproduces_the_sample_file(demo_model, tmp_path):
     source, expected = REPOSITORY / "example.jsonl", read_jsonl(REPOSITORY / "augmented_example.jsonl")
-    mined = mine(demo_model, source, tmp_path / "out.jsonl", "--range_for_sampling", "2-10", "--negative_number", "5")
+    flags = ("--range_for_sampling", "2-10", "--negative_number", "5", "--dtype", "float32")
+    mined = mine(demo_model, source, tmp_path / "out.jsonl", *flags)
     assert mined == expected
 
 

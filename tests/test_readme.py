@@ -57,7 +57,7 @@ def test_the_defaults_the_readme_gives_are_those_of_the_parsers(monkeypatch):
     required = ["--model_name_or_path", "m", "--input_file", "example.jsonl", "--output_file", "o"]
     mine = mine_hard_neg.parse_arguments(required)
     assert f"| `--range_for_sampling` | {'-'.join(map(str, mine.range_for_sampling))} |" in README
-    for flag in ("negative_number", "seed", "tokens_per_batch", "use_gpu_for_searching", "trust_remote_code"):
+    for flag in ("negative_number", "seed", "dtype", "torch_compile", "use_gpu_for_searching", "trust_remote_code"):
         assert f"| `--{flag}` | {getattr(mine, flag)} |" in README
     required = ["--model_name_or_path", "m", "--train_data", "example.jsonl", "--output_dir", "no_such_folder"]
     _, data, training = finetune.parse_arguments(required)

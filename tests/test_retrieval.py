@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import PairScores, TopK, require_gpu
+from embedding_finetune.retrieval import PairScores, TopK, gpus_to_search_on
 
 
 def reference_search(queries, passages, top_k, ties):
@@ -90,4 +90,4 @@ def test_gpu_search_without_gpu_support_says_what_to_do():
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this faiss has GPU support")
     with pytest.raises(UserError, match=r"--use_gpu_for_searching.*requirements_cuda\.txt"):
-        require_gpu()
+        gpus_to_search_on()

@@ -250,7 +250,7 @@ def test_the_metrics_of_training_are_those_of_evaluate_and_stand_in_the_summary(
             )
         )
     summary = json.loads((output / "training_summary.json").read_text())
-    flags = ("--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs))
+    flags = ("--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs), "--dtype", "float32")
     assert summary["metrics_after"] == evaluate.main(["--model_name", str(output), *flags])
     instruction = ("--query_instruction_for_retrieval", "how: ")
     assert summary["metrics_before"] == evaluate.main(["--model_name", str(tiny_bert), *flags, *instruction])

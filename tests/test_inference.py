@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+from conftest import make_rotary_model, passage_about
+from test_encoding import encoder_for
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.inference import (
+    PackedLinear,
+    attention_in_batched_products,
+    choose_dtype,
+    prepare_for_encoding,
+)
+from embedding_finetune.model import load_backbone
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_packed_linear_layer_is_the_linear_layer(bias, dtype, tolerance):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 96, bias=bias).to(dtype), torch.randn(3, 7, 48).to(dtype)
+    with torch.no_grad():
+        assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=tolerance)
+
+
+def masks(kind):
+    """Bidirectional with padding on either side, causal, or a window: (3, 1, 6, 6)."""
+    mask = torch.ones(3, 1, 6, 6, dtype=torch.bool)
+    if kind == "right":
+        mask[1, :, :, 4:] = False
+    elif kind == "left":
+        mask[2, :, :, :3] = False
+    elif kind == "causal":
+        mask = mask.tril()
+    return None if kind == "none" else mask
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "right", "left", "causal"])
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_attention_in_batched_products_is_sdpa(kind, scaling):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, 6, 8, dtype=torch.bfloat16) for _ in range(3))
+    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, masks(kind), scaling=scaling)
+    exact = (tensor.float() for tensor in (query, key, value))
+    theirs, _ = sdpa_attention_forward(nn.Module(), *exact, masks(kind), scaling=scaling, is_causal=False)
+    assert torch.allclose(ours.float(), theirs, atol=0.03)
+
+
+def test_a_causal_model_without_a_mask_stays_causal():
+    query, key, value = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3))
+    module = nn.Module()
+    module.is_causal = True
+    ours, _ = attention_in_batched_products(module, query, key, value, None)
+    changed = value.clone()
+    changed[:, :, -1] += 1
+    after, _ = attention_in_batched_products(module, query, key, changed, None)
+    assert torch.equal(ours[:, :-1], after[:, :-1])
+    assert not torch.equal(ours[:, -1], after[:, -1])
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_bfloat16_leaves_the_direction_of_a_rotary_model_with_windows(tmp_path, padding_side):
+    folder = make_rotary_model(tmp_path / "model", padding_side=padding_side)
+    texts = [passage_about("pump") * 3, "a", "red pump"]
+    exact = encoder_for(folder, "--dtype", "float32").encode_queries(texts)
+    rough = encoder_for(folder, "--dtype", "bfloat16").encode_queries(texts)
+    assert ((exact * rough).sum(axis=1) > 0.999).all()
+    assert not np.array_equal(exact, rough)
+
+
+def test_buffers_keep_their_precision(tmp_path):
+    folder = make_rotary_model(tmp_path / "model")
+    backbone, _, _ = load_backbone(str(folder), flag="--model")
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    prepare_for_encoding(backbone, dtype=torch.bfloat16, device=CPU, torch_compile=False)
+    assert before
+    assert all(torch.equal(before[name], buffer) for name, buffer in backbone.named_buffers())
+
+
+def test_auto_is_bfloat16_only_where_the_hardware_computes_it(monkeypatch):
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_dtype("auto", CPU) is expected
+    assert choose_dtype("auto", torch.device("mps")) is torch.float32
+    assert choose_dtype("float16", CPU) is torch.float16
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_direction_and_makes_few_graphs_for_many_lengths(tiny_bert):
+    texts = [passage_about("pump") * n + "red " * m for n in (0, 1, 2, 3) for m in range(1, 20)]
+    plain = encoder_for(tiny_bert, "--dtype", "float32").encode_queries(texts)
+    torch._dynamo.utils.counters.clear()
+    compiled = encoder_for(tiny_bert, "--dtype", "float32", "--torch_compile", "--tokens_per_batch", "300")
+    assert np.allclose(compiled.encode_queries(texts), plain, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # a batch of one text is a graph of its own
+
+
+def test_compiling_without_a_compiler_says_so(tiny_bert, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(UserError, match=r"--torch_compile: there is no C\+\+ compiler.*install g\+\+"):
+        encoder_for(tiny_bert, "--torch_compile")
+
+
+@pytest.mark.demo_model
+def test_bfloat16_embeddings_of_the_real_model_keep_their_direction(demo_model):
+    from conftest import REPOSITORY, read_jsonl
+
+    texts = [text for record in read_jsonl(REPOSITORY / "candidate_context.jsonl") for text in record["context"]]
+    exact = encoder_for(demo_model, "--dtype", "float32").encode_queries(texts)
+    rough = encoder_for(demo_model, "--dtype", "bfloat16").encode_queries(texts)
+    assert (exact * rough).sum(axis=1).min() >= 0.9998

@@ -1,0 +1,187 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, write_jsonl
+from test_encoding import encoder_for, passages
+
+from embedding_finetune import encoding
+from embedding_finetune.command_line import UserError
+from embedding_finetune.store import EmbeddingStore
+
+TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that went through the tokenizer, and so through the model."""
+    seen = []
+    tokenize = encoding.tokenize
+
+    def counting(tokenizer, texts, **options):
+        seen.extend(texts)
+        return tokenize(tokenizer, texts, **options)
+
+    monkeypatch.setattr(encoding, "tokenize", counting)
+    return seen
+
+
+def test_a_second_run_encodes_nothing_and_gives_the_same_bits(tiny_bert, tmp_path, encoded):
+    flags = ("--embeddings_dir", str(tmp_path / "store"))
+    first = passages(encoder_for(tiny_bert, *flags), TEXTS)
+    assert encoded == TEXTS
+    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), first)
+    assert encoded == TEXTS
+    assert np.array_equal(passages(encoder_for(tiny_bert), TEXTS), first)
+
+
+def test_only_new_texts_are_encoded_in_whatever_order_the_others_come(tiny_bert, tmp_path, encoded, monkeypatch):
+    flags = ("--embeddings_dir", str(tmp_path / "store"))
+    passages(encoder_for(tiny_bert, *flags), TEXTS)
+    encoded.clear()
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 7)
+    changed = [*TEXTS[::-2], "a new text", TEXTS[0] + "!", *TEXTS[5:9]]
+    again = passages(encoder_for(tiny_bert, *flags), changed)
+    assert encoded == ["a new text", TEXTS[0] + "!"]
+    assert np.array_equal(again, passages(encoder_for(tiny_bert), changed))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--passage_instruction_for_retrieval", "it is "),
+        ("--passage_max_len", "9"),
+        ("--sentence_pooling_method", "mean"),
+        ("--normalized", "False"),
+        ("--dtype", "bfloat16"),
+    ],
+)
+def test_another_setting_never_reuses(tiny_bert, tmp_path, encoded, flags):
+    common = ("--embeddings_dir", str(tmp_path / "store"))
+    passages(encoder_for(tiny_bert, *common, "--dtype", "float32"), TEXTS)
+    encoded.clear()
+    passages(encoder_for(tiny_bert, *common, "--dtype", "float32", *flags), TEXTS)
+    assert encoded == TEXTS
+
+
+@pytest.mark.parametrize("changed", ["weights", "tokenizer", "architecture"])
+def test_a_changed_model_in_the_same_folder_never_reuses(tmp_path, encoded, changed):
+    folder, flags = tmp_path / "model", ("--embeddings_dir", str(tmp_path / "store"))
+    make_tiny_bert(folder)
+    passages(encoder_for(folder, *flags), TEXTS)
+    if changed == "architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    else:
+        make_tiny_bert(folder, seed=int(changed == "weights"), lower_case=changed != "tokenizer")
+    encoded.clear()
+    again = passages(encoder_for(folder, *flags), TEXTS)
+    assert encoded == TEXTS
+    assert np.array_equal(again, passages(encoder_for(folder), TEXTS))
+
+
+def test_a_copy_of_the_model_under_another_name_reuses(tiny_bert, tmp_path, encoded):
+    flags = ("--embeddings_dir", str(tmp_path / "store"))
+    passages(encoder_for(tiny_bert, *flags), TEXTS)
+    make_tiny_bert(tmp_path / "elsewhere")
+    encoded.clear()
+    passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
+    assert encoded == []
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[:-5])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        place = len(content) - 6 if how == "flipped" else 30  # in an embedding, in a digest
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "digest"])
+def test_a_damaged_block_is_noticed_and_made_again(tiny_bert, tmp_path, encoded, caplog, monkeypatch, how):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 10)
+    flags = ("--embeddings_dir", str(tmp_path / "store"))
+    whole = passages(encoder_for(tiny_bert, *flags), TEXTS)
+    segments = sorted((tmp_path / "store").rglob("*.segment"))
+    assert len(segments) == 3
+    damage(segments[1], how)
+    encoded.clear()
+    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
+    assert len(encoded) == 10
+    assert "damaged; its texts are encoded again" in caplog.text
+    encoded.clear()
+    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
+    assert encoded == []
+
+
+VECTORS = np.random.default_rng(0).standard_normal((len(TEXTS), 8)).astype(np.float32)
+
+
+def get_and_put(folder, start):
+    for step in range(20):
+        store = EmbeddingStore(folder, {"weights": "x"}, dimensions=8)
+        embeddings, found = store.get(TEXTS)
+        assert np.array_equal(embeddings[found], VECTORS[found])
+        part = slice((start + step) % 20, (start + step) % 20 + 10)
+        store.put(TEXTS[part], VECTORS[part])
+
+
+def test_processes_on_the_same_folder_do_not_disturb_each_other(tmp_path):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.starmap(get_and_put, [(tmp_path, start) for start in range(4)])
+    embeddings, found = EmbeddingStore(tmp_path, {"weights": "x"}, dimensions=8).get(TEXTS)
+    assert np.array_equal(embeddings[found], VECTORS[found])
+    assert found.sum() == 29
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--embeddings_dir .*cannot be written"):
+        EmbeddingStore(tmp_path / "file", {}, dimensions=8)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+import mine_hard_neg
+from embedding_finetune import encoding, store
+encoding.TEXTS_PER_BLOCK = 5
+put, blocks = store.EmbeddingStore.put, []
+def put_and_die(self, texts, embeddings):
+    put(self, texts, embeddings)
+    blocks.append(len(texts))
+    if len(blocks) == {dies_after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+store.EmbeddingStore.put = put_and_die
+mine_hard_neg.main(sys.argv[1:])
+print(sum(blocks))
+"""
+
+
+def test_a_killed_run_goes_on_with_the_first_block_that_is_not_there(tiny_bert, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"query": f"my {t}", "pos": [t]} for t in TEXTS])
+    arguments = ["--model_name_or_path", tiny_bert, "--input_file", rows, "--range_for_sampling", "0-9"]
+
+    def run(name, *, dies_after=0, store=True):
+        program = KILLED.format(repository=str(REPOSITORY), dies_after=dies_after)
+        command = [sys.executable, "-c", program, *arguments, "--output_file", tmp_path / name]
+        command += ["--embeddings_dir", tmp_path / "store"] if store else []
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+
+    assert run("out.jsonl", dies_after=9).returncode == -signal.SIGKILL  # 6 blocks of queries, 3 of passages
+    assert not (tmp_path / "out.jsonl").exists()
+    resumed = run("out.jsonl")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == "15\n"
+    assert "30 of 30 query texts were in --embeddings_dir" in resumed.stderr
+    assert "15 of 30 passage texts were in --embeddings_dir" in resumed.stderr
+    assert run("fresh.jsonl", store=False).returncode == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
