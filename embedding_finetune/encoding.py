@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.allocator import keep_freed_memory
-from embedding_finetune.batching import batches_of_one_length, pad, tokenize
+from embedding_finetune.batching import batches_of_one_length, pad, padded_length, tokenize
 from embedding_finetune.command_line import UserError
 from embedding_finetune.inference import choose_dtype, prepare_for_encoding
 from embedding_finetune.model import BiEncoder, check_max_length, length_limit, load_backbone, weights_digest
@@ -36,6 +36,10 @@ TEXTS_PER_BLOCK = 8192
 _TOKENS_PER_BATCH = {"cpu": 4096}
 _TOKENS_PER_BATCH_ELSEWHERE = 65_536
 """Where --tokens_per_batch does not say; see benchmarks/README.md."""
+
+_TOKENS_STEP = 512
+"""Batches are filled up to about a multiple of this with copies of a text: kernels are kept for each shape, and memory
+would grow with their number."""
 
 _SHOWN = 60
 
@@ -157,30 +161,36 @@ class Encoder:
         distinct = list(rows_of)
         copies = np.bincount(rows, minlength=len(distinct))
         embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
-        device = self.model.backbone.device.type
-        budget = self.tokens_per_batch or _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH_ELSEWHERE)
-        for batch in batches_of_one_length([len(ids) for ids in distinct], budget, limit=kind.max_length):
+        for batch in batches_of_one_length([len(ids) for ids in distinct], self._budget, limit=kind.max_length):
             embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
             progress.update(int(copies[batch].sum()))
         return embeddings[rows]
 
+    @property
+    def _budget(self) -> int:
+        """Padded tokens at once."""
+        device = self.model.backbone.device.type
+        return self.tokens_per_batch or _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH_ELSEWHERE)
+
     def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
-        """Embeddings of one batch: (n, H). A GPU that runs out of memory gets it in halves, from now on."""
-        device = self.model.backbone.device
-        batch = pad(self.tokenizer, token_ids, limit=kind.max_length)
-        size = batch["input_ids"].numel()
-        if len(token_ids) == 1 or size <= (self.tokens_per_batch or size):
+        """Embeddings of texts of one padded length: (n, H). A GPU that runs out of memory gets halves from now on."""
+        length = padded_length(len(token_ids[0]), kind.max_length)
+        count, most = len(token_ids), max(self._budget // length, 1)
+        if count <= most:
+            step = max(_TOKENS_STEP // length, 1)
+            copies = [token_ids[0]] * (min(-(-count // step) * step, most) - count)
+            batch = pad(self.tokenizer, [*token_ids, *copies], limit=kind.max_length)
             try:
                 with torch.no_grad():
-                    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-                    return self.model.encode(**inputs).cpu().numpy()
+                    inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
+                    return self.model.encode(**inputs)[:count].cpu().numpy()
             except torch.OutOfMemoryError:
-                if len(token_ids) == 1:
+                if count == 1:
                     raise
-            self.tokens_per_batch = size // 2
+            self.tokens_per_batch = count * length // 2
             logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
             torch.cuda.empty_cache()
-        half = len(token_ids) // 2
+        half = count // 2
         return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
 
 

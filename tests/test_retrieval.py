@@ -4,8 +4,9 @@ from conftest import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedding_finetune import retrieval
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import PairScores, TopK, gpus_to_search_on
+from embedding_finetune.retrieval import PairScores, TopK, as_results, gpus_to_search_on, positions_of, scores_of
 
 
 def reference_search(queries, passages, top_k, ties):
@@ -82,6 +83,51 @@ def test_pair_scores_are_the_inner_products_whatever_the_blocks():
     for start in (0, 7, 14, 21, 28, 35):
         pairs.add(start, p[start : start + 7])
     assert np.array_equal(pairs.scores, (q[rows] * p[positions]).sum(axis=1))
+
+
+@given(
+    results=st.lists(
+        st.tuples(st.floats(allow_nan=False, width=32), st.integers(0, 2**32 - 2)), min_size=1, unique_by=lambda r: r[1]
+    ),
+    ties=st.sampled_from(["first", "last"]),
+)
+def test_results_as_integers_sort_by_score_and_then_by_position(results, ties):
+    scores, positions = np.array([r[0] for r in results], np.float32), np.array([r[1] for r in results], np.int64)
+    packed = np.sort(as_results(scores, positions, ties))
+    order = np.lexsort((positions if ties == "first" else -positions, -scores))
+    assert positions_of(packed, ties).tolist() == positions[order].tolist()
+    assert (scores_of(packed) == scores[order]).all()
+
+
+def test_a_list_too_long_for_faiss_gpu_is_searched_on_the_cpu_and_said_once(monkeypatch, caplog):
+    import faiss
+
+    asked = []
+
+    class OnGpu:
+        def __init__(self, index):
+            self.index = index
+
+        def add(self, block):
+            self.index.add(block)
+
+        def search(self, queries, width):
+            asked.append(width)
+            assert width <= 2048
+            return self.index.search(queries, width)
+
+    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", type("Options", (), {}), raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", lambda index, options, gpus: OnGpu(index), raising=False)
+    monkeypatch.setattr(retrieval._Index, "_has_said", False)
+    rng = np.random.default_rng(0)
+    q, p = vectors(rng, 3, 4), vectors(rng, 5000, 4)
+    for top_k, searched in ((100, True), (2100, False), (2200, False)):
+        asked.clear()
+        on_gpu = TopK(q, top_k, gpus=[0])
+        on_gpu.add(0, p)
+        assert np.array_equal(on_gpu.positions, search(q, p, top_k)[1])
+        assert bool(asked) == searched
+    assert caplog.text.count("at most 2048 results") == 1
 
 
 def test_gpu_search_without_gpu_support_says_what_to_do():
