@@ -58,8 +58,15 @@ MEASURES = {"MRR": mrr, "Hit": hit, "Recall": recall, "nDCG": ndcg, "MAP": avera
 
 def relevance_of(positions: np.ndarray, relevant: Sequence[Set[int]]) -> np.ndarray:
     """Whether the passage at each rank of positions (Q, K) is one of its query's relevant ones: (Q, K) bool."""
-    rows = [[p in answers for p in ranked] for ranked, answers in zip(positions.tolist(), relevant)]
-    return np.array(rows, dtype=bool).reshape(positions.shape)
+    answers = np.fromiter((position for own in relevant for position in own), dtype=np.int64)
+    if not len(answers) or not positions.size:
+        return np.zeros(positions.shape, dtype=bool)
+    # A query and a position as one integer: one search finds all of them.
+    span = max(int(positions.max()), int(answers.max())) + 1
+    wanted = np.sort(np.repeat(np.arange(len(relevant)), [len(own) for own in relevant]) * span + answers)
+    ranked = np.arange(len(positions))[:, None] * span + positions  # (Q, K)
+    places = np.searchsorted(wanted, ranked).clip(max=len(wanted) - 1)
+    return (wanted[places] == ranked) & (positions >= 0)
 
 
 def per_query(
