@@ -191,23 +191,16 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-@pytest.mark.parametrize("script", ["mine_hard_neg", "evaluate"])
-def test_a_killed_process_ends_the_run_with_an_error(data, tmp_path, script):
+def test_a_killed_process_ends_the_run_with_an_error(data, tmp_path):
     model, out = make_tiny_bert(tmp_path / "bert"), tmp_path / "out"
     pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    flags = {
-        "mine_hard_neg": ["--model_name_or_path", model, "--input_file", data, "--output_file", out],
-        "evaluate": [
-            *("--model_name", model, "--output_dir", out),
-            *("--index_file_jsonl_path", pool, "--query_file_jsonl_path", data),
-        ],
-    }[script]
+    flags = ["--model_name_or_path", model, "--input_file", data, "--candidate_pool", pool, "--output_file", out]
     program = f"""
-import os, signal, {script}
+import os, signal, mine_hard_neg
 from embedding_finetune.encoding import Encoder
 if os.environ["RANK"] == "1":
     Encoder.encode_passages = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-{script}.main({list(map(str, flags))!r})
+mine_hard_neg.main({list(map(str, flags))!r})
 """
     result = launch(program, tmp_path, processes=2)
     assert result.returncode != 0
