@@ -132,7 +132,7 @@ class Encoder:
                         kind.store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
-        if kind.store is not None:
+        if kind.store is not None and starts:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
