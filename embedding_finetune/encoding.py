@@ -67,7 +67,8 @@ class Block(NamedTuple):
 class Encoder:
     """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
 
-    tokens_per_batch: padded tokens at once, by default what suits the device. stores: where to keep embeddings.
+    tokens_per_batch: padded tokens at once, by default what suits the device. weights_digest: what model.weights_digest
+    gave for the weights as they are stored; `keep_embeddings` needs it.
     """
 
     def __init__(

@@ -46,6 +46,14 @@ def test_texts_of_the_same_tokens_get_identical_embeddings(tiny_bert):
     assert np.array_equal(embeddings[0], embeddings[-1])
 
 
+def test_repeated_texts_go_through_the_model_once(tiny_bert, monkeypatch):
+    encoder, counts = encoder_for(tiny_bert), []
+    forward = encoder._forward
+    monkeypatch.setattr(encoder, "_forward", lambda ids, kind: counts.append(len(ids)) or forward(ids, kind))
+    encoder.encode_queries([*TEXTS, *TEXTS, "Reset the PUMP", "reset  the pump"])
+    assert sum(counts) == len(TEXTS) + 1
+
+
 def test_no_texts_give_no_embeddings(tiny_bert):
     assert encoder_for(tiny_bert).encode_queries([]).shape == (0, 32)
     assert list(encoder_for(tiny_bert).encode_passages([])) == []
