@@ -23,8 +23,9 @@ demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	  --temperature 0.05 --query_max_len 64 --passage_max_len 256 --logging_steps 10 --save_strategy no
 	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned \
 	  --index_file_jsonl_path candidate_context.jsonl --query_file_jsonl_path example_heldout.jsonl \
-	  > .demo/evaluation.txt
+	  --output_dir .demo/evaluation > .demo/evaluation.txt
 	@echo; echo "Held-out questions, before and after:"; sed '$$d' .demo/evaluation.txt
+	@echo; echo "Query by query: .demo/evaluation/report.html"
 
 test: lint .demo/model
 	$(BIN)/python -m pytest -q

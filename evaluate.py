@@ -12,6 +12,7 @@ stdout is the metrics as a Python dict. Exit status 1 when --fail_below or --fai
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from embedding_finetune.arguments import add_encoding_arguments, new_parser, pos
 from embedding_finetune.command_line import command, log_to_stderr
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 from embedding_finetune.jsonl import Record
+
+logger = logging.getLogger("embedding_finetune.evaluate")
 
 MEASURES = ("MRR", "Hit", "Recall", "nDCG", "MAP", "Precision")
 SIGNIFICANT = 0.05
@@ -41,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
+    from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.distributed import own_gpu, rank, start
     from embedding_finetune.encoding import load_encoder
     from embedding_finetune.evaluation import rank_corpus, values_per_query
@@ -50,14 +54,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     start()
     gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
-    rankings, values, weights = {}, {}, {}
+    rankings, values, weights, seen = {}, {}, {}, {}
     for name in args.model_name:
         encoder = load_encoder(name, args, flag="--model_name")
         weights[name] = encoder.weights_digest
+        seen[name] = task.count_queries_among(read_training_queries(name, cache_dir=args.cache_dir))
+        if seen[name]:
+            logger.warning(
+                "warning: %d of %d queries are in the training data of %s", seen[name], len(task.queries), name
+            )
         rankings[name] = rank_corpus(encoder, task, max(SHOWN, *args.cutoffs), gpus=gpus)
         values[name] = values_per_query(rankings[name], task, args.measures, args.cutoffs)
 
-    document = summarize(values, task, args, weights)
+    document = summarize(values, task, args, weights, seen)
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
     if rank() == 0:
@@ -100,7 +109,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measures", choices=MEASURES, nargs="+", default=["MRR", "Hit"], help="what to measure (default: MRR Hit)"
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="write metrics, per-query results and TREC files there")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="write a report, metrics, per-query results and TREC files there"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else on stdout")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the significance test")
     parser.add_argument(
@@ -154,6 +165,7 @@ def summarize(
     task: RetrievalTask,
     args: argparse.Namespace,
     weights: Mapping[str, str],
+    seen: Mapping[str, int],
 ) -> Record:
     """The whole outcome as one JSON document: what metrics.json holds."""
     from embedding_finetune.metrics import compare, means
@@ -185,6 +197,7 @@ def summarize(
         "duplicate_passages": task.corpus.duplicates,
         "positives_not_in_corpus": task.missing,
         "queries_without_findable_positive": task.unanswerable,
+        "queries_in_training_data": dict(seen),
         "weights_sha256": dict(weights),
         "settings": {name: value for name, value in vars(args).items() if name != "model_name"},
     }

@@ -103,6 +103,7 @@ def make_trainer(
     task: RetrievalTask | None,
 ) -> "RetrievalTrainer":
     """Load the model, settle how it embeds, and put it together with data and arguments."""
+    from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.data import EmbedCollator
     from embedding_finetune.model import BiEncoder, load_backbone
     from embedding_finetune.trainer import RetrievalTrainer
@@ -142,7 +143,13 @@ def make_trainer(
     )
     saved_config = dataclasses.replace(config, max_seq_length=saved_length, backbone_folder="")
     return RetrievalTrainer(
-        model, args, train_dataset=dataset, data_collator=collator, saved_config=saved_config, task=task
+        model,
+        args,
+        train_dataset=dataset,
+        data_collator=collator,
+        saved_config=saved_config,
+        trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
+        task=task,
     )
 
 

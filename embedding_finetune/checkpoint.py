@@ -5,6 +5,7 @@
     2_Normalize/                        present when vectors are scaled to length 1
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: the query's and the passage's instruction
+    training_queries.npy                ours: hashes of the queries that the weights were trained on
 
 They are read from a folder or the hub, whoever wrote them, in the old and the new spelling; they are
 written in the old one, which sentence-transformers reads from 2.2 to 6.x.
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from transformers.utils import cached_file
 
 from embedding_finetune.arguments import POOLING_METHODS
 from embedding_finetune.command_line import UserError
+from embedding_finetune.jsonl import atomic_writer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ _OLD_POOLING_FLAGS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
+_TRAINING_QUERIES = "training_queries.npy"
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     """
 
     def load(filename: str) -> Any:
-        path = cached_file(
-            name_or_path,
-            filename,
-            cache_dir=cache_dir,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        path = _find(name_or_path, filename, cache_dir)
         if path is None:
             return None
         try:
@@ -140,6 +137,40 @@ def save_checkpoint(
     if not config.normalized:
         # A stale folder of an earlier run in the same place would not be loaded, only mislead.
         shutil.rmtree(folder / "2_Normalize", ignore_errors=True)
+
+
+def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) -> np.ndarray:
+    """jsonl.text_id of every query that the weights are known to be trained on, sorted: (N,) int64, empty if unknown.
+
+    Raises UserError when the record is damaged.
+    """
+    path = _find(name_or_path, _TRAINING_QUERIES, cache_dir)
+    if path is None:
+        return np.empty(0, np.int64)
+    try:
+        return np.load(path).astype(np.int64, casting="safe")
+    except (ValueError, TypeError, EOFError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove it to go on without a record of training queries"
+        ) from error
+
+
+def write_training_queries(folder: str | os.PathLike, ids: np.ndarray) -> None:
+    """Keep beside the weights what read_training_queries gives: ids (N,) int64, in any order."""
+    with atomic_writer(Path(folder) / _TRAINING_QUERIES) as file:
+        np.save(file, np.unique(ids))
+
+
+def _find(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
+    """Where a file of a checkpoint folder or hub model is on this machine; None where it has no such file."""
+    return cached_file(
+        name_or_path,
+        filename,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, str]:

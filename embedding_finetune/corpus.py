@@ -10,7 +10,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from embedding_finetune.jsonl import canonical, read_queries
+from embedding_finetune.jsonl import canonical, read_queries, text_id
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,10 @@ class RetrievalTask(NamedTuple):
     def unanswerable(self) -> int:
         """How many queries have no answer in the corpus."""
         return sum(not positions for positions in self.relevant)
+
+    def count_queries_among(self, ids: np.ndarray) -> int:
+        """How many queries have their jsonl.text_id in ids (any,)."""
+        return int(np.isin([text_id(query) for query in self.queries], ids).sum())
 
 
 def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:

@@ -86,9 +86,8 @@ class KnownPositives:
 
     def overlap(self, task: RetrievalTask) -> tuple[int, int]:
         """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
-        queries = [text_id(query) for query in task.queries]
         passages = [text_id(task.corpus.texts[position]) for position in set().union(*task.relevant)]
-        return int(np.isin(queries, self.query_ids).sum()), int(np.isin(passages, self.answer_ids).sum())
+        return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
 
 
 class TrainDataset(Dataset):

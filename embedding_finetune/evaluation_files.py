@@ -2,6 +2,7 @@
 
 metrics.json       measures, differences, settings, weights, counts
 per_query.jsonl    per query the rank of each answer and the ten best passages, per model
+report.html        the same to look at, see html_report.py
 run.MODEL.trec     the rankings, and
 qrels.trec         the answers, as trec_eval and ranx read them; docids are zero-padded corpus positions
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from embedding_finetune.corpus import RetrievalTask
+from embedding_finetune.html_report import html_report
 from embedding_finetune.jsonl import Record, atomic_writer, write
 from embedding_finetune.retrieval import TopK
 
@@ -26,6 +28,8 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
     _write_lines(folder / "qrels.trec", qrels_lines(task))
     for name, ranking in rankings.items():
         _write_lines(folder / f"run.{file_name(name, list(rankings))}.trec", run_lines(task, ranking, name))
+    with atomic_writer(folder / "report.html") as file:
+        file.write(html_report(document, task, rankings).encode())
     with atomic_writer(folder / "metrics.json") as file:
         file.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
 

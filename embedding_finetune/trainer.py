@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint
+from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint, write_training_queries
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
@@ -27,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class RetrievalTrainer(Trainer):
-    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it."""
+    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
+
+    trained_before: what checkpoint.read_training_queries gave for the weights that training starts from.
+    """
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class RetrievalTrainer(Trainer):
         train_dataset: TrainDataset,
         data_collator: EmbedCollator,
         saved_config: EmbeddingConfig,
+        trained_before: np.ndarray,
         task: RetrievalTask | None = None,
     ):
         super().__init__(
@@ -48,6 +53,7 @@ class RetrievalTrainer(Trainer):
             processing_class=data_collator.tokenizer,
         )
         self.saved_config = saved_config
+        self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
         self.encoder = Encoder(
             model,
@@ -136,9 +142,9 @@ class RetrievalTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_checkpoint(
-                output_dir or self.args.output_dir, self.model.backbone, self.processing_class, self.saved_config
-            )
+            folder = output_dir or self.args.output_dir
+            save_checkpoint(folder, self.model.backbone, self.processing_class, self.saved_config)
+            write_training_queries(folder, self.training_queries)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))

@@ -7,6 +7,7 @@ import pytest
 from conftest import TOPICS, make_tiny_bert, passage_about, read_jsonl, write_jsonl
 
 import evaluate
+import finetune
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +100,31 @@ def test_the_same_model_twice_under_two_names_is_not_different(files, tiny_bert,
     document = json.loads((out / "metrics.json").read_text())
     assert set(map(tuple, (d.values() for d in document["differences"][str(link)].values()))) == {(0, 0, 0, 1)}
     assert len(set(document["weights_sha256"].values())) == 1
+
+
+def test_queries_that_a_model_was_trained_on_are_counted_also_after_further_training(
+    files, tiny_bert, tmp_path, caplog
+):
+    rows = read_jsonl(files[1])
+    model = tiny_bert
+    for number, part in enumerate((rows[:3], rows[2:5])):
+        data = write_jsonl(tmp_path / "train.jsonl", part)
+        flags = ("--max_steps", "1", "--per_device_train_batch_size", "3", "--train_group_size", "1")
+        tuned = tmp_path / f"tuned{number}"
+        argv = ["--model_name_or_path", str(model), "--train_data", str(data), "--output_dir", str(tuned), *flags]
+        finetune.main(argv)
+        model = tuned
+    out = tmp_path / "out"
+    run(files, tiny_bert, tmp_path / "tuned0", model, flags=("--output_dir", out))
+    seen = json.loads((out / "metrics.json").read_text())["queries_in_training_data"]
+    assert list(seen.values()) == [0, 3, 5]
+    assert f"5 of 10 queries are in the training data of {model}" in caplog.text
+    assert "5 of 10 queries are in the training data" in (out / "report.html").read_text()
+
+    (model / "training_queries.npy").write_bytes(b"not an array")
+    with pytest.raises(SystemExit) as stop:
+        run(files, model)
+    assert stop.value.code == 2
 
 
 @pytest.mark.parametrize(("limit", "status"), [("0.0", None), ("1.01", 1)])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, read_jsonl, write_jsonl
@@ -65,6 +66,7 @@ def make_trainer(tmp_path):
             train_dataset=TrainDataset(load_rows(str(data)), group_size=group_size, seed=args.seed),
             data_collator=EmbedCollator(tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32),
             saved_config=dataclasses.replace(config, max_seq_length=32),
+            trained_before=np.empty(0, np.int64),
             task=load_task(data, Corpus(row["pos"][0] for row in read_jsonl(data))) if evaluate else None,
         )
 
