@@ -7,73 +7,100 @@
         --range_for_sampling 2-10 \\
         --negative_number 5
 
-Every query is searched among the candidates, its positives are taken out, and negatives are sampled
-from a range of ranks. Further back in the ranking they are easier: 60-300 is milder than 2-10.
+Every query is searched among the candidates, its positives are taken out, and negatives are chosen
+from a range of ranks. Further back in the ranking they are easier: 60-300 is milder than 2-10. An audit
+on stderr tells what was chosen, what was left out and why.
 """
 
 import argparse
+import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedding_finetune import jsonl
-from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, rank_range
-from embedding_finetune.command_line import command, log_to_stderr
+from embedding_finetune.arguments import (
+    add_encoding_arguments,
+    add_mining_output_arguments,
+    add_selection_arguments,
+    new_parser,
+)
+from embedding_finetune.command_line import UserError, command, log_to_stderr
 from embedding_finetune.corpus import Corpus
 from embedding_finetune.jsonl import Record, canonical
-from embedding_finetune.mining import Selection, row_rng, select_negatives
+from embedding_finetune.mining import ScoreFilters, Selection, lowest_scores, row_rng, select_negatives
+
+if TYPE_CHECKING:
+    from embedding_finetune.candidates import Candidates, Pairs, Score
 
 logger = logging.getLogger("embedding_finetune.mine_hard_neg")
+
+_ROWS_AT_ONCE = 8192
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read rows, rank the candidates for each, choose negatives, write the rows, give the account."""
+    """Read rows, rank the candidates for each, choose negatives, write the rows, give the audit."""
     began = time.monotonic()
     args = parse_arguments(argv)
     log_to_stderr()
     rows = list(jsonl.read_training_rows(args.input_file))
-    corpus = Corpus(candidate_texts(rows, args.candidate_pool))
+    corpus = Corpus(candidate_texts(rows, args.candidate_pool), beyond=own_texts(rows, args))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
 
     # Heavy imports wait until flags and data are known to be good.
-    from embedding_finetune.distributed import own_gpu, rank, start
-    from embedding_finetune.encoding import load_encoder
-    from embedding_finetune.report import mining_account
-    from embedding_finetune.retrieval import PairScores, TopK, gpus_to_search_on
-    from embedding_finetune.search import encode_own_passages, encode_queries, merge_rankings, merge_scores
+    from embedding_finetune.candidates import rank_candidates
+    from embedding_finetune.distributed import rank, start
+    from embedding_finetune.mining_audit import audit_text, examples, mining_audit
+    from embedding_finetune.reranking import check_reranker
 
     start()
-    gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
-    encoder = load_encoder(args.model_name_or_path, args, flag="--model_name_or_path")
-    queries = encode_queries(encoder, [row["query"] for row in rows])
-    ranking = TopK(queries, args.range_for_sampling[1], gpus=gpus)
-    # Positives that the pool does not hold are scored for the account, but cannot be retrieved.
-    outside = Corpus(missing_positives(rows, corpus))
-    positives = PairScores(queries, *positive_pairs(rows, corpus, outside))
-    for first, block in encode_own_passages(encoder, corpus.texts):
-        ranking.add(first, block)
-        positives.add(first, block)
-    for first, block in encode_own_passages(encoder, outside.texts):
-        positives.add(len(corpus) + first, block)
-    merge_rankings(ranking)
-    merge_scores(positives)
+    if args.reranker_name_or_path is not None:
+        check_reranker(args.reranker_name_or_path, args)
+    pairs = positive_pairs(rows, corpus)
+    found = rank_candidates([row["query"] for row in rows], corpus, pairs, np.unique(pairs.positions), args)
+    lowest_positive = lowest_scores(pairs.rows, found.pair_scores, len(rows))
+    selections = choose_negatives(rows, corpus, found, lowest_positive, args)
+    if args.save_scores:
+        selections = with_all_scores(selections, found.score)
     if rank() > 0:
         return
 
-    selections = choose_negatives(rows, corpus, ranking.positions, args)
-    jsonl.write(args.output_file, with_negatives(rows, corpus, selections))
-    logger.info("%s", mining_account(selections, args.negative_number, ranking, positives.scores))
-    logger.info("wrote %s in %.1f s", args.output_file, time.monotonic() - began)
+    mined = list(mined_rows(rows, corpus, selections, found.pair_scores, args))
+    if not mined:
+        raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
+    jsonl.write(args.output_file, mined)
+    audit = {
+        **mining_audit(selections, found.pair_scores, lowest_positive, wanted=args.negative_number),
+        "candidates": len(corpus),
+        "rows_dropped": len(rows) - len(mined),
+        "seconds": {**found.seconds, "total": time.monotonic() - began},
+        "settings": vars(args),
+        "weights_sha256": found.weights,
+    }
+    if args.report_file is not None:
+        with jsonl.atomic_writer(args.report_file) as file:
+            file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
+    if args.show_examples:
+        logger.info("%s\n", examples(mined, args.show_examples, seed=args.seed))
+    logger.info("%s", audit_text(audit, wanted=args.negative_number))
+    logger.info("wrote %s", args.output_file)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked as far as that needs no data."""
     parser = new_parser(__doc__)
-    parser.add_argument("--model_name_or_path", required=True, metavar="NAME", help="model folder or hub name")
+    parser.add_argument(
+        "--model_name_or_path",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="model folder or hub name; with several, their rankings are fused, and the first one's scores count",
+    )
     parser.add_argument("--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}')
     parser.add_argument(
         "--output_file", required=True, metavar="FILE", help='where to write the rows with "neg": [str, ...]'
@@ -85,23 +112,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         '(default: every "pos" and "neg" of the input file)',
     )
     parser.add_argument(
-        "--range_for_sampling",
-        type=rank_range,
-        default="10-210",
-        metavar="A-B",
-        help="sample from the ranks [A, B) of each query's ranking, counted from 0",
+        "--reranker_name_or_path", metavar="NAME", help="a cross-encoder whose scores replace the model's"
     )
-    parser.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the sampling")
+    add_selection_arguments(parser)
+    add_mining_output_arguments(parser)
     add_encoding_arguments(parser)
     args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
+    if args.max_score is not None and args.min_score is not None and args.max_score < args.min_score:
+        parser.error(f"argument --max_score: {args.max_score} is below --min_score {args.min_score}")
+    if len(set(args.model_name_or_path)) < len(args.model_name_or_path):
+        parser.error("argument --model_name_or_path: the same model is named twice")
     jsonl.require_file("--input_file", args.input_file)
     if args.candidate_pool is not None:
         jsonl.require_file("--candidate_pool", args.candidate_pool)
     jsonl.require_writable("--output_file", args.output_file)
+    if args.report_file is not None:
+        jsonl.require_writable("--report_file", args.report_file)
     if args.embeddings_dir is not None:
         jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
-    return args
 
 
 def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Iterator[str]:
@@ -114,57 +148,119 @@ def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Itera
             yield from row.get("neg", ())
 
 
-def missing_positives(rows: Sequence[Record], corpus: Corpus) -> Iterator[str]:
-    """The positives that the corpus does not hold."""
+def own_texts(rows: Sequence[Record], args: argparse.Namespace) -> Iterator[str]:
+    """The texts of the rows that have to be known, whether the pool holds them or not."""
     for row in rows:
-        positions = corpus.positions(row["pos"])
-        yield from (text for text, position in zip(row["pos"], positions) if position < 0)
+        yield from row["pos"]
+        if args.keep_existing_negatives:
+            yield from row.get("neg", ())
 
 
-def positive_pairs(rows: Sequence[Record], corpus: Corpus, outside: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """Row number and position of every positive (P,); those outside the corpus are numbered on from its end."""
-    texts = [text for row in rows for text in row["pos"]]
-    positions = corpus.positions(texts)
-    absent = np.flatnonzero(positions < 0)
-    positions[absent] = len(corpus) + outside.positions([texts[pair] for pair in absent])
-    return np.repeat(np.arange(len(rows)), [len(row["pos"]) for row in rows]), positions
+def positive_pairs(rows: Sequence[Record], corpus: Corpus) -> "Pairs":
+    """Row number and position of every positive (P,), row by row."""
+    from embedding_finetune.candidates import Pairs
+
+    positions = corpus.positions([text for row in rows for text in row["pos"]])
+    return Pairs(np.repeat(np.arange(len(rows)), [len(row["pos"]) for row in rows]), positions)
 
 
 def choose_negatives(
-    rows: Sequence[Record], corpus: Corpus, ranking: Sequence[Sequence[int]], args: argparse.Namespace
+    rows: Sequence[Record],
+    corpus: Corpus,
+    found: "Candidates",
+    lowest_positive: np.ndarray,
+    args: argparse.Namespace,
 ) -> list[Selection]:
-    """Every row's negatives. A positive of any row with the same query is never one, nor the query itself."""
-    own = [corpus.positions(row["pos"]).tolist() for row in rows]
-    queries = corpus.positions([row["query"] for row in rows]).tolist()
-    answers: dict[str, dict[int, None]] = defaultdict(dict)
-    for row, positions in zip(rows, own):
-        answers[canonical(row["query"])].update(dict.fromkeys(positions))
+    """Every row's negatives."""
+    filters = ScoreFilters(args.max_score, args.min_score, args.absolute_margin, args.relative_margin)
+    known = known_texts(rows, corpus, found.near_duplicates)
     selections = []
-    for number, row in enumerate(rows):
-        excluded = {
-            queries[number]: "the query itself",
-            **dict.fromkeys(answers[canonical(row["query"])], "positive of the same query in another row"),
-            **dict.fromkeys(own[number], "positive"),
-        }
-        excluded.pop(-1, None)  # not in the corpus
-        selections.append(
-            select_negatives(
-                ranking[number].tolist(),
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        scores = found.window_scores[part]
+        refused_by = filters.refusals(scores, lowest_positive[part])
+        lists = zip(rows[part], found.ranking[part].tolist(), scores.tolist(), refused_by.tolist())
+        for number, (row, ranking, row_scores, refused) in enumerate(lists, start=first):
+            excluded = next(known)
+            existing = row.get("neg", ()) if args.keep_existing_negatives else ()
+            kept = dict.fromkeys(p for p in corpus.positions(existing).tolist() if p not in excluded)
+            selection = select_negatives(
+                ranking,
+                row_scores,
+                refused,
                 window=args.range_for_sampling,
                 count=args.negative_number,
                 excluded=excluded,
                 corpus_size=len(corpus),
                 rng=row_rng(args.seed, number),
+                strategy=args.sampling_strategy,
+                kept=list(kept),
             )
-        )
+            if len(kept) < len(existing):
+                selection.dropped["negatives of the input that are positives or repeats"] += len(existing) - len(kept)
+            selections.append(selection)
     return selections
 
 
-def with_negatives(rows: Sequence[Record], corpus: Corpus, selections: Sequence[Selection]) -> Iterator[Record]:
-    """The rows with their new negatives; scores of the old ones, if there were any, are dropped with them."""
+def known_texts(rows: Sequence[Record], corpus: Corpus, near_duplicates: np.ndarray) -> Iterator[Mapping[int, str]]:
+    """Row by row, position -> reason for every text that must not become a negative.
+
+    These are the query, its positives in any row, and what nearly equals one of those: near_duplicates (n, 2).
+    """
+    own = [corpus.positions(row["pos"]).tolist() for row in rows]
+    queries = corpus.positions([row["query"] for row in rows]).tolist()
+    answers: dict[str, dict[int, None]] = defaultdict(dict)
+    for row, positions in zip(rows, own):
+        answers[canonical(row["query"])].update(dict.fromkeys(positions))
+    near: dict[int, list[int]] = defaultdict(list)
+    for positive, passage in near_duplicates.tolist():
+        near[positive].append(passage)
+    for row, query, positions in zip(rows, queries, own):
+        same_query = answers[canonical(row["query"])]
+        excluded = {passage: "near-duplicate of a positive" for positive in same_query for passage in near[positive]}
+        excluded[query] = "the query itself"
+        excluded.update(dict.fromkeys(same_query, "positive of the same query in another row"))
+        excluded.update(dict.fromkeys(positions, "positive"))
+        excluded.pop(-1, None)  # not among the texts
+        yield excluded
+
+
+def with_all_scores(selections: Sequence[Selection], score: "Score") -> list[Selection]:
+    """The selections with the scores filled in that retrieval did not give: of kept and random negatives."""
+    from embedding_finetune.candidates import Pairs
+
+    missing = [
+        (row, place)
+        for row, selection in enumerate(selections)
+        for place, known in enumerate(np.isfinite(selection.scores).tolist())
+        if not known
+    ]
+    pairs = np.array([(row, selections[row].negatives[place]) for row, place in missing], dtype=np.int64).reshape(-1, 2)
+    scores = score(Pairs(pairs[:, 0], pairs[:, 1])).tolist()
+    for (row, place), value in zip(missing, scores):
+        selections[row].scores[place] = value
+    return list(selections)
+
+
+def mined_rows(
+    rows: Sequence[Record],
+    corpus: Corpus,
+    selections: Sequence[Selection],
+    positive_scores: np.ndarray,
+    args: argparse.Namespace,
+) -> Iterator[Record]:
+    """The rows with their new negatives; scores of the old ones, if there were any, go or are replaced with them."""
+    scores = iter(positive_scores.tolist())
     for row, selection in zip(rows, selections):
+        own_scores = [round(next(scores), 6) for _ in row["pos"]]
+        if not selection.negatives and args.drop_rows_without_negatives:
+            continue
         kept = {name: value for name, value in row.items() if name not in ("pos_scores", "neg_scores")}
-        yield {**kept, "neg": [corpus.texts[position] for position in selection.negatives]}
+        mined = {**kept, "neg": [corpus.texts[position] for position in selection.negatives]}
+        if args.save_scores:
+            mined["pos_scores"] = own_scores
+            mined["neg_scores"] = [round(value, 6) for value in selection.scores]
+        yield mined
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The flags of finetune.py are the dataclasses of training_arguments.py.
 """
 
 import argparse
+import math
 import re
 from typing import NoReturn
 
@@ -72,6 +73,55 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache_dir", metavar="DIR", help="where models from the hub are kept")
 
 
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of mine_hard_neg.py about which candidates become negatives."""
+    group = parser.add_argument_group("choosing negatives")
+    group.add_argument(
+        "--range_for_sampling",
+        type=rank_range,
+        default="10-210",
+        metavar="A-B",
+        help="sample from the ranks [A, B) of each query's ranking, counted from 0",
+    )
+    group.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
+    group.add_argument(
+        "--sampling_strategy",
+        choices=("random", "top"),
+        default="random",
+        help="draw negatives from the range, or take its best",
+    )
+    group.add_argument("--max_score", type=finite_number, metavar="X", help="only negatives that score at most X")
+    group.add_argument("--min_score", type=finite_number, metavar="X", help="only negatives that score at least X")
+    group.add_argument(
+        "--absolute_margin", type=margin, metavar="M", help="only negatives that score at most positive - M"
+    )
+    group.add_argument(
+        "--relative_margin",
+        type=margin,
+        metavar="R",
+        help="only negatives that score at most positive - R * |positive|; of several positives the lowest counts",
+    )
+    group.add_argument(
+        "--near_duplicate_threshold",
+        type=cosine_threshold,
+        metavar="T",
+        help="no passages whose embedding has a cosine of at least T to that of a positive",
+    )
+    group.add_argument(
+        "--keep_existing_negatives", **_SWITCH, help='keep the "neg" of the input, and add to it up to the number'
+    )
+    group.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the sampling")
+
+
+def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of mine_hard_neg.py about what it writes."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_scores", **_SWITCH, help='write "pos_scores" and "neg_scores" beside "pos" and "neg"')
+    group.add_argument("--drop_rows_without_negatives", **_SWITCH, help="do not write rows that got no negative")
+    group.add_argument("--report_file", metavar="FILE", help="write the audit there as JSON")
+    group.add_argument("--show_examples", type=positive_int, metavar="N", help="print N mined rows, drawn at random")
+
+
 def boolean(text: str) -> bool:
     """True or False, as transformers' own flags spell them."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -85,6 +135,33 @@ def positive_int(text: str) -> int:
     if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def finite_number(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def margin(text: str) -> float:
+    """A number that is not negative."""
+    value = finite_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative: a margin is at least 0")
+    return value
+
+
+def cosine_threshold(text: str) -> float:
+    """A number in (0, 1]."""
+    value = finite_number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
 
 
 def rank_range(text: str) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """What the three scripts share as programs: one-line errors, exit statuses, logging to stderr."""
 
+import atexit
 import functools
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -47,6 +49,14 @@ def log_to_stderr() -> None:
     logging.getLogger("embedding_finetune").setLevel(logging.INFO if first_process else logging.ERROR)
     if not first_process:
         os.environ["TQDM_DISABLE"] = "1"
+
+
+@functools.cache
+def scratch_folder() -> str:
+    """A folder that is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="embedding_finetune_")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def first_line(error: BaseException) -> str:

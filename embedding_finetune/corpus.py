@@ -1,5 +1,6 @@
 """What can be retrieved, the distinct texts known by their positions, and what should be."""
 
+import copy
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ from embedding_finetune.jsonl import canonical, read_queries, text_id
 logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 2**20
+_DIGEST_BYTES = 16
 
 
 class TextsOnDisk(Sequence[str]):
@@ -36,6 +38,12 @@ class TextsOnDisk(Sequence[str]):
         """Forget all texts but those at `rows`, in that order."""
         self._starts, self._ends = self._starts[rows], self._ends[rows]
 
+    def at(self, rows: np.ndarray) -> "TextsOnDisk":
+        """The texts at `rows`, in the same file."""
+        part = copy.copy(self)
+        part.keep(rows)
+        return part
+
     def __len__(self) -> int:
         return len(self._starts)
 
@@ -50,8 +58,10 @@ class TextsOnDisk(Sequence[str]):
         starts, ends = self._starts[index].tolist(), self._ends[index].tolist()
         if not starts:
             return []
-        first = min(starts)
-        span = self._read(first, max(ends))
+        first, last = min(starts), max(ends)
+        if last - first > _BUFFER_BYTES + 2 * (sum(ends) - sum(starts)):  # far apart
+            return [self._read(start, end).decode() for start, end in zip(starts, ends)]
+        span = self._read(first, last)
         return [span[start - first : end - first].decode() for start, end in zip(starts, ends)]
 
     def _read(self, start: int, end: int) -> bytes:
@@ -66,39 +76,44 @@ class Corpus:
     """Texts in first-seen order; texts that are equal in canonical form are one.
 
     `texts[p]` is the text at position p as it was first written; `duplicates` counts the others. Texts stay on disk:
-    equality is that of 128-bit digests, of which memory holds one for each text.
+    equality is that of 128-bit digests, of which memory holds one for each text. Texts that only `beyond` holds get
+    positions from len(corpus) on: they are known, but not to be retrieved.
     """
 
-    def __init__(self, texts: Iterable[str]):
+    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()):
         digests = bytearray()
+        sizes = []
 
         def digested() -> Iterable[str]:
-            for text in texts:
-                digests.extend(_digest(text))
-                yield text
+            for part in (texts, beyond):
+                for text in part:
+                    digests.extend(_digest(text))
+                    yield text
+                sizes.append(len(digests) // _DIGEST_BYTES)
 
         self.texts = TextsOnDisk(digested())
         self._digests, first_seen = np.unique(np.frombuffer(digests, dtype="S16"), return_index=True)
-        self.duplicates = len(self.texts) - len(first_seen)
+        self._size = int((first_seen < sizes[0]).sum())
+        self.duplicates = sizes[0] - self._size
         order = np.argsort(first_seen)
         self.texts.keep(first_seen[order])
         self._positions = np.empty_like(order)  # of the sorted digests
         self._positions[order] = np.arange(len(order))
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return self._size
 
     def positions(self, texts: Sequence[str]) -> np.ndarray:
-        """Where each text stands, -1 where it is not in the corpus: (len(texts),) int64."""
+        """Where each text stands, -1 where it is not known: (len(texts),) int64."""
         wanted = np.array([_digest(text) for text in texts], dtype="S16")
-        if not len(self) or not len(wanted):
+        if not len(self._digests) or not len(wanted):
             return np.full(len(wanted), -1, dtype=np.int64)
-        places = np.searchsorted(self._digests, wanted).clip(max=len(self) - 1)
+        places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         return np.where(self._digests[places] == wanted, self._positions[places], -1)
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(canonical(text).encode(), digest_size=16).digest()
+    return hashlib.blake2b(canonical(text).encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 class RetrievalTask(NamedTuple):

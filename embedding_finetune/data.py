@@ -6,7 +6,6 @@ workers, resuming and the number of ranks cannot change it. The epoch therefore 
 Shapes: B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
 """
 
-import functools
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from embedding_finetune import jsonl
 from embedding_finetune.batching import pad, tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig
-from embedding_finetune.command_line import UserError
+from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
@@ -195,7 +194,7 @@ def _filled(lists: Sequence[Sequence[int]], width: int, value: int) -> torch.Ten
 
 def _mapped_rows(path: Path) -> datasets.Dataset:
     """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
-    folder = tempfile.mkdtemp(dir=_scratch_folder().name)
+    folder = tempfile.mkdtemp(dir=scratch_folder())
     try:
         return datasets.Dataset.from_generator(
             _training_rows, gen_kwargs={"path": str(path)}, features=ROW_FEATURES, cache_dir=folder
@@ -204,12 +203,6 @@ def _mapped_rows(path: Path) -> datasets.Dataset:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-
-
-@functools.cache
-def _scratch_folder() -> tempfile.TemporaryDirectory:
-    """A folder that is removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="embedding_finetune_")
 
 
 def _training_rows(path: str) -> Iterator[jsonl.Record]:

@@ -119,6 +119,8 @@ class Encoder:
         yield from self._encode(passages, self.passage, share)
 
     def _encode(self, texts: Sequence[str], kind: TextKind, share: slice) -> Iterator[tuple[int, np.ndarray]]:
+        if kind.store is not None:
+            kind.store.refresh()
         first, stop, _ = share.indices(len(texts))
         starts = range(first, stop, TEXTS_PER_BLOCK)
         blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
@@ -170,8 +172,7 @@ class Encoder:
     @property
     def _budget(self) -> int:
         """Padded tokens at once."""
-        device = self.model.backbone.device.type
-        return self.tokens_per_batch or _TOKENS_PER_BATCH.get(device, _TOKENS_PER_BATCH_ELSEWHERE)
+        return self.tokens_per_batch or default_tokens_per_batch(self.model.backbone.device)
 
     def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
         """Embeddings of texts of one padded length: (n, H). A GPU that runs out of memory gets halves from now on."""
@@ -193,6 +194,11 @@ class Encoder:
             torch.cuda.empty_cache()
         half = count // 2
         return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
+
+
+def default_tokens_per_batch(device: torch.device) -> int:
+    """Padded tokens at once where --tokens_per_batch does not say."""
+    return _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
 
 
 def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> Encoder:

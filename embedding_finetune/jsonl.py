@@ -38,6 +38,8 @@ def text_id(text: str) -> int:
 def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing.
 
+    They may carry `pos_scores` and `neg_scores`, a number for each text.
+
     Raises UserError naming `path:line` at the first row that is anything else.
     """
     for line, record in read(path):
@@ -45,6 +47,8 @@ def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
         _require_texts(path, line, record, "pos")
         if "neg" in record:
             _require_texts(path, line, record, "neg", may_be_empty=True)
+        for field in ("pos", "neg"):
+            _check_scores(path, line, record, field)
         yield record
 
 
@@ -233,6 +237,16 @@ def _require_texts(
         raise UserError(f'{path}:{line}: "{field}" is empty, expected at least one string')
     for position, text in enumerate(texts):
         _check_text(path, line, f'"{field}"[{position}]', text)
+
+
+def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str) -> None:
+    scores = record.get(f"{field}_scores")
+    if scores is None:
+        return
+    texts = record.get(field, [])
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    if not numbers or len(scores) != len(texts):
+        raise UserError(f'{path}:{line}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
 
 
 def _check_text(path: str | os.PathLike, line: int, name: str, text: object) -> None:

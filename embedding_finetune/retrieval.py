@@ -27,6 +27,8 @@ _SPARE = 8
 """Passages asked of faiss beyond k, so that ties at the k-th place are mostly seen at once."""
 _RESULTS_PER_SEARCH = 2**20
 _VALUES_PER_CHUNK = 2**23
+_QUERIES_PER_RANGE_SEARCH = 1024
+_FUSION_OFFSET = 60
 _FAISS_GPU_MAX_K = 2048
 _NOTHING = np.iinfo(np.int64).max
 _LOW_BITS = 2**32 - 1
@@ -140,6 +142,54 @@ class PairScores:
         """Score the pairs whose passage is one of start .. start + n - 1; block: (n, H)."""
         here = np.flatnonzero((self.positions >= start) & (self.positions < start + len(block)))
         self.scores[here] = exact_scores(self.queries, self.query_rows[here], block, self.positions[here] - start)
+
+
+class NearDuplicates:
+    """Pairs of a given text and a passage whose cosine is at least `threshold`, found as blocks of passages come by.
+
+    embeddings: (P, H), of any length but 0. `pairs` (n, 2) int64 holds rows of embeddings and positions of passages.
+    """
+
+    def __init__(self, embeddings: np.ndarray, threshold: float):
+        self.embeddings = _unit(embeddings)
+        self.threshold = threshold
+        self.pairs = np.empty((0, 2), dtype=np.int64)
+
+    def add(self, start: int, block: np.ndarray) -> None:
+        """Search passages start .. start + n - 1, whose embeddings are block (n, H)."""
+        block = _unit(block)
+        index = faiss.IndexFlatIP(block.shape[1])
+        index.add(block)
+        slack = float(_rounding_error(self.embeddings, block).max(initial=0))
+        found = [self.pairs]
+        for first in range(0, len(self.embeddings), _QUERIES_PER_RANGE_SEARCH):
+            queries = self.embeddings[first : first + _QUERIES_PER_RANGE_SEARCH]
+            ends, _, passages = index.range_search(queries, self.threshold - slack)
+            rows = np.repeat(np.arange(len(queries)), np.diff(ends).astype(np.int64))
+            near = exact_scores(queries, rows, block, passages) >= self.threshold
+            found.append(np.stack([rows[near] + first, passages[near] + start], axis=1))
+        self.pairs = np.concatenate(found)
+
+
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+
+
+def fuse(rankings: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): the sum over rankings of 1 / (60 + rank), ranks from 1.
+
+    rankings: positions (Q, k) each, best first, -1 past the end. Returns positions (Q, k); ties by position.
+    """
+    fused = np.full_like(rankings[0], -1)
+    credit = np.concatenate([1 / (_FUSION_OFFSET + np.arange(1, r.shape[1] + 1)) for r in rankings])
+    for row in range(len(fused)):
+        positions, places = np.unique(np.concatenate([ranking[row] for ranking in rankings]), return_inverse=True)
+        # Rounded, so that sums of the same terms in another order are equal.
+        scores = np.bincount(places, weights=credit).round(12)
+        scores[positions < 0] = -1
+        best = np.lexsort((positions, -scores))[: fused.shape[1]]
+        fused[row, : len(best)] = np.where(scores[best] > 0, positions[best], -1)
+    return fused
 
 
 def exact_scores(

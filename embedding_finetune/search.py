@@ -10,7 +10,7 @@ import numpy as np
 
 from embedding_finetune.distributed import gather_objects, own_share
 from embedding_finetune.encoding import Encoder
-from embedding_finetune.retrieval import PairScores, TopK
+from embedding_finetune.retrieval import NearDuplicates, PairScores, TopK
 
 _QUERIES_PER_GATHER = 8192
 
@@ -25,11 +25,22 @@ def encode_own_passages(encoder: Encoder, passages: Sequence[str]) -> Iterator[t
     return encoder.encode_passages(passages, own_share(len(passages)))
 
 
+def encode_passages(encoder: Encoder, passages: Sequence[str]) -> np.ndarray:
+    """Embeddings of all passages, in every process: (N, H)."""
+    own = [block for _, block in encode_own_passages(encoder, passages)]
+    return np.concatenate([block for blocks in gather_objects(own) for block in blocks])
+
+
 def merge_rankings(ranking: TopK) -> None:
     """Take in what the other processes found; afterwards all have the same ranking."""
     for first in range(0, len(ranking.queries), _QUERIES_PER_GATHER):
         part = slice(first, first + _QUERIES_PER_GATHER)
         ranking.best[part] = ranking.merged(gather_objects(ranking.best[part]))
+
+
+def merge_near_duplicates(near: NearDuplicates) -> None:
+    """Take in the pairs that the other processes found."""
+    near.pairs = np.concatenate(gather_objects(near.pairs))
 
 
 def merge_scores(pairs: PairScores) -> None:

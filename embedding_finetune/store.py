@@ -46,6 +46,10 @@ class EmbeddingStore:
                 file.write(described.encode() + b"\n")
         except OSError as error:
             raise UserError(f"--embeddings_dir {root}: cannot be written: {error.strerror}") from error
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what was kept since, by this process or another."""
         self._segments = [path for path in sorted(self.folder.glob("*.segment")) if self._is_complete(path)]
         self._checked: set[int] = set()
         self._index()

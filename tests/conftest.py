@@ -20,6 +20,14 @@ north south hall yard store keeper before after every call line a an of to for i
 our with and or not no yes . , ? : 0 1 2 3 4 5 6 7 8 9 ##s ##ing ##ed ##er ##a ##b
 """.split()
 
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
+
 TOPICS = ("pump", "valve", "filter", "motor", "gate", "panel", "sensor", "alarm", "badge", "desk")
 
 
@@ -55,17 +63,26 @@ def make_tiny_bert(folder: Path, *, seed: int = 0, dropout: float = 0.1, **token
     tokenizer = make_tokenizer(**tokenizer_options)
     torch.manual_seed(seed)
     config = BertConfig(
+        **TINY,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         initializer_range=0.1,  # the default, 0.02, makes random embeddings nearly equal
     )
     BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_reranker(folder: Path, *, logits: int = 1) -> Path:
+    """Save a random 2-layer BERT with a classification head."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(**TINY, vocab_size=len(tokenizer), num_labels=logits, initializer_range=0.3)
+    BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -132,12 +149,8 @@ def make_rotary_model(folder: Path, *, padding_side: str = "right") -> Path:
     tokenizer = make_tokenizer(padding_side=padding_side)
     torch.manual_seed(0)
     config = ModernBertConfig(
+        **TINY,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
         pad_token_id=0,
         cls_token_id=2,
         sep_token_id=3,

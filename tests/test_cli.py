@@ -28,6 +28,11 @@ BAD_FILES = {
 }
 BAD_TRAINING_FILES = BAD_FILES | {
     "number_neg.jsonl": (b'{"query": "q", "pos": ["p"], "neg": [1]}\n', 'number_neg.jsonl:1: "neg"[0]'),
+    "short_scores.jsonl": (
+        b'{"query": "q", "pos": ["p", "r"], "pos_scores": [1]}\n',
+        ':1: "pos_scores" must hold a number',
+    ),
+    "odd_scores.jsonl": (b'{"query": "q", "pos": ["p"], "neg": ["n"], "neg_scores": ["1"]}\n', ':1: "neg_scores" must'),
 }
 
 
@@ -131,12 +136,29 @@ def test_a_bad_candidates_file_is_refused(folder, capsys, main, argv):
         ("input_file", "."),
         ("output_file", "nowhere/out.jsonl"),
         ("output_file", "."),
+        ("report_file", "nowhere/audit.json"),
+        *[("absolute_margin", value) for value in ("-0.1", "nan", "much")],
+        *[("relative_margin", value) for value in ("-0.05", "inf")],
+        *[("near_duplicate_threshold", value) for value in ("0", "1.01", "-1", "nan")],
+        ("max_score", "high"),
+        ("min_score", "nan"),
+        ("sampling_strategy", "best"),
+        ("show_examples", "0"),
         ("no_such_flag", "1"),
     ],
 )
 def test_mining_refuses_a_bad_flag_by_name(folder, capsys, flag, value):
     assert f"--{flag}" in error_of(mine_hard_neg.main, mine_argv(**{flag: value}), capsys)
     assert (folder / "out.jsonl").read_text() == "old"
+
+
+def test_mining_refuses_bounds_and_models_that_contradict_each_other(folder, capsys):
+    assert "--max_score: 0.2 is below --min_score 0.3" in error_of(
+        mine_hard_neg.main, mine_argv(max_score="0.2", min_score="0.3"), capsys
+    )
+    assert "--model_name_or_path" in error_of(
+        mine_hard_neg.main, [*mine_argv(), "--model_name_or_path", "m", "m"], capsys
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, write_jsonl
+from conftest import REPOSITORY, TOPICS, make_tiny_bert, make_tiny_reranker, passage_about, write_jsonl
 from safetensors.torch import load_file
 
 STEPS, GLOBAL_BATCH = 3, 8
@@ -161,10 +161,13 @@ finetune.main({flags!r})
 
 MINE_AND_EVALUATE = """
 import sys, mine_hard_neg, evaluate
-model, rows, folder, *pools = sys.argv[1:]
+model, other, reranker, rows, folder, *pools = sys.argv[1:]
 for number, pool in enumerate(pools):
-    mine_hard_neg.main(["--model_name_or_path", model, "--input_file", rows, "--candidate_pool", pool,
-        "--output_file", f"{folder}/{number}.jsonl", "--range_for_sampling", "1-4", "--negative_number", "2"])
+    flags = ["--input_file", rows, "--candidate_pool", pool, "--range_for_sampling", "1-4", "--negative_number", "5"]
+    mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.jsonl", "--save_scores",
+        "--near_duplicate_threshold", "0.996", *flags])
+    mine_hard_neg.main(["--model_name_or_path", model, other, "--reranker_name_or_path", reranker, "--save_scores",
+        "--output_file", f"{folder}/{number}.reranked.jsonl", *flags])
     evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
         "--output_dir", f"{folder}/{number}"])
 """
@@ -173,7 +176,8 @@ for number, pool in enumerate(pools):
 @pytest.mark.slow
 def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(data, tmp_path):
     """Uneven shares, and corpora of fewer passages than there are processes."""
-    model = make_tiny_bert(tmp_path / "bert")
+    models = make_tiny_bert(tmp_path / "bert"), make_tiny_bert(tmp_path / "other", seed=7)
+    models = list(map(str, (*models, make_tiny_reranker(tmp_path / "reranker"))))
     pools = []
     for count in (10, 2, 1):
         texts = [{"text": passage_about(topic)} for topic in TOPICS[:count]]
@@ -182,12 +186,12 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
     for processes in (1, 2, 3):
         folder = tmp_path / f"with_{processes}"
         folder.mkdir()
-        result = launch(MINE_AND_EVALUATE, tmp_path, str(model), str(data), str(folder), *pools, processes=processes)
+        result = launch(MINE_AND_EVALUATE, tmp_path, *models, str(data), str(folder), *pools, processes=processes)
         assert result.returncode == 0, result.stderr
         files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         metrics = [json.loads(files.pop(Path(f"{n}/metrics.json")))["metrics"] for n in range(len(pools))]
         outcomes.append((files, metrics, result.stdout))
-    assert len(outcomes[0][0]) == 4 * len(pools)
+    assert len(outcomes[0][0]) == 6 * len(pools)
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 

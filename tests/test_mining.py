@@ -1,19 +1,27 @@
 from collections import Counter
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.mining import row_rng, select_negatives
+from embedding_finetune.mining import FILTERS, ScoreFilters, lowest_scores, row_rng, select_negatives
 
 
-def select(ranking, *, window=(0, 10), count=3, excluded=(), corpus_size=100, seed=0):
+def select(
+    ranking, *, window=(0, 10), count=3, excluded=(), refused_by=None, corpus_size=100, seed=0, row=0, **options
+):
+    width = window[1] - window[0]
     return select_negatives(
         ranking,
+        [1 - place / 100 for place in range(width)],
+        refused_by or [0] * width,
         window=window,
         count=count,
         excluded=dict.fromkeys(excluded, "positive"),
         corpus_size=corpus_size,
-        rng=row_rng(seed, 0),
+        rng=row_rng(seed, row),
+        **options,
     )
 
 
@@ -48,12 +56,59 @@ def test_a_row_where_everything_is_excluded_gives_none():
 
 def test_the_same_seed_and_row_give_the_same_choice_and_others_differ():
     def choose(seed, row):
-        rng = row_rng(seed, row)
-        selection = select_negatives(range(50), window=(0, 50), count=5, excluded={}, corpus_size=50, rng=rng)
-        return selection.negatives
+        return select(range(50), window=(0, 50), count=5, corpus_size=50, seed=seed, row=row).negatives
 
     assert choose(1, 2) == choose(1, 2)
     assert len({tuple(choose(seed, row)) for seed in range(4) for row in range(4)}) == 16
+
+
+def test_top_takes_the_window_in_order_and_scores_stay_beside_their_negatives():
+    selection = select([40, 41, 42, 43, 44], window=(1, 5), count=3, excluded={42}, strategy="top")
+    assert selection.negatives == [41, 43, 44]
+    assert selection.scores == [1.0, 0.98, 0.97]
+    sampled = select(range(40, 60), window=(5, 20), count=6)
+    assert sampled.scores == [1 - (position - 45) / 100 for position in sampled.negatives]
+
+
+def test_what_a_filter_refused_is_counted_and_never_comes_back_at_random():
+    refused_by = [0, 4, 4, 1]
+    for seed in range(20):
+        selection = select([0, 1, 2, 3], window=(0, 4), refused_by=refused_by, count=3, corpus_size=6, seed=seed)
+        assert (selection.negatives[0], set(selection.negatives[1:])) == (0, {4, 5})
+        assert np.isnan(selection.scores[1:]).all()
+        assert selection.dropped == Counter({"--relative_margin": 2, "--max_score": 1})
+
+
+def test_kept_negatives_come_first_all_of_them_and_are_not_chosen_again():
+    selection = select([0, 1, 2, 3], window=(0, 4), count=3, kept=[2, 99], strategy="top")
+    assert (selection.negatives, selection.kept) == ([2, 99, 0], 2)
+    assert select([0, 1, 2, 3], window=(0, 4), count=1, kept=[2, 99]).negatives == [2, 99]
+
+
+@pytest.mark.parametrize(
+    ("filters", "positive", "allowed"),
+    [
+        ({}, 0.6, [0.9, 0.6, 0.58, 0.5, 0.1, -0.4]),
+        ({"max_score": 0.58}, 0.6, [0.58, 0.5, 0.1, -0.4]),
+        ({"min_score": 0.1}, 0.6, [0.9, 0.6, 0.58, 0.5, 0.1]),
+        ({"absolute_margin": 0.02}, 0.6, [0.58, 0.5, 0.1, -0.4]),
+        ({"absolute_margin": 0.0}, 0.6, [0.6, 0.58, 0.5, 0.1, -0.4]),
+        ({"relative_margin": 0.05}, 0.6, [0.5, 0.1, -0.4]),  # at most 0.57
+        ({"relative_margin": 0.5}, -0.3, []),  # at most -0.45: tighter, not looser, than the positive
+        ({"relative_margin": 0.2}, -0.3, [-0.4]),  # at most -0.36
+        ({"max_score": 0.55, "min_score": 0.0}, 0.6, [0.5, 0.1]),
+    ],
+)
+def test_each_filter_allows_what_it_says(filters, positive, allowed):
+    scores = np.array([[0.9, 0.6, 0.58, 0.5, 0.1, -0.4]])
+    refused = ScoreFilters(**filters).refusals(scores, np.array([positive]))
+    assert scores[refused == 0].tolist() == allowed
+    assert {FILTERS[number - 1] for number in refused[refused > 0]} <= {f"--{name}" for name in filters}
+
+
+def test_the_lowest_scoring_positive_of_a_row_counts():
+    lowest = lowest_scores(np.array([0, 0, 2]), np.array([0.9, 0.4, -1.0], np.float32), 3)
+    assert lowest == pytest.approx([0.4, np.inf, -1.0])
 
 
 @given(data=st.data())

@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from embedding_finetune import retrieval
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import PairScores, TopK, as_results, gpus_to_search_on, positions_of, scores_of
+from embedding_finetune.retrieval import (
+    NearDuplicates,
+    PairScores,
+    TopK,
+    as_results,
+    fuse,
+    gpus_to_search_on,
+    positions_of,
+    scores_of,
+)
 
 
 def reference_search(queries, passages, top_k, ties):
@@ -83,6 +92,30 @@ def test_pair_scores_are_the_inner_products_whatever_the_blocks():
     for start in (0, 7, 14, 21, 28, 35):
         pairs.add(start, p[start : start + 7])
     assert np.array_equal(pairs.scores, (q[rows] * p[positions]).sum(axis=1))
+
+
+@pytest.mark.parametrize("step", [3, 40])
+def test_near_duplicates_are_all_pairs_of_a_high_cosine_whatever_the_blocks_and_lengths(step):
+    rng = np.random.default_rng(4)
+    p = vectors(rng, 40, 5)
+    p[7], p[30] = 3 * p[2], p[2] + 0.1
+    given_ones = p[[2, 9, 2]] * np.array([[1], [5], [0.1]], np.float32)
+    near = NearDuplicates(given_ones, 0.9)
+    for start in range(0, 40, step):
+        near.add(start, p[start : start + step])
+    cosines = (given_ones / np.linalg.norm(given_ones, axis=1)[:, None]) @ (p / np.linalg.norm(p, axis=1)[:, None]).T
+    expected = set(zip(*(axis.tolist() for axis in np.nonzero(cosines >= 0.9))))
+    assert set(map(tuple, near.pairs.tolist())) == expected
+    assert {(0, 2), (0, 7), (0, 30), (2, 7), (1, 9)} <= expected
+
+
+def test_fusion_adds_reciprocal_ranks_and_breaks_ties_by_position():
+    one, other = np.array([[5, 3, 8, 1], [2, -1, -1, -1]]), np.array([[8, 5, 0, 3], [-1, -1, -1, -1]])
+    # 5: 1/61 + 1/62; 8: 1/63 + 1/61; 3: 1/62 + 1/64; 0: 1/63
+    assert fuse([one, other]).tolist() == [[5, 8, 3, 0], [2, -1, -1, -1]]
+    assert fuse([other, one]).tolist() == fuse([one, other]).tolist()
+    assert fuse([np.array([[7, 4]]), np.array([[4, 7]])]).tolist() == [[4, 7]]
+    assert fuse([one]).tolist() == one.tolist()
 
 
 @given(

@@ -1,0 +1,253 @@
+"""mine_hard_neg.py: filters, scores, several retrievers, a reranker, and the audit, on tiny models."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TOPICS, make_tiny_bert, make_tiny_reranker, passage_about, read_jsonl, write_jsonl
+
+import mine_hard_neg
+from embedding_finetune.model import load_backbone
+
+SENTENCES = [f"{start} {passage_about(topic)}" for topic in TOPICS for start in ("Open the hall.", "Close the yard.")]
+
+
+@pytest.fixture(scope="module")
+def other_bert(tmp_path_factory):
+    return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "other", seed=7)
+
+
+@pytest.fixture(scope="module")
+def tiny_reranker(tmp_path_factory):
+    return make_tiny_reranker(tmp_path_factory.mktemp("tiny") / "reranker")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Ten rows, each with one positive, the last with two; and a pool of twenty texts."""
+    rows = [{"query": f"how do i reset the {topic}?", "pos": [SENTENCES[2 * n]]} for n, topic in enumerate(TOPICS)]
+    rows[-1]["pos"].append(SENTENCES[0])
+    pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": text} for text in SENTENCES])
+    return write_jsonl(tmp_path / "rows.jsonl", rows), pool
+
+
+def mine(models, data, tmp_path, *flags):
+    """The mined rows and the audit."""
+    rows, pool = data
+    models = models if isinstance(models, (list, tuple)) else [models]
+    argv = ["--model_name_or_path", *models, "--input_file", rows, "--candidate_pool", pool, "--dtype", "float32"]
+    argv += ["--output_file", tmp_path / "out.jsonl", "--report_file", tmp_path / "audit.json", *flags]
+    argv += ["--sentence_pooling_method", "mean"]
+    mine_hard_neg.main([str(part) for part in argv])
+    return read_jsonl(tmp_path / "out.jsonl"), json.loads((tmp_path / "audit.json").read_text())
+
+
+def similarity(model, queries, passages):
+    """Every score, one text at a time, by the definition."""
+    import torch
+    from torch.nn.functional import normalize
+
+    backbone, tokenizer, _ = load_backbone(str(model), flag="--model")
+    backbone.eval()
+    with torch.no_grad():
+        q, p = (
+            torch.cat(
+                [
+                    normalize(backbone(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(dim=1))
+                    for text in texts
+                ]
+            ).numpy()
+            for texts in (queries, passages)
+        )
+    return q @ p.T
+
+
+def reference(model, data, *, window, allowed):
+    """The negatives that `top` has to give: in order of score, `allowed(score, lowest positive)`, never a positive."""
+    rows = read_jsonl(data[0])
+    scores = similarity(model, [row["query"] for row in rows], SENTENCES)
+    expected = []
+    for row, own in zip(rows, scores):
+        lowest = min(own[SENTENCES.index(text)] for text in row["pos"])
+        ranking = np.argsort(-own, kind="stable")[slice(*window)]
+        expected.append([SENTENCES[p] for p in ranking if SENTENCES[p] not in row["pos"] and allowed(own[p], lowest)])
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        ((), lambda score, positive: True),
+        (("--max_score", "0.94"), lambda score, positive: score <= 0.94),
+        (("--min_score", "0.94"), lambda score, positive: score >= 0.94),
+        (("--absolute_margin", "0.003"), lambda score, positive: score <= positive - 0.003),
+        (("--relative_margin", "0.002"), lambda score, positive: score <= positive - 0.002 * abs(positive)),
+    ],
+)
+def test_negatives_are_those_that_the_definition_allows(tiny_bert, data, tmp_path, flags, allowed):
+    top = ("--sampling_strategy", "top", "--range_for_sampling", "1-15", "--negative_number", "20")
+    mined, audit = mine(tiny_bert, data, tmp_path, *top, *flags)
+    expected = reference(tiny_bert, data, window=(1, 15), allowed=allowed)
+    fills = 0
+    for row, negatives in zip(mined, expected):
+        assert row["neg"][: len(negatives)] == negatives
+        fills += len(row["neg"]) - len(negatives)
+        # Random fills come from outside the retrieved ranks: never what a filter or the window refused.
+        assert len(row["neg"]) <= len(negatives) + len(SENTENCES) - 15
+    assert audit["negatives_drawn_at_random"] == fills
+    if flags:
+        unfiltered = sum(map(len, reference(tiny_bert, data, window=(1, 15), allowed=lambda *_: True)))
+        assert audit["left_out"][flags[0]] == unfiltered - sum(map(len, expected)) > 0
+
+
+def test_saved_scores_are_parallel_to_texts_and_replace_old_ones(tiny_bert, data, tmp_path):
+    rows = [
+        {**row, "neg": ["old one"], "neg_scores": [7], "pos_scores": [5] * len(row["pos"])}
+        for row in read_jsonl(data[0])
+    ]
+    data = write_jsonl(tmp_path / "scored.jsonl", rows), data[1]
+    flags = ("--range_for_sampling", "2-6", "--negative_number", "6")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--save_scores")
+    assert audit["negatives_drawn_at_random"] > 0
+    scores = similarity(tiny_bert, [row["query"] for row in mined], SENTENCES)
+    for row, own in zip(mined, scores):
+        for field in ("pos", "neg"):
+            assert row[f"{field}_scores"] == pytest.approx(
+                [own[SENTENCES.index(text)] for text in row[field]], abs=2e-6
+            )
+    bare, _ = mine(tiny_bert, data, tmp_path, *flags)
+    assert [row["neg"] for row in bare] == [row["neg"] for row in mined]
+    assert not any("pos_scores" in row or "neg_scores" in row for row in bare)
+
+
+def test_existing_negatives_are_kept_first_but_never_a_positive_or_a_repeat(tiny_bert, data, tmp_path):
+    rows = read_jsonl(data[0])
+    rows[0]["neg"] = ["a text of nowhere", SENTENCES[0] + " ", SENTENCES[7], "a text of nowhere"]
+    data = write_jsonl(tmp_path / "kept.jsonl", rows), data[1]
+    flags = ("--range_for_sampling", "0-10", "--negative_number", "4", "--save_scores")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--keep_existing_negatives")
+    assert mined[0]["neg"][:2] == ["a text of nowhere", SENTENCES[7]]
+    assert len(set(mined[0]["neg"])) == len(mined[0]["neg"]) == 4
+    own = similarity(tiny_bert, [mined[0]["query"]], ["a text of nowhere"])[0, 0]
+    assert mined[0]["neg_scores"][0] == pytest.approx(own, abs=2e-6)
+    assert audit["negatives_kept"] == 2
+    assert audit["left_out"]["negatives of the input that are positives or repeats"] == 2
+    replaced, _ = mine(tiny_bert, data, tmp_path, *flags)
+    assert "a text of nowhere" not in replaced[0]["neg"]
+
+
+def test_near_duplicates_of_a_positive_are_left_out_of_the_window_and_of_random_fills(tiny_bert, data, tmp_path):
+    flags = ("--range_for_sampling", "0-8", "--negative_number", "19")
+    threshold = 0.996
+    close = similarity(tiny_bert, SENTENCES, SENTENCES) >= threshold
+    assert 20 < close.sum() < 300
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--near_duplicate_threshold", str(threshold))
+    plain, _ = mine(tiny_bert, data, tmp_path, *flags)
+    for row, without in zip(mined, plain):
+        near = {
+            text
+            for positive in row["pos"]
+            for text, is_near in zip(SENTENCES, close[SENTENCES.index(positive)])
+            if is_near
+        }
+        assert set(row["neg"]) == set(without["neg"]) - near
+    assert audit["left_out"]["near-duplicate of a positive"] > 0
+
+
+def test_several_retrievers_are_fused_and_the_first_gives_the_scores(tiny_bert, other_bert, data, tmp_path):
+    flags = ("--range_for_sampling", "0-6", "--negative_number", "6", "--sampling_strategy", "top", "--save_scores")
+    mined, audit = mine([tiny_bert, other_bert], data, tmp_path, *flags)
+    queries = [row["query"] for row in mined]
+    scores = [similarity(model, queries, SENTENCES) for model in (tiny_bert, other_bert)]
+    for number, row in enumerate(mined):
+        credit = np.zeros(len(SENTENCES))
+        for own in scores:
+            ranking = np.argsort(-own[number], kind="stable")[:6]
+            credit[ranking] += 1 / (60 + np.arange(1, 7))
+        fused = [SENTENCES[p] for p in np.argsort(-credit, kind="stable")[:6] if credit[p]]
+        expected = [text for text in fused if text not in row["pos"]]
+        assert row["neg"][: len(expected)] == expected
+        assert row["neg_scores"] == pytest.approx([scores[0][number][SENTENCES.index(t)] for t in row["neg"]], abs=2e-6)
+    assert list(audit["weights_sha256"]) == [str(tiny_bert), str(other_bert)]
+
+
+def test_a_reranker_orders_filters_and_scores(tiny_bert, tiny_reranker, data, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    flags = ("--range_for_sampling", "2-12", "--negative_number", "10", "--sampling_strategy", "top", "--save_scores")
+    flags += ("--reranker_name_or_path", tiny_reranker, "--absolute_margin", "0.05")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_reranker).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_reranker)
+
+    def logit(query, text):
+        with torch.no_grad():
+            return model(**tokenizer(query, text, return_tensors="pt")).logits.item()
+
+    windows = reference(tiny_bert, data, window=(2, 12), allowed=lambda *_: True)
+    for row, window in zip(mined, windows):
+        lowest = min(logit(row["query"], text) for text in row["pos"])
+        logits = {text: logit(row["query"], text) for text in window}
+        expected = sorted((text for text in window if logits[text] <= lowest - 0.05), key=lambda text: -logits[text])
+        assert row["neg"][: len(expected)] == expected
+        for field in ("pos", "neg"):
+            expected = [logit(row["query"], text) for text in row[field]]
+            assert row[f"{field}_scores"] == pytest.approx(expected, abs=1e-4)
+    assert str(tiny_reranker) in audit["weights_sha256"]
+    assert audit["left_out"]["--absolute_margin"] > 0
+
+
+def test_rows_without_negatives_are_written_or_dropped_and_counted(tiny_bert, data, tmp_path, capsys):
+    flags = ("--range_for_sampling", "0-20", "--relative_margin", "0.012")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags)
+    empty = sum(not row["neg"] for row in mined)
+    assert 0 < empty == audit["rows_without_negatives"] < len(mined) == 10
+    dropped, audit = mine(tiny_bert, data, tmp_path, *flags, "--drop_rows_without_negatives")
+    assert dropped == [row for row in mined if row["neg"]]
+    assert audit["rows_dropped"] == empty
+    with pytest.raises(SystemExit) as stop:
+        mine(tiny_bert, data, tmp_path, *flags, "--max_score", "-1", "--drop_rows_without_negatives")
+    assert stop.value.code == 2
+    assert "no row has a negative" in capsys.readouterr().err
+    assert read_jsonl(tmp_path / "out.jsonl") == dropped
+
+
+def test_the_audit_counts_what_is_in_the_file_and_warns_of_false_negatives(tiny_bert, data, tmp_path, caplog):
+    flags = ("--range_for_sampling", "0-8", "--negative_number", "5", "--save_scores", "--show_examples", "3")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags)
+    assert (audit["rows"], audit["candidates"]) == (10, 20)
+    assert audit["negatives"] == sum(len(row["neg"]) for row in mined)
+    pairs = [(min(row["pos_scores"]), score) for row in mined for score in row["neg_scores"]]
+    above = np.mean([score > positive for positive, score in pairs])
+    assert audit["negatives_above_their_positive"] == pytest.approx(above)
+    assert audit["scores"]["negatives"]["p50"] == pytest.approx(np.median([score for _, score in pairs]), abs=1e-5)
+    assert audit["scores"]["positive - negative"]["p50"] == pytest.approx(
+        np.median([p - n for p, n in pairs]), abs=1e-5
+    )
+    assert audit["settings"]["range_for_sampling"] == [0, 8]
+    assert {"encode", "search", "total"} <= set(audit["seconds"])
+    assert above > 0.1
+    assert "of the negatives score above their positive" in caplog.text
+    shown = [line for line in caplog.text.splitlines() if line.startswith("  - ")]
+    assert len(shown) == 15
+
+
+def test_the_same_file_whatever_batch_block_or_hash_seed(tiny_bert, other_bert, data, tmp_path, monkeypatch):
+    from embedding_finetune import encoding
+
+    flags = (
+        "--range_for_sampling",
+        "0-6",
+        "--negative_number",
+        "8",
+        "--save_scores",
+        "--near_duplicate_threshold",
+        "0.99",
+    )
+    outputs = []
+    for block, batch in ((8192, 4096), (3, 4096), (8192, 1)):
+        monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
+        mine([tiny_bert, other_bert], data, tmp_path, *flags, "--tokens_per_batch", batch)
+        outputs.append((tmp_path / "out.jsonl").read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
