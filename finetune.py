@@ -105,7 +105,7 @@ def make_trainer(
     """Load the model, settle how it embeds, and put it together with data and arguments."""
     from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.model import BiEncoder, load_backbone
+    from embedding_finetune.model import BiEncoder, load_backbone, load_projection
     from embedding_finetune.trainer import RetrievalTrainer
 
     backbone, tokenizer, config = load_backbone(
@@ -127,6 +127,7 @@ def make_trainer(
     model = BiEncoder(
         backbone,
         config,
+        projection=load_projection(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir),
         temperature=args.temperature,
         use_inbatch_neg=args.use_inbatch_neg,
         mask_known_positives=args.mask_known_positives,

@@ -42,6 +42,17 @@ def tokenize(
     return token_ids, sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length for row in full)
 
 
+def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower_case: bool = False) -> int:
+    """How many tokens at the beginning of an encoded text are its instruction's, special ones before it included.
+
+    A special token that ends the instruction alone does not follow it in a text, and is not counted.
+    """
+    if not instruction:
+        return 0
+    ids = tokenizer(instruction.lower() if lower_case else instruction)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
 LENGTH_STEP = 8
 """Padded lengths are multiples of this: kernels are compiled anew for each shape, and few shapes fill caches less."""
 

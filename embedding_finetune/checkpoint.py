@@ -2,6 +2,7 @@
 
     modules.json                        which modules run, in order
     1_Pooling/config.json               how token states become one vector
+    2_Dense/                            a linear layer and an activation on that vector, if there is one
     2_Normalize/                        present when vectors are scaled to length 1
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: the query's and the passage's instruction
@@ -14,16 +15,20 @@ written in the old one, which sentence-transformers reads from 2.2 to 6.x.
 import json
 import logging
 import os
+import re
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from embedding_finetune.arguments import POOLING_METHODS
 from embedding_finetune.command_line import UserError
@@ -41,14 +46,33 @@ _OLD_POOLING_FLAGS = {
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 _TRAINING_QUERIES = "training_queries.npy"
+_SENTENCE = "sentence_embedding"
+
+
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.linear.Identity": "identity",
+}
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """A linear layer after pooling, with its activation, "tanh" or "identity"; `folder` holds its weights."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
+    folder: str
 
 
 @dataclass(frozen=True)
 class EmbeddingConfig:
     """How texts become vectors with a given set of weights.
 
-    max_seq_length None means that the checkpoint does not say: the tokenizer's limit holds.
-    `backbone_folder` is where, under the checkpoint, the transformer's own files are.
+    max_seq_length None means that the checkpoint does not say: the tokenizer's limit holds. include_prompt False leaves
+    the instruction's tokens out of the pooling. `backbone_folder` is where, under the checkpoint, the transformer's own
+    files are. other_prompts and default_prompt_name are kept for who asks sentence-transformers for them by name.
     """
 
     pooling: str = "cls"
@@ -58,6 +82,10 @@ class EmbeddingConfig:
     max_seq_length: int | None = None
     lower_case: bool = False
     backbone_folder: str = ""
+    include_prompt: bool = True
+    dense: tuple[DenseConfig, ...] = ()
+    other_prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
 
     def with_flags(self, **given: Any) -> "EmbeddingConfig":
         """This config with every given value that is not None in place; a contradiction is logged."""
@@ -78,7 +106,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     """
 
     def load(filename: str) -> Any:
-        path = _find(name_or_path, filename, cache_dir)
+        path = find_file(name_or_path, filename, cache_dir)
         if path is None:
             return None
         try:
@@ -87,33 +115,49 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
             raise UserError(f"{path}: not valid JSON ({error})") from error
 
     modules = load("modules.json")
-    prompts = (load("config_sentence_transformers.json") or {}).get("prompts") or {}
+    described = load("config_sentence_transformers.json") or {}
+    prompts = {name: text or "" for name, text in (described.get("prompts") or {}).items()}
     folders = _module_folders(name_or_path, modules or [])
-    backbone_folder = folders.get("Transformer", "")
+    backbone_folder = folders["Transformer"][0] if modules else ""
     tokens = load(os.path.join(backbone_folder, "sentence_bert_config.json")) or {}
     config = EmbeddingConfig(
-        query_instruction=prompts.get("query") or "",
-        passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if prompts.get(name)), ""),
+        query_instruction=prompts.get("query", ""),
+        passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), ""),
         max_seq_length=tokens.get("max_seq_length"),
         lower_case=bool(tokens.get("do_lower_case", False)),
         backbone_folder=backbone_folder,
+        other_prompts={name: prompts[name] for name in prompts if name not in ("query", *_PASSAGE_PROMPTS)},
+        default_prompt_name=described.get("default_prompt_name"),
     )
     if modules is None:
         logger.info("%s has no modules.json: cls pooling, normalised, unless flags say otherwise", name_or_path)
         return config
-    pooling_file = os.path.join(folders["Pooling"], "config.json")
-    pooling_config = load(pooling_file)
-    if pooling_config is None:
+    pooling_file = os.path.join(folders["Pooling"][0], "config.json")
+    pooling = load(pooling_file)
+    if pooling is None:
         raise UserError(f"{name_or_path}: {pooling_file} is missing, though modules.json names it")
-    if not pooling_config.get("include_prompt", True) and (config.query_instruction or config.passage_instruction):
-        raise UserError(f"{name_or_path}: pooling that leaves out the instruction (include_prompt) is not supported")
-    return replace(config, pooling=_pooling_method(name_or_path, pooling_config), normalized="Normalize" in folders)
+    return replace(
+        config,
+        pooling=_pooling_method(name_or_path, pooling),
+        include_prompt=bool(pooling.get("include_prompt", True)),
+        dense=tuple(
+            _dense_config(name_or_path, folder, load(os.path.join(folder, "config.json")))
+            for folder in folders.get("Dense", ())
+        ),
+        normalized="Normalize" in folders,
+    )
 
 
 def save_checkpoint(
-    folder: str | os.PathLike, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig
+    folder: str | os.PathLike,
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EmbeddingConfig,
+    projection: nn.Sequential | None = None,
 ) -> None:
     """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
+
+    projection: the layers that config.dense describes, as model.load_projection gives them.
 
     Files are written to a folder beside their place and renamed one by one: a killed save leaves
     every file old or new, none half-written.
@@ -124,6 +168,9 @@ def save_checkpoint(
     staging.mkdir(parents=True)
     backbone.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    for number in range(len(config.dense)):
+        (staging / f"{2 + number}_Dense").mkdir()
+        save_file(projection[number].state_dict(), staging / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
     for name, content in _side_files(backbone.config.hidden_size, config).items():
         (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -134,9 +181,11 @@ def save_checkpoint(
         else:
             os.replace(written, target)
     shutil.rmtree(staging)
-    if not config.normalized:
-        # A stale folder of an earlier run in the same place would not be loaded, only mislead.
-        shutil.rmtree(folder / "2_Normalize", ignore_errors=True)
+    # A folder that an earlier run left in the same place would not be loaded, only mislead.
+    own = {name for name, _ in _modules(config)}
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d+_(Pooling|Dense|Normalize)", path.name) and path.name not in own:
+            shutil.rmtree(path)
 
 
 def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) -> np.ndarray:
@@ -144,7 +193,7 @@ def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) ->
 
     Raises UserError when the record is damaged.
     """
-    path = _find(name_or_path, _TRAINING_QUERIES, cache_dir)
+    path = find_file(name_or_path, _TRAINING_QUERIES, cache_dir)
     if path is None:
         return np.empty(0, np.int64)
     try:
@@ -161,7 +210,7 @@ def write_training_queries(folder: str | os.PathLike, ids: np.ndarray) -> None:
         np.save(file, np.unique(ids))
 
 
-def _find(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
+def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
     """Where a file of a checkpoint folder or hub model is on this machine; None where it has no such file."""
     return cached_file(
         name_or_path,
@@ -173,16 +222,37 @@ def _find(name_or_path: str, filename: str, cache_dir: str | None) -> str | None
     )
 
 
-def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, str]:
-    """The folder of each module by the last part of its type, which all spellings share."""
-    folders = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-    order = list(folders)
-    if modules and order not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, list[str]]:
+    """The folders of the modules by the last part of their type, which all spellings share."""
+    folders: dict[str, list[str]] = {}
+    for module in modules:
+        folders.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
+    order = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if modules and not re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(order)):
         raise UserError(
             f"{name_or_path}: modules.json asks for {' > '.join(order)}; "
-            "only Transformer > Pooling and Transformer > Pooling > Normalize are supported"
+            "only Transformer > Pooling, then Dense and Normalize if you like, are supported"
         )
     return folders
+
+
+def _dense_config(name_or_path: str, folder: str, described: dict | None) -> DenseConfig:
+    if described is None:
+        raise UserError(f"{name_or_path}: {folder}/config.json is missing, though modules.json names it")
+    activation = described.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"{name_or_path}: {folder} has the activation {activation}; only Tanh and Identity work here")
+    if described.get("use_residual") or described.get("module_input_name", _SENTENCE) != _SENTENCE:
+        raise UserError(
+            f"{name_or_path}: {folder} is a Dense module with a residual or of tokens, which is not supported"
+        )
+    return DenseConfig(
+        described["in_features"],
+        described["out_features"],
+        described.get("bias", True),
+        _ACTIVATIONS[activation],
+        folder,
+    )
 
 
 def _pooling_method(name_or_path: str, pooling_config: dict) -> str:
@@ -198,15 +268,21 @@ def _pooling_method(name_or_path: str, pooling_config: dict) -> str:
     )
 
 
+def _modules(config: EmbeddingConfig) -> list[tuple[str, str]]:
+    """Folder and type of each module, in order."""
+    kinds = ["Pooling", *("Dense" for _ in config.dense), *(["Normalize"] if config.normalized else [])]
+    return [("", "Transformer"), *((f"{number}_{kind}", kind) for number, kind in enumerate(kinds, start=1))]
+
+
 def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
     """File name -> JSON content of the files that sentence-transformers reads, 2.2 to 6.x."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    prompts = {"query": config.query_instruction, "document": config.passage_instruction}
     files: dict[str, Any] = {
         "sentence_bert_config.json": {"max_seq_length": config.max_seq_length, "do_lower_case": config.lower_case},
         "1_Pooling/config.json": {
             "word_embedding_dimension": dimensions,
             **{flag: method == config.pooling for method, flag in _OLD_POOLING_FLAGS.items()},
-            "include_prompt": True,
+            "include_prompt": config.include_prompt,
         },
         "config_sentence_transformers.json": {
             "__version__": {
@@ -214,16 +290,22 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
                 "transformers": transformers.__version__,
                 "pytorch": torch.__version__,
             },
-            "prompts": {"query": config.query_instruction, "document": config.passage_instruction},
-            "default_prompt_name": None,
+            "prompts": {**config.other_prompts, **prompts},
+            "default_prompt_name": config.default_prompt_name,
             "similarity_fn_name": "cosine" if config.normalized else "dot",
         },
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+            for index, (folder, kind) in enumerate(_modules(config))
+        ],
     }
+    for number, dense in enumerate(config.dense, start=2):
+        files[f"{number}_Dense/config.json"] = {
+            "in_features": dense.in_features,
+            "out_features": dense.out_features,
+            "bias": dense.bias,
+            "activation_function": next(name for name, own in _ACTIVATIONS.items() if own == dense.activation),
+        }
     if config.normalized:
-        modules.append(("2_Normalize", "Normalize"))
-        files["2_Normalize/config.json"] = {}
-    files["modules.json"] = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(modules)
-    ]
+        files[f"{2 + len(config.dense)}_Normalize/config.json"] = {}
     return files

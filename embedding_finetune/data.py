@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune import jsonl
-from embedding_finetune.batching import pad, tokenize
+from embedding_finetune.batching import pad, prompt_length, tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.corpus import RetrievalTask
@@ -149,6 +149,10 @@ class EmbedCollator:
         self.group_size = group_size
         self.query_max_len = query_max_len
         self.passage_max_len = passage_max_len
+        self.prompt_lengths = (0, 0)
+        if not config.include_prompt:
+            instructions = config.query_instruction, config.passage_instruction
+            self.prompt_lengths = tuple(prompt_length(tokenizer, i, lower_case=config.lower_case) for i in instructions)
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
         passages = [passage for example in examples for passage in example.passages]
@@ -167,14 +171,18 @@ class EmbedCollator:
             max_length=self.passage_max_len,
             lower_case=config.lower_case,
         )
-        rows: dict[tuple[int, ...], int] = {}
-        texts = iter([rows.setdefault(tuple(ids), len(rows)) for ids in queries + passages])
+        # A text is known by its tokens and by how many of them pooling leaves out.
+        left_out = [self.prompt_lengths[0]] * len(queries) + [self.prompt_lengths[1]] * len(passages)
+        rows: dict[tuple[tuple[int, ...], int], int] = {}
+        texts = iter([rows.setdefault((tuple(ids), n), len(rows)) for ids, n in zip(queries + passages, left_out)])
         query_index = [next(texts) for _ in examples]
         passage_index = [[next(texts) for _ in example.passages] for example in examples]
         passage_ids = [list(map(text_id, example.passages)) for example in examples]
         most = max(len(example.known_ids) for example in examples)
+        token_ids, prompt_lengths = zip(*rows)
         return {
-            **pad(self.tokenizer, list(rows), limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
+            **pad(self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
+            **({} if config.include_prompt else {"prompt_lengths": torch.tensor(prompt_lengths)}),  # (N,)
             "rows": torch.tensor([example.row for example in examples]),  # (B,)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.

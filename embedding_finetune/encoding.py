@@ -20,10 +20,17 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.allocator import keep_freed_memory
-from embedding_finetune.batching import batches_of_one_length, pad, padded_length, tokenize
+from embedding_finetune.batching import batches_of_one_length, pad, padded_length, prompt_length, tokenize
 from embedding_finetune.command_line import UserError
 from embedding_finetune.inference import choose_dtype, prepare_for_encoding
-from embedding_finetune.model import BiEncoder, check_max_length, length_limit, load_backbone, weights_digest
+from embedding_finetune.model import (
+    BiEncoder,
+    check_max_length,
+    length_limit,
+    load_backbone,
+    load_projection,
+    weights_digest,
+)
 from embedding_finetune.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -45,11 +52,12 @@ _SHOWN = 60
 
 
 class TextKind(NamedTuple):
-    """How one kind of text is embedded: "query" or "passage", with its instruction and length in tokens."""
+    """How one kind of text is embedded: "query" or "passage", with its instruction and lengths in tokens."""
 
     name: str
     instruction: str
     max_length: int
+    prompt_length: int | None = None  # tokens that pooling leaves out; None for none
     store: EmbeddingStore | None = None
 
 
@@ -86,17 +94,26 @@ class Encoder:
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.weights_digest = weights_digest
-        self.query = TextKind("query", config.query_instruction, query_max_len)
-        self.passage = TextKind("passage", config.passage_instruction, passage_max_len)
+        self.query = self._kind("query", config.query_instruction, query_max_len)
+        self.passage = self._kind("passage", config.passage_instruction, passage_max_len)
+
+    def _kind(self, name: str, instruction: str, max_length: int) -> TextKind:
+        config = self.model.embedding_config
+        if config.include_prompt:
+            return TextKind(name, instruction, max_length)
+        left_out = prompt_length(self.tokenizer, instruction, lower_case=config.lower_case)
+        return TextKind(name, instruction, max_length, left_out)
 
     def keep_embeddings(self, root: str, dtype: torch.dtype) -> None:
         """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on."""
-        config, dimensions = self.model.embedding_config, self.model.backbone.config.hidden_size
+        config, dimensions = self.model.embedding_config, self.model.dimensions
         shared = {
             "weights": self.weights_digest,
             "architecture": _digest(self.model.backbone.config.to_diff_dict()),
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "pooling": config.pooling,
+            "include_prompt": config.include_prompt,
+            "dense": [dense.activation for dense in config.dense],
             "normalized": config.normalized,
             "lower_case": config.lower_case,
             "dtype": str(dtype).removeprefix("torch."),
@@ -109,7 +126,7 @@ class Encoder:
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
         blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
-        return np.concatenate(blocks) if blocks else np.empty((0, self.model.backbone.config.hidden_size), np.float32)
+        return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
 
     def encode_passages(self, passages: Sequence[str], share: slice = slice(None)) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (position of its first passage, embeddings (n, H) float32) block by block, of passages[share] only.
@@ -142,7 +159,7 @@ class Encoder:
 
     def _prepare(self, start: int, texts: Sequence[str], kind: TextKind) -> Block:
         if kind.store is None:
-            embeddings = np.empty((len(texts), self.model.backbone.config.hidden_size), dtype=np.float32)
+            embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
             missing = np.arange(len(texts))
         else:
             embeddings, found = kind.store.get(texts)
@@ -182,6 +199,8 @@ class Encoder:
             step = max(_TOKENS_STEP // length, 1)
             copies = [token_ids[0]] * (min(-(-count // step) * step, most) - count)
             batch = pad(self.tokenizer, [*token_ids, *copies], limit=kind.max_length)
+            if kind.prompt_length is not None:
+                batch["prompt_lengths"] = torch.full((len(batch["input_ids"]),), kind.prompt_length)
             try:
                 with torch.no_grad():
                     inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
@@ -217,13 +236,14 @@ def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> E
         passage_instruction=args.passage_instruction_for_retrieval,
     )
     default_length = min(config.max_seq_length or limit, limit)
-    digest = weights_digest(backbone)  # of the weights as they are stored, before they change precision
+    projection = load_projection(name_or_path, config, cache_dir=args.cache_dir)
+    digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype = choose_dtype(args.dtype, device)
     logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=args.torch_compile)
     encoder = Encoder(
-        BiEncoder(backbone, config).eval(),
+        BiEncoder(backbone, config, projection=projection.to(device)).eval(),
         tokenizer,
         query_max_len=args.query_max_len or default_length,
         passage_max_len=args.passage_max_len or default_length,

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from embedding_finetune.batching import batches_by_length, padded_length
-from embedding_finetune.checkpoint import EmbeddingConfig, read_config
+from embedding_finetune.checkpoint import DenseConfig, EmbeddingConfig, find_file, read_config
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.distributed import gather_rows
 from embedding_finetune.loss import contrastive_loss
@@ -32,13 +34,17 @@ _UNLIMITED = 10**9
 
 
 class BiEncoder(nn.Module):
-    """Backbone, pooling and normalisation; `encode` gives embeddings, `forward` the training loss."""
+    """Backbone, pooling, projection and normalisation; `encode` gives embeddings, `forward` the training loss.
+
+    projection: what load_projection gives for the same checkpoint.
+    """
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         config: EmbeddingConfig,
         *,
+        projection: nn.Sequential | None = None,
         temperature: float = 0.02,
         use_inbatch_neg: bool = True,
         mask_known_positives: bool = True,
@@ -48,6 +54,7 @@ class BiEncoder(nn.Module):
     ):
         super().__init__()
         self.backbone = backbone
+        self.projection = nn.Sequential() if projection is None else projection
         self.embedding_config = config
         self.temperature = temperature
         self.use_inbatch_neg = use_inbatch_neg
@@ -59,11 +66,22 @@ class BiEncoder(nn.Module):
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings (N, H) float32 of padded texts (N, T), padding on either side."""
-        return self._embed(attention_mask, input_ids=input_ids)
+    @property
+    def dimensions(self) -> int:
+        """H."""
+        dense = self.embedding_config.dense
+        return dense[-1].out_features if dense else self.backbone.config.hidden_size
 
-    def encode_in_sub_batches(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
+        """Embeddings (N, H) float32 of padded texts (N, T), padding on either side.
+
+        prompt_lengths: (N,), how many tokens at the beginning of each text the pooling leaves out; None for none.
+        """
+        return self._embed(attention_mask, prompt_lengths, input_ids=input_ids)
+
+    def encode_in_sub_batches(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None
+    ) -> Tensor:
         """What `encode` gives, computed in sub-batches of texts of similar length: (N, H) float32.
 
         Half of a random batch is padding; sorted by length, hardly any is, and activations stay small. With
@@ -82,7 +100,8 @@ class BiEncoder(nn.Module):
         for rows in batches:
             width = padded_length(int(lengths[rows].max()), limit=input_ids.shape[1])
             columns = slice(-width, None) if left_padded else slice(0, width)
-            inputs = (table, positions[rows, columns], attention_mask[rows, columns])
+            prompts = None if prompt_lengths is None else prompt_lengths[rows]
+            inputs = (table, positions[rows, columns], attention_mask[rows, columns], prompts)
             if self.recompute_sub_batches:
                 embeddings.append(checkpoint(self._embed_from_table, *inputs, use_reentrant=False))
             else:
@@ -90,12 +109,18 @@ class BiEncoder(nn.Module):
         order = torch.from_numpy(np.concatenate(batches).argsort()).to(input_ids.device)
         return torch.cat(embeddings)[order]
 
-    def _embed_from_table(self, table: Tensor, positions: Tensor, attention_mask: Tensor) -> Tensor:
-        return self._embed(attention_mask, inputs_embeds=F.embedding(positions, table))
+    def _embed_from_table(
+        self, table: Tensor, positions: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None
+    ) -> Tensor:
+        return self._embed(attention_mask, prompt_lengths, inputs_embeds=F.embedding(positions, table))
 
-    def _embed(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H)
-        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (n, H)
+    def _embed(self, attention_mask: Tensor, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
+        states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H')
+        if prompt_lengths is not None:
+            attention_mask = attention_mask * (attention_mask.cumsum(dim=1) > prompt_lengths[:, None])
+        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (n, H')
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = self.projection(embeddings)  # (n, H)
         return F.normalize(embeddings, dim=-1) if self.embedding_config.normalized else embeddings
 
     def forward(
@@ -106,13 +131,15 @@ class BiEncoder(nn.Module):
         passage_index: Tensor,
         passage_ids: Tensor,
         known_ids: Tensor,
+        prompt_lengths: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch as EmbedCollator makes it, under "loss".
 
         input_ids, attention_mask: (N, T), the batch's distinct texts. query_index: (B,) and passage_index:
         (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
+        prompt_lengths: (N,) as in `encode`.
         """
-        embeddings = self.encode_in_sub_batches(input_ids, attention_mask)  # (N, H)
+        embeddings = self.encode_in_sub_batches(input_ids, attention_mask, prompt_lengths)  # (N, H)
         passages, first_group = embeddings[passage_index], 0  # (B, G, H)
         if self.negatives_cross_device and self.use_inbatch_neg:
             passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
@@ -193,6 +220,36 @@ def load_backbone(
     return backbone, tokenizer, config
 
 
+class Dense(nn.Module):
+    """A linear layer and its activation: (N, in) -> (N, out)."""
+
+    def __init__(self, config: DenseConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
+        self.activation = {"tanh": nn.Tanh(), "identity": nn.Identity()}[config.activation]
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.activation(self.linear(embeddings))
+
+
+def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
+    """The layers that config.dense describes, with their weights as float32; empty where there are none.
+
+    Raises UserError when weights are missing or are not those of the described layers.
+    """
+    layers = nn.Sequential(*map(Dense, config.dense))
+    for layer, described in zip(layers, config.dense):
+        name = os.path.join(described.folder, SAFE_WEIGHTS_NAME)
+        path = find_file(name_or_path, name, cache_dir)
+        if path is None:
+            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
+        try:
+            layer.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: {first_line(error)}; these are not the weights of a Dense module") from error
+    return layers.float()
+
+
 def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
     """Keep the learned position embeddings as they are; UserError where the backbone has none."""
     table = _position_table(backbone)
@@ -201,12 +258,13 @@ def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
     table.requires_grad_(False)
 
 
-def weights_digest(backbone: PreTrainedModel) -> str:
+def weights_digest(*modules: nn.Module) -> str:
     """SHA-256 over names, shapes and contents of all weights: what a model is, whatever its folder is called."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -15,13 +15,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint, write_training_queries
+from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint, write_training_queries
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.encoding import Encoder
 from embedding_finetune.evaluation import measure
-from embedding_finetune.model import BiEncoder
+from embedding_finetune.model import BiEncoder, load_projection
 from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -143,11 +143,14 @@ class RetrievalTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            save_checkpoint(folder, self.model.backbone, self.processing_class, self.saved_config)
+            model = self.model
+            save_checkpoint(folder, model.backbone, self.processing_class, self.saved_config, model.projection)
             write_training_queries(folder, self.training_queries)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
+        self.model.projection.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)

@@ -99,6 +99,17 @@ def demo_model() -> Path:
     return DEMO_MODEL
 
 
+def encoding_arguments(*flags: str):
+    """The flags that load_encoder and load_reranker take."""
+    import argparse
+
+    from embedding_finetune.arguments import add_encoding_arguments
+
+    parser = argparse.ArgumentParser()
+    add_encoding_arguments(parser)
+    return parser.parse_args(flags)
+
+
 def passage_about(topic: str) -> str:
     number = TOPICS.index(topic)
     return f"To reset the {topic} press the red handle and hold it for {number} seconds. Call the {topic} desk."

@@ -6,25 +6,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny_bert
+from conftest import encoding_arguments, make_tiny_bert, read_jsonl
 from transformers import AutoModel, AutoTokenizer
 
-from embedding_finetune.batching import pad, tokenize
+import finetune
+from embedding_finetune.batching import tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model import BiEncoder, load_backbone
+from embedding_finetune.encoding import load_encoder
+from embedding_finetune.model import load_backbone, load_projection
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
 
 
 def our_embeddings(folder, texts, kind="query"):
-    backbone, tokenizer, config = load_backbone(str(folder), flag="--model")
-    instruction = config.query_instruction if kind == "query" else config.passage_instruction
-    ids, _ = tokenize(tokenizer, texts, instruction=instruction, max_length=config.max_seq_length or 128)
-    with torch.inference_mode():
-        return (
-            BiEncoder(backbone, config).eval().encode(**pad(tokenizer, ids, limit=config.max_seq_length or 128)).numpy()
-        )
+    encoder = load_encoder(str(folder), encoding_arguments("--dtype", "float32"), flag="--model")
+    return encoder.encode_queries(texts) if kind == "query" else next(encoder.encode_passages(texts))[1]
 
 
 def cosines(a, b):
@@ -84,6 +81,80 @@ def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(tiny_
     assert_equal_embeddings(our_embeddings(tmp_path, TEXTS[:3], "passage"), peer.encode_document(TEXTS[:3]))
 
 
+def make_dense_model(tiny_bert, folder, *, prompts, include_prompt=True, pooling="mean"):
+    """A sentence-transformers model with two Dense modules, saved by sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    torch.manual_seed(3)
+    modules = [
+        Transformer(str(tiny_bert), max_seq_length=24),
+        Pooling(32, pooling_mode=pooling, include_prompt=include_prompt),
+        Dense(32, 48, activation_function=torch.nn.Identity(), bias=False),
+        Dense(48, 16, activation_function=torch.nn.Tanh()),
+        Normalize(),
+    ]
+    peer = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
+    peer.save(str(folder))
+    return peer
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_dense_modules_and_pooling_without_the_instruction_are_those_of_sentence_transformers(
+    tiny_bert, tmp_path, pooling, include_prompt
+):
+    prompts = {"query": "how do i reset the pump: ", "document": "", "similar": "red "}
+    peer = make_dense_model(tiny_bert, tmp_path, prompts=prompts, include_prompt=include_prompt, pooling=pooling)
+    ours = our_embeddings(tmp_path, TEXTS)
+    assert ours.shape == (4, 16)
+    assert_equal_embeddings(ours, peer.encode_query(TEXTS))
+    assert_equal_embeddings(our_embeddings(tmp_path, TEXTS, "passage"), peer.encode_document(TEXTS))
+
+
+def test_dense_modules_are_trained_saved_and_everything_else_is_kept(tiny_bert, pairs, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    prompts = {"query": "how: ", "document": "", "similar": "red "}
+    make_dense_model(tiny_bert, tmp_path / "base", prompts=prompts, include_prompt=False)
+    edit(tmp_path / "base" / "config_sentence_transformers.json", default_prompt_name="similar")
+    flags = "--max_steps 4 --per_device_train_batch_size 8 --train_group_size 1 --learning_rate 1e-2 --save_steps 2"
+    flags += " --query_max_len 24 --passage_max_len 24"
+    argv = ["--model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "tuned", "--train_data", pairs]
+    finetune.main([*map(str, argv), *flags.split()])
+    before, after = (
+        load_projection(str(tmp_path / name), read_config(str(tmp_path / name))) for name in ("base", "tuned")
+    )
+    for name, tensor in before.state_dict().items():
+        assert not torch.equal(tensor, after.state_dict()[name])
+    peer = SentenceTransformer(str(tmp_path / "tuned"), device="cpu")
+    assert (peer.prompts, peer.default_prompt_name) == (prompts, "similar")
+    assert_equal_embeddings(our_embeddings(tmp_path / "tuned", TEXTS), peer.encode_query(TEXTS))
+    texts = [row["pos"][0] for row in read_jsonl(pairs)][:4]
+    assert_equal_embeddings(our_embeddings(tmp_path / "tuned", texts, "passage"), peer.encode_document(texts))
+
+    whole = our_embeddings(tmp_path / "tuned", TEXTS)
+    resumed = [*map(str, argv), *flags.split(), "--resume_from_checkpoint", str(tmp_path / "tuned" / "checkpoint-2")]
+    finetune.main(resumed)
+    assert np.array_equal(whole, our_embeddings(tmp_path / "tuned", TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.GELU"}, "GELU"),
+        ({"use_residual": True}, "residual"),
+        ({"out_features": 17}, "not the weights of a Dense module"),
+    ],
+)
+def test_a_dense_module_that_would_not_be_applied_is_refused(tiny_bert, tmp_path, changes, complaint):
+    make_dense_model(tiny_bert, tmp_path, prompts={})
+    edit(tmp_path / "3_Dense" / "config.json", **changes)
+    with pytest.raises(UserError, match=complaint):
+        load_projection(str(tmp_path), read_config(str(tmp_path)))
+
+
 @pytest.mark.demo_model
 def test_the_real_model_embeds_as_in_sentence_transformers(demo_model, tmp_path):
     from sentence_transformers import SentenceTransformer
@@ -123,9 +194,9 @@ def saved(tiny_bert, folder):
 def test_a_module_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_path):
     folder = saved(tiny_bert, tmp_path)
     modules = json.loads((folder / "modules.json").read_text())
-    modules.insert(2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    modules.insert(2, {"idx": 2, "name": "2", "path": "2_LSTM", "type": "sentence_transformers.models.LSTM"})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="Dense"):
+    with pytest.raises(UserError, match="LSTM"):
         read_config(str(folder))
 
 
@@ -155,9 +226,11 @@ def test_a_side_file_that_is_not_json_is_named(tiny_bert, tmp_path):
 def test_saving_unnormalised_over_a_normalised_checkpoint_leaves_no_stale_module(tiny_bert, tmp_path):
     backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
     save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=True))
+    (tmp_path / "1_my_notes").mkdir()
     save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=False))
     assert read_config(str(tmp_path)).normalized is False
     assert not (tmp_path / "2_Normalize").exists()
+    assert (tmp_path / "1_my_notes").exists()
 
 
 def test_cased_text_is_lowered_when_the_checkpoint_says_so(tmp_path):

@@ -1,13 +1,11 @@
-import argparse
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, passage_about
+from conftest import TOPICS, encoding_arguments, passage_about
 
 from embedding_finetune import encoding
-from embedding_finetune.arguments import add_encoding_arguments
 from embedding_finetune.command_line import UserError
 from embedding_finetune.encoding import load_encoder
 
@@ -15,9 +13,7 @@ TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)]
 
 
 def encoder_for(folder, *flags):
-    parser = argparse.ArgumentParser()
-    add_encoding_arguments(parser)
-    return load_encoder(str(folder), parser.parse_args(flags), flag="--model")
+    return load_encoder(str(folder), encoding_arguments(*flags), flag="--model")
 
 
 def passages(encoder, texts):

@@ -1,22 +1,13 @@
 """Cross-encoders: scores equal to a plain forward pass, and models that are none are refused."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, make_tiny_bert, make_tiny_reranker, passage_about
+from conftest import TOPICS, encoding_arguments, make_tiny_bert, make_tiny_reranker, passage_about
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from embedding_finetune.arguments import add_encoding_arguments
 from embedding_finetune.command_line import UserError
 from embedding_finetune.reranking import check_reranker, load_reranker
-
-
-def encoding_args(*flags):
-    parser = argparse.ArgumentParser()
-    add_encoding_arguments(parser)
-    return parser.parse_args(flags)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +23,7 @@ def pairs():
 
 def test_scores_are_those_of_a_plain_forward_pass_pair_by_pair(tiny_reranker):
     queries, passages = pairs()
-    scores = load_reranker(str(tiny_reranker), encoding_args("--dtype", "float32")).scores(queries, passages)
+    scores = load_reranker(str(tiny_reranker), encoding_arguments("--dtype", "float32")).scores(queries, passages)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_reranker).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_reranker)
     with torch.no_grad():
@@ -46,34 +37,34 @@ def test_scores_are_those_of_a_plain_forward_pass_pair_by_pair(tiny_reranker):
 
 def test_a_score_does_not_depend_on_batch_size_or_neighbours(tiny_reranker):
     queries, passages = pairs()
-    scores = load_reranker(str(tiny_reranker), encoding_args()).scores(queries, passages)
-    one_by_one = load_reranker(str(tiny_reranker), encoding_args("--tokens_per_batch", "1"))
+    scores = load_reranker(str(tiny_reranker), encoding_arguments()).scores(queries, passages)
+    one_by_one = load_reranker(str(tiny_reranker), encoding_arguments("--tokens_per_batch", "1"))
     assert np.array_equal(one_by_one.scores(queries[3:20], passages[3:20]), scores[3:20])
     assert one_by_one.scores([], []).shape == (0,)
 
 
 def test_a_pair_that_is_too_long_is_cut(tiny_reranker):
-    reranker = load_reranker(str(tiny_reranker), encoding_args())
+    reranker = load_reranker(str(tiny_reranker), encoding_arguments())
     assert np.isfinite(reranker.scores(["pump " * 300, "pump"], ["valve", "valve " * 300])).all()
 
 
 def test_a_model_without_a_single_logit_is_refused_by_its_config_and_one_without_a_head_by_its_weights(tmp_path):
     two_logits = make_tiny_reranker(tmp_path / "two", logits=2)
     with pytest.raises(UserError, match=r"--reranker_name_or_path .*two: its config says 2 logits"):
-        check_reranker(str(two_logits), encoding_args())
+        check_reranker(str(two_logits), encoding_arguments())
     with pytest.raises(UserError, match="--reranker_name_or_path no/such"):
-        check_reranker("no/such", encoding_args())
+        check_reranker("no/such", encoding_arguments())
     headless = make_tiny_bert(tmp_path / "bert")
     config = (headless / "config.json").read_text()
     (headless / "config.json").write_text(config.replace("{", '{"id2label": {"0": "score"},', 1))
-    check_reranker(str(headless), encoding_args())
+    check_reranker(str(headless), encoding_arguments())
     with pytest.raises(UserError, match=r"classifier\.\w+ is missing"):
-        load_reranker(str(headless), encoding_args())
+        load_reranker(str(headless), encoding_arguments())
 
 
 def test_a_score_that_is_not_finite_names_its_texts(tmp_path):
     folder = make_tiny_reranker(tmp_path / "damaged")
-    reranker = load_reranker(str(folder), encoding_args())
+    reranker = load_reranker(str(folder), encoding_arguments())
     with torch.no_grad():
         reranker.model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(UserError, match="'how are you'"):
