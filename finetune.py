@@ -105,7 +105,8 @@ def make_trainer(
     """Load the model, settle how it embeds, and put it together with data and arguments."""
     from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.model import BiEncoder, load_backbone, load_projection
+    from embedding_finetune.loading import load_backbone, load_projection
+    from embedding_finetune.model import BiEncoder
     from embedding_finetune.trainer import RetrievalTrainer
 
     backbone, tokenizer, config = load_backbone(
@@ -164,7 +165,7 @@ def settle_lengths(
 
     It keeps the one it came with, and takes at least what it was trained on.
     """
-    from embedding_finetune.model import check_max_length, length_limit
+    from embedding_finetune.loading import check_max_length, length_limit
 
     limit = length_limit(backbone, tokenizer)
     check_max_length("--query_max_len", data_args.query_max_len, limit)
@@ -176,7 +177,7 @@ def settle_lengths(
 def settle_parameters(backbone: "PreTrainedModel", args: "RetrieverTrainingArguments") -> None:
     """Make dropout cheap, freeze what is to stay, and say so where a flag has nothing to act on."""
     from embedding_finetune.dropout import use_cheap_dropout
-    from embedding_finetune.model import freeze_position_embeddings
+    from embedding_finetune.loading import freeze_position_embeddings
 
     use_cheap_dropout(backbone)
     if args.fix_position_embedding:

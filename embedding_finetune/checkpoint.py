@@ -157,7 +157,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
 
-    projection: the layers that config.dense describes, as model.load_projection gives them.
+    projection: the layers that config.dense describes, as loading.load_projection gives them.
 
     Files are written to a folder beside their place and renamed one by one: a killed save leaves
     every file old or new, none half-written.

@@ -23,14 +23,8 @@ from embedding_finetune.allocator import keep_freed_memory
 from embedding_finetune.batching import batches_of_one_length, pad, padded_length, prompt_length, tokenize
 from embedding_finetune.command_line import UserError
 from embedding_finetune.inference import choose_dtype, prepare_for_encoding
-from embedding_finetune.model import (
-    BiEncoder,
-    check_max_length,
-    length_limit,
-    load_backbone,
-    load_projection,
-    weights_digest,
-)
+from embedding_finetune.loading import check_max_length, length_limit, load_backbone, load_projection, weights_digest
+from embedding_finetune.model import BiEncoder
 from embedding_finetune.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -75,8 +69,8 @@ class Block(NamedTuple):
 class Encoder:
     """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
 
-    tokens_per_batch: padded tokens at once, by default what suits the device. weights_digest: what model.weights_digest
-    gave for the weights as they are stored; `keep_embeddings` needs it.
+    tokens_per_batch: padded tokens at once, by default what suits the device. weights_digest: what
+    loading.weights_digest gave for the weights as they are stored; `keep_embeddings` needs it.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from embedding_finetune.batching import batches_of_one_length, padded_length
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.encoding import default_tokens_per_batch
 from embedding_finetune.inference import choose_dtype, prepare_for_encoding
-from embedding_finetune.model import length_limit, weights_digest
+from embedding_finetune.loading import length_limit, weights_digest
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.encoding import Encoder
 from embedding_finetune.evaluation import measure
-from embedding_finetune.model import BiEncoder, load_projection
+from embedding_finetune.loading import load_projection
+from embedding_finetune.model import BiEncoder
 from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from embedding_finetune.batching import tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.command_line import UserError
 from embedding_finetune.encoding import load_encoder
-from embedding_finetune.model import load_backbone, load_projection
+from embedding_finetune.loading import load_backbone, load_projection
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
 

@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was found to be bad")
 
-    monkeypatch.setattr("embedding_finetune.model.load_backbone", no_model)
+    monkeypatch.setattr("embedding_finetune.loading.load_backbone", no_model)
     monkeypatch.setattr("embedding_finetune.encoding.load_backbone", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
     (tmp_path / "candidates.jsonl").write_bytes(b'{"context": ["p"]}\n')

@@ -10,7 +10,7 @@ from embedding_finetune.dropout import (
     scaled_keep_mask,
     use_cheap_dropout,
 )
-from embedding_finetune.model import load_backbone
+from embedding_finetune.loading import load_backbone
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

@@ -15,7 +15,7 @@ import finetune
 import mine_hard_neg
 from embedding_finetune import encoding
 from embedding_finetune.jsonl import canonical
-from embedding_finetune.model import load_backbone
+from embedding_finetune.loading import load_backbone
 
 
 def mine(model, source, target, *flags):

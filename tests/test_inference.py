@@ -13,7 +13,7 @@ from embedding_finetune.inference import (
     choose_dtype,
     prepare_for_encoding,
 )
-from embedding_finetune.model import load_backbone
+from embedding_finetune.loading import load_backbone
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import TOPICS, make_tiny_bert, make_tiny_reranker, passage_about, read_jsonl, write_jsonl
 
 import mine_hard_neg
-from embedding_finetune.model import load_backbone
+from embedding_finetune.loading import load_backbone
 
 SENTENCES = [f"{start} {passage_about(topic)}" for topic in TOPICS for start in ("Open the hall.", "Close the yard.")]
 

@@ -7,7 +7,8 @@ from transformers import MPNetConfig, MPNetModel
 
 from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model import BiEncoder, freeze_position_embeddings, length_limit, load_backbone, pool
+from embedding_finetune.loading import freeze_position_embeddings, length_limit, load_backbone
+from embedding_finetune.model import BiEncoder, pool
 
 STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
 RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])

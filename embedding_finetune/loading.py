@@ -1,0 +1,158 @@
+"""Checkpoints -> modules: the backbone with its tokenizer, the layers after pooling, and what limits them."""
+
+import hashlib
+import os
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from embedding_finetune.checkpoint import EmbeddingConfig, find_file, read_config
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model import Dense
+
+_SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_UNLIMITED = 10**9
+"""Tokenizers without a limit say 10^30."""
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    flag: str,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
+    """Load a folder's or hub model's weights (as float32), tokenizer and embedding config.
+
+    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded or
+    the weights do not fill the backbone.
+    """
+    transformers.logging.disable_progress_bar()  # ours are enough
+    hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    try:
+        config = read_config(name_or_path, cache_dir=cache_dir)
+        hub["subfolder"] = config.backbone_folder
+        model_config = AutoConfig.from_pretrained(config_name, **{**hub, "subfolder": ""}) if config_name else None
+        backbone, loading = AutoModel.from_pretrained(
+            name_or_path,
+            config=model_config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_name or name_or_path, **({**hub, "subfolder": ""} if tokenizer_name else hub)
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        _refuse_pickle(f"{flag} {name_or_path}", name_or_path, cache_dir)
+        kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"
+        raise UserError(
+            f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "
+            "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(
+            f"{flag} {name_or_path}: the weights do not fill a {type(backbone).__name__}: "
+            f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
+        )
+    _check_it_embeds(backbone, f"{flag} {name_or_path}")
+    return backbone, tokenizer, config
+
+
+def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
+    """Raise UserError where weights are there, but only as a pickle."""
+    try:
+        found = [
+            name for name in (*_PICKLES, SAFE_WEIGHTS_NAME) if find_file(name_or_path, name, cache_dir) is not None
+        ]
+    except OSError:  # neither a folder nor a hub name
+        return
+    if found and SAFE_WEIGHTS_NAME not in found:
+        raise UserError(
+            f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you trust it, "
+            'convert it: python -c "from transformers import AutoModel as M; '
+            f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
+        )
+
+
+def _check_it_embeds(backbone: PreTrainedModel, what: str) -> None:
+    """Raise UserError unless the backbone gives a hidden state for each token."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
+    try:
+        with torch.no_grad():
+            output = backbone(input_ids=token, attention_mask=torch.ones_like(token))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{what}: a {type(backbone).__name__} does not embed text by itself ({first_line(error)}); "
+            "give an encoder's or a decoder's checkpoint"
+        ) from error
+    if getattr(output, "last_hidden_state", None) is None:
+        raise UserError(
+            f"{what}: a {type(backbone).__name__} gives no last_hidden_state; give a text encoder's checkpoint"
+        )
+
+
+def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
+    """The layers that config.dense describes, with their weights as float32; empty where there are none.
+
+    Raises UserError when weights are missing or are not those of the described layers.
+    """
+    layers = nn.Sequential(*map(Dense, config.dense))
+    for layer, described in zip(layers, config.dense):
+        name = os.path.join(described.folder, SAFE_WEIGHTS_NAME)
+        path = find_file(name_or_path, name, cache_dir)
+        if path is None:
+            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
+        try:
+            layer.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: {first_line(error)}; these are not the weights of a Dense module") from error
+    return layers.float()
+
+
+def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
+    """Keep the learned position embeddings as they are; UserError where the backbone has none."""
+    table = _position_table(backbone)
+    if table is None:
+        raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
+    table.requires_grad_(False)
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """SHA-256 over names, shapes and contents of all weights: what a model is, whatever its folder is called."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens, special ones included, that tokenizer and position embeddings both take."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
+    table = _position_table(backbone)
+    if table is not None and table.padding_idx is not None:
+        positions -= table.padding_idx + 1  # RoBERTa and MPNet count positions from after the padding index
+    return min(positions, tokenizer.model_max_length)
+
+
+def check_max_length(flag: str, value: int, limit: int) -> None:
+    """Raise UserError when a length flag asks for more tokens than the model takes."""
+    if value > limit:
+        raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
+
+
+def _position_table(backbone: PreTrainedModel) -> nn.Embedding | None:
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None

@@ -1,0 +1,123 @@
+"""Every verified model, and further kinds: through all three scripts, and equal to sentence-transformers."""
+
+import subprocess
+import sys
+
+import models
+import numpy as np
+import pytest
+from conftest import TOPICS, encoding_arguments, passage_about, read_jsonl, write_jsonl
+
+import evaluate
+import finetune
+import mine_hard_neg
+from embedding_finetune.checkpoint import read_config
+from embedding_finetune.command_line import UserError
+from embedding_finetune.encoding import load_encoder
+from embedding_finetune.loading import load_backbone
+
+QUERIES = ["how do i reset the pump?", "who", "My motor is red. " * 30]
+
+
+@pytest.mark.parametrize("name", [*models.VERIFIED, *models.FURTHER])
+def test_a_small_model_of_this_kind_goes_the_whole_way(name, tmp_path):
+    go_the_whole_way(name, tmp_path, full_size=False)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", models.VERIFIED)
+def test_the_verified_model_goes_the_whole_way_at_full_size(name, tmp_path):
+    go_the_whole_way(name, tmp_path, full_size=True)
+
+
+def go_the_whole_way(name, tmp_path, *, full_size):
+    """Embeddings as sentence-transformers gives them; mining, two steps, saving, evaluation; and again."""
+    published = (models.VERIFIED | models.FURTHER)[name]
+    base = models.make(name, tmp_path / "base", full_size=full_size)
+    instructions = [
+        *("--query_instruction_for_retrieval", published.instructions[0]),
+        *("--passage_instruction_for_retrieval", published.instructions[1]),
+    ]
+    flags = instructions if any(published.instructions) else []  # none where the checkpoint says it
+    queries = flags[1] if flags else published.prompts.get("query", "")
+    passages = flags[3] if flags else ""
+    assert_same_embeddings(base, flags, queries, passages)
+
+    texts = [passage_about(topic) for topic in TOPICS]
+    rows = [{"query": f"how do i reset the {topic}?", "pos": [text]} for topic, text in zip(TOPICS, texts)]
+    data, mined, tuned = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "mined.jsonl", tmp_path / "tuned"
+    argv = ["--model_name_or_path", base, "--input_file", data, "--output_file", mined, "--range_for_sampling", "0-4"]
+    mine_hard_neg.main([*map(str, argv), *flags, "--negative_number", "2"])
+    assert all(len(row["neg"]) == 2 for row in read_jsonl(mined))
+    argv = ["--model_name_or_path", base, "--train_data", mined, "--output_dir", tuned, "--train_group_size", "2"]
+    training = "--max_steps 2 --per_device_train_batch_size 4 --learning_rate 1e-3 --save_strategy no"
+    finetune.main([*map(str, argv), *flags, *training.split()])
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
+    argv = ["--index_file_jsonl_path", corpus, "--query_file_jsonl_path", data, "--model_name", tuned]
+    metrics = evaluate.main([*map(str, argv)])  # without flags: the checkpoint says all
+    assert 0 <= metrics["MRR@10"] <= 1
+
+    config = read_config(str(tuned))
+    assert (config.query_instruction, config.passage_instruction) == (queries, passages)
+    assert (config.pooling, config.max_seq_length) == (published.pooling, published.max_seq_length)
+    before, after = (embeddings(folder, flags)[0] for folder in (base, tuned))
+    assert not np.allclose(before, after, atol=1e-4)
+    assert_same_embeddings(tuned, [], queries, passages)
+
+
+def embeddings(folder, flags):
+    """Of queries and of passages, in float32."""
+    encoder = load_encoder(str(folder), encoding_arguments("--dtype", "float32", *flags), flag="--model")
+    return encoder.encode_queries(QUERIES), next(encoder.encode_passages(QUERIES))[1]
+
+
+def assert_same_embeddings(folder, flags, query_instruction, passage_instruction):
+    """Ours and those of sentence-transformers are equal, and those of different texts are not."""
+    from sentence_transformers import SentenceTransformer
+
+    peer = SentenceTransformer(str(folder), device="cpu")
+    for ours, prompt in zip(embeddings(folder, flags), (query_instruction, passage_instruction)):
+        theirs = peer.encode(QUERIES, prompt=prompt)
+        assert (ours * theirs).sum(axis=1).min() >= 0.99999
+        assert (ours[0] * ours[1]).sum() < 0.9999
+
+
+def test_a_decoder_gives_the_same_embeddings_whichever_side_is_padded(tmp_path):
+    left, right = (models.make(name, tmp_path / name[:8], full_size=False) for name in list(models.FURTHER)[-2:])
+    for one, other in zip(embeddings(left, []), embeddings(right, [])):
+        assert np.allclose(one, other, atol=1e-5)
+
+
+def test_a_model_that_does_not_embed_text_is_refused_by_name(tmp_path):
+    from transformers import T5Config, T5Model
+
+    folder = models.make("gte-base", tmp_path / "t5")
+    (folder / "config.json").unlink()
+    T5Model(T5Config(vocab_size=99, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(folder)
+    with pytest.raises(UserError, match="a T5Model does not embed text by itself"):
+        load_backbone(str(folder), flag="--model")
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
+    import torch
+    from transformers import AutoModel
+
+    folder = models.make("gte-base", tmp_path / "pickled")
+    torch.save(AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--model .*pickled: its weights are a pickle") as refusal:
+        load_backbone(str(folder), flag="--model")
+    command = str(refusal.value).split("convert it: ")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    load_backbone(str(folder), flag="--model")
+
+
+def test_weights_stored_in_bfloat16_are_trained_in_float32(tmp_path):
+    import torch
+    from transformers import AutoModel
+
+    folder = models.make("gte-base", tmp_path / "half")
+    AutoModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    assert '"bfloat16"' in (folder / "config.json").read_text()
+    backbone, _, _ = load_backbone(str(folder), flag="--model")
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
