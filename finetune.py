@@ -33,9 +33,6 @@ from embedding_finetune.command_line import UserError, command, first_line, log_
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from embedding_finetune.checkpoint import EmbeddingConfig
     from embedding_finetune.data import TrainDataset
     from embedding_finetune.trainer import RetrievalTrainer
     from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -56,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     keep_freed_memory()
     end_at_exit()
-    rows = load_rows(data_args.train_data, max_rows_per_file=data_args.max_example_num_per_dataset, seed=args.seed)
+    rows = load_rows(
+        data_args.train_data,
+        max_rows_per_file=data_args.max_example_num_per_dataset,
+        seed=args.seed,
+        scores_required=args.distillation_weight > 0,
+    )
     dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
     logger.info("%d training rows", len(dataset))
     task = load_evaluation(data_args, dataset)
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.save_model()
     summary = trainer.summary(result.metrics)
     if trainer.is_world_process_zero():
+        if args.merge_with_base is not None:
+            from embedding_finetune.training_setup import save_merged_with_base
+
+            save_merged_with_base(trainer, model_args, args)
         with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
             file.write(json.dumps(summary, indent=2).encode() + b"\n")
         for name, value in summary.items():
@@ -105,20 +111,14 @@ def make_trainer(
     """Load the model, settle how it embeds, and put it together with data and arguments."""
     from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.loading import load_backbone, load_projection
+    from embedding_finetune.loading import load_projection
     from embedding_finetune.model import BiEncoder
     from embedding_finetune.trainer import RetrievalTrainer
+    from embedding_finetune.training_setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
 
-    backbone, tokenizer, config = load_backbone(
-        model_args.model_name_or_path,
-        flag="--model_name_or_path",
-        config_name=model_args.config_name,
-        tokenizer_name=model_args.tokenizer_name,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-    )
+    backbone, tokenizer, config = load_base(model_args)
     saved_length = settle_lengths(backbone, tokenizer, config, data_args)
-    settle_parameters(backbone, args)
+    backbone = settle_parameters(backbone, config, args)
     config = config.with_flags(
         pooling=args.sentence_pooling_method,
         normalized=args.normalized,
@@ -135,6 +135,9 @@ def make_trainer(
         negatives_cross_device=args.negatives_cross_device,
         tokens_per_sub_batch=args.tokens_per_sub_batch,
         recompute_sub_batches=args.recompute_sub_batches,
+        matryoshka=matryoshka_weights(backbone, config, args),
+        distillation_weight=args.distillation_weight,
+        teacher_temperature=args.teacher_temperature,
     )
     collator = EmbedCollator(
         tokenizer,
@@ -142,6 +145,7 @@ def make_trainer(
         group_size=data_args.train_group_size,
         query_max_len=data_args.query_max_len,
         passage_max_len=data_args.passage_max_len,
+        with_teacher=args.distillation_weight > 0,
     )
     saved_config = dataclasses.replace(config, max_seq_length=saved_length, backbone_folder="")
     return RetrievalTrainer(
@@ -153,37 +157,6 @@ def make_trainer(
         trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
         task=task,
     )
-
-
-def settle_lengths(
-    backbone: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    config: "EmbeddingConfig",
-    data_args: "DataArguments",
-) -> int:
-    """Check the length flags against the model; the max_seq_length that the finished model gets.
-
-    It keeps the one it came with, and takes at least what it was trained on.
-    """
-    from embedding_finetune.loading import check_max_length, length_limit
-
-    limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", data_args.query_max_len, limit)
-    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
-    own_length = min(config.max_seq_length or limit, limit)
-    return max(data_args.query_max_len, data_args.passage_max_len, own_length)
-
-
-def settle_parameters(backbone: "PreTrainedModel", args: "RetrieverTrainingArguments") -> None:
-    """Make dropout cheap, freeze what is to stay, and say so where a flag has nothing to act on."""
-    from embedding_finetune.dropout import use_cheap_dropout
-    from embedding_finetune.loading import freeze_position_embeddings
-
-    use_cheap_dropout(backbone)
-    if args.fix_position_embedding:
-        freeze_position_embeddings(backbone)
-    if args.negatives_cross_device and args.world_size == 1:
-        logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
 
 
 def parse_arguments(

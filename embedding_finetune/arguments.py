@@ -48,6 +48,12 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
     group.add_argument("--passage_max_len", type=positive_int, metavar="N", help=length % "passages")
     group.add_argument(
+        "--truncate_dim",
+        type=positive_int,
+        metavar="N",
+        help="keep the first N dimensions of embeddings, as models trained with --matryoshka_dims allow",
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",

@@ -72,7 +72,8 @@ class EmbeddingConfig:
 
     max_seq_length None means that the checkpoint does not say: the tokenizer's limit holds. include_prompt False leaves
     the instruction's tokens out of the pooling. `backbone_folder` is where, under the checkpoint, the transformer's own
-    files are. other_prompts and default_prompt_name are kept for who asks sentence-transformers for them by name.
+    files are. truncate_dim is how many dimensions count, None for all. other_prompts and default_prompt_name are kept
+    for who asks sentence-transformers for them by name.
     """
 
     pooling: str = "cls"
@@ -84,6 +85,7 @@ class EmbeddingConfig:
     backbone_folder: str = ""
     include_prompt: bool = True
     dense: tuple[DenseConfig, ...] = ()
+    truncate_dim: int | None = None
     other_prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
 

@@ -33,6 +33,8 @@ ROW_FEATURES = datasets.Features(
         "neg": datasets.List(datasets.Value("string")),
         "query_id": datasets.Value("int64"),
         "pos_ids": datasets.List(datasets.Value("int64")),
+        "pos_scores": datasets.List(datasets.Value("float32")),
+        "neg_scores": datasets.List(datasets.Value("float32")),
     }
 )
 
@@ -40,23 +42,29 @@ EpochIndex = tuple[int, int]
 
 
 class TrainExample(NamedTuple):
-    """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it."""
+    """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it.
+
+    teacher_scores stand beside the passages; there are none where the row has none.
+    """
 
     row: int
     query: str
     passages: list[str]
     known_ids: np.ndarray
+    teacher_scores: list[float]
 
 
-def load_rows(train_data: str, *, max_rows_per_file: int | None = None, seed: int = 0) -> datasets.Dataset:
+def load_rows(
+    train_data: str, *, max_rows_per_file: int | None = None, seed: int = 0, scores_required: bool = False
+) -> datasets.Dataset:
     """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
 
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
-    Raises UserError naming `path:line`.
+    Raises UserError naming `path:line`, with scores_required also where a row has texts without scores.
     """
     per_file = []
     for path in jsonl.data_files(train_data):
-        rows = _mapped_rows(path)
+        rows = _mapped_rows(path, scores_required)
         if max_rows_per_file is not None and len(rows) > max_rows_per_file:
             chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
             rows = rows.select(sorted(chosen))
@@ -105,9 +113,13 @@ class TrainDataset(Dataset):
         epoch, index = key
         row = self.rows[index]
         rng = random.Random(f"{self.seed}:{epoch}:{index}")
-        positive = rng.choice(row["pos"])
-        negatives = rng.sample(row["neg"], min(self.group_size - 1, len(row["neg"])))
-        return TrainExample(index, row["query"], [positive, *negatives], self.known_positives.of(row["query"]))
+        positive = rng.choice(range(len(row["pos"])))
+        negatives = rng.sample(range(len(row["neg"])), min(self.group_size - 1, len(row["neg"])))
+        passages = [row["pos"][positive], *(row["neg"][place] for place in negatives)]
+        scores = []
+        if row["pos_scores"] and len(row["neg_scores"]) == len(row["neg"]):
+            scores = [row["pos_scores"][positive], *(row["neg_scores"][place] for place in negatives)]
+        return TrainExample(index, row["query"], passages, self.known_positives.of(row["query"]), scores)
 
 
 class EpochSampler(Sampler[EpochIndex]):
@@ -143,12 +155,14 @@ class EmbedCollator:
         group_size: int,
         query_max_len: int,
         passage_max_len: int,
+        with_teacher: bool = False,
     ):
         self.tokenizer = tokenizer
         self.config = config
         self.group_size = group_size
         self.query_max_len = query_max_len
         self.passage_max_len = passage_max_len
+        self.with_teacher = with_teacher
         self.prompt_lengths = (0, 0)
         if not config.include_prompt:
             instructions = config.query_instruction, config.passage_instruction
@@ -180,9 +194,15 @@ class EmbedCollator:
         passage_ids = [list(map(text_id, example.passages)) for example in examples]
         most = max(len(example.known_ids) for example in examples)
         token_ids, prompt_lengths = zip(*rows)
+        optional = {}
+        if not config.include_prompt:
+            optional["prompt_lengths"] = torch.tensor(prompt_lengths)  # (N,)
+        if self.with_teacher:
+            scores = [example.teacher_scores for example in examples]
+            optional["teacher_scores"] = _filled(scores, self.group_size, float("-inf"))  # (B, G)
         return {
             **pad(self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
-            **({} if config.include_prompt else {"prompt_lengths": torch.tensor(prompt_lengths)}),  # (N,)
+            **optional,
             "rows": torch.tensor([example.row for example in examples]),  # (B,)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.
@@ -192,20 +212,23 @@ class EmbedCollator:
         }
 
 
-def _filled(lists: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
-    """Lists of at most `width` integers as one int64 matrix, filled up with `value`."""
-    matrix = torch.full((len(lists), width), value, dtype=torch.int64)
+def _filled(lists: Sequence[Sequence[float]], width: int, value: float) -> torch.Tensor:
+    """Lists of at most `width` numbers as one matrix, int64 or float32 as `value` is, filled up with it."""
+    matrix = torch.full((len(lists), width), value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
     for row, values in enumerate(lists):
-        matrix[row, : len(values)] = torch.as_tensor(values, dtype=torch.int64)
+        matrix[row, : len(values)] = torch.as_tensor(values, dtype=matrix.dtype)
     return matrix
 
 
-def _mapped_rows(path: Path) -> datasets.Dataset:
+def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
     """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
     folder = tempfile.mkdtemp(dir=scratch_folder())
     try:
         return datasets.Dataset.from_generator(
-            _training_rows, gen_kwargs={"path": str(path)}, features=ROW_FEATURES, cache_dir=folder
+            _training_rows,
+            gen_kwargs={"path": str(path), "scores_required": scores_required},
+            features=ROW_FEATURES,
+            cache_dir=folder,
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -213,12 +236,14 @@ def _mapped_rows(path: Path) -> datasets.Dataset:
         raise
 
 
-def _training_rows(path: str) -> Iterator[jsonl.Record]:
-    for row in jsonl.read_training_rows(path):
+def _training_rows(path: str, scores_required: bool) -> Iterator[jsonl.Record]:
+    for row in jsonl.read_training_rows(path, scores_required=scores_required):
         yield {
             "query": row["query"],
             "pos": row["pos"],
             "neg": row.get("neg", []),
             "query_id": text_id(row["query"]),
             "pos_ids": list(map(text_id, row["pos"])),
+            "pos_scores": row.get("pos_scores") or [],
+            "neg_scores": row.get("neg_scores") or [],
         }

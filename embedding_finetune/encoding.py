@@ -23,7 +23,14 @@ from embedding_finetune.allocator import keep_freed_memory
 from embedding_finetune.batching import batches_of_one_length, pad, padded_length, prompt_length, tokenize
 from embedding_finetune.command_line import UserError
 from embedding_finetune.inference import choose_dtype, prepare_for_encoding
-from embedding_finetune.loading import check_max_length, length_limit, load_backbone, load_projection, weights_digest
+from embedding_finetune.loading import (
+    check_max_length,
+    check_truncate_dim,
+    length_limit,
+    load_backbone,
+    load_projection,
+    weights_digest,
+)
 from embedding_finetune.model import BiEncoder
 from embedding_finetune.store import EmbeddingStore
 
@@ -107,6 +114,7 @@ class Encoder:
             "tokenizer": _tokenizer_digest(self.tokenizer),
             "pooling": config.pooling,
             "include_prompt": config.include_prompt,
+            "truncate_dim": config.truncate_dim,
             "dense": [dense.activation for dense in config.dense],
             "normalized": config.normalized,
             "lower_case": config.lower_case,
@@ -228,8 +236,10 @@ def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> E
         normalized=args.normalized,
         query_instruction=args.query_instruction_for_retrieval,
         passage_instruction=args.passage_instruction_for_retrieval,
+        truncate_dim=args.truncate_dim,
     )
     default_length = min(config.max_seq_length or limit, limit)
+    check_truncate_dim(backbone, config)
     projection = load_projection(name_or_path, config, cache_dir=args.cache_dir)
     digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -35,10 +35,10 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
+def read_training_rows(path: str | os.PathLike, *, scores_required: bool = False) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing.
 
-    They may carry `pos_scores` and `neg_scores`, a number for each text.
+    They may carry `pos_scores` and `neg_scores`, a number for each text; with scores_required they must.
 
     Raises UserError naming `path:line` at the first row that is anything else.
     """
@@ -49,6 +49,11 @@ def read_training_rows(path: str | os.PathLike) -> Iterator[Record]:
             _require_texts(path, line, record, "neg", may_be_empty=True)
         for field in ("pos", "neg"):
             _check_scores(path, line, record, field)
+            if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
+                raise UserError(
+                    f'{path}:{line}: "{field}_scores" is missing, which --distillation_weight needs; '
+                    "mine_hard_neg.py --save_scores writes it"
+                )
         yield record
 
 

@@ -13,7 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from embedding_finetune.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model import Dense
+from embedding_finetune.model import Dense, embedding_dimensions
 
 _SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -72,15 +72,13 @@ def load_backbone(
 def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
     """Raise UserError where weights are there, but only as a pickle."""
     try:
-        found = [
-            name for name in (*_PICKLES, SAFE_WEIGHTS_NAME) if find_file(name_or_path, name, cache_dir) is not None
-        ]
+        found = [name for name in (*_PICKLES, *_SAFE) if find_file(name_or_path, name, cache_dir) is not None]
     except OSError:  # neither a folder nor a hub name
         return
-    if found and SAFE_WEIGHTS_NAME not in found:
+    if found and not set(found) & set(_SAFE):
         raise UserError(
-            f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you trust it, "
-            'convert it: python -c "from transformers import AutoModel as M; '
+            f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
+            'trust it, convert it: python -c "from transformers import AutoModel as M; '
             f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
         )
 
@@ -151,6 +149,13 @@ def check_max_length(flag: str, value: int, limit: int) -> None:
     """Raise UserError when a length flag asks for more tokens than the model takes."""
     if value > limit:
         raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
+
+
+def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> None:
+    """Raise UserError when more dimensions are to be kept than there are."""
+    most = embedding_dimensions(backbone, config)
+    if config.truncate_dim is not None and config.truncate_dim > most:
+        raise UserError(f"--truncate_dim {config.truncate_dim}: the model's embeddings have {most} dimensions")
 
 
 def _position_table(backbone: PreTrainedModel) -> nn.Embedding | None:

@@ -47,6 +47,23 @@ def contrastive_loss(
         return F.cross_entropy(scores, targets)
 
 
+def distillation_loss(
+    queries: Tensor, passages: Tensor, teacher_scores: Tensor, *, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Mean over queries of the Kullback-Leibler divergence KL(teacher || student) over each query's own group.
+
+    queries: (B, H). passages: (B, G, H). teacher_scores: (B, G), -inf in a column of no text. The teacher's
+    distribution is the softmax of its scores / teacher_temperature, the student's that of its own / temperature
+    (Hinton et al., arXiv:1503.02531); all in float32.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = torch.einsum("bh,bgh->bg", queries.float(), passages.float()) / temperature  # (B, G)
+        empty = teacher_scores == float("-inf")
+        teacher = (teacher_scores.float() / teacher_temperature).softmax(dim=1)  # (B, G)
+        log_student = scores.masked_fill(empty, float("-inf")).log_softmax(dim=1).masked_fill(empty, 0.0)  # (B, G)
+        return (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dim=1).mean()
+
+
 def masked_columns(columns: Tensor, targets: Tensor, known_ids: Tensor | None) -> Tensor:
     """Which columns do not count as negatives of which query: (B, N) bool.
 

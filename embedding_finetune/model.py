@@ -3,6 +3,8 @@
 Shapes: N texts, T tokens, H dimensions; B queries with G passages each.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from embedding_finetune.batching import batches_by_length, padded_length
 from embedding_finetune.checkpoint import DenseConfig, EmbeddingConfig
 from embedding_finetune.distributed import gather_rows
-from embedding_finetune.loss import contrastive_loss
+from embedding_finetune.loss import contrastive_loss, distillation_loss
 
 _TOKENS_PER_SUB_BATCH = {"cpu": 1024}
 """Padded tokens per sub-batch where --tokens_per_sub_batch does not say; see benchmarks/README.md."""
@@ -22,7 +24,8 @@ _TOKENS_PER_SUB_BATCH = {"cpu": 1024}
 class BiEncoder(nn.Module):
     """Backbone, pooling, projection and normalisation; `encode` gives embeddings, `forward` the training loss.
 
-    projection: what loading.load_projection gives for the same checkpoint.
+    projection: what loading.load_projection gives for the same checkpoint. matryoshka: dimensions -> weight of the loss
+    of embeddings cut to these (arXiv:2205.13147); None for the whole embeddings alone.
     """
 
     def __init__(
@@ -37,6 +40,9 @@ class BiEncoder(nn.Module):
         negatives_cross_device: bool = False,
         tokens_per_sub_batch: int | None = None,
         recompute_sub_batches: bool = False,
+        matryoshka: Mapping[int, float] | None = None,
+        distillation_weight: float = 0.0,
+        teacher_temperature: float = 1.0,
     ):
         super().__init__()
         self.backbone = backbone
@@ -48,6 +54,9 @@ class BiEncoder(nn.Module):
         self.negatives_cross_device = negatives_cross_device
         self.tokens_per_sub_batch = tokens_per_sub_batch
         self.recompute_sub_batches = recompute_sub_batches
+        self.matryoshka = matryoshka or {self.dimensions: 1.0}
+        self.distillation_weight = distillation_weight
+        self.teacher_temperature = teacher_temperature
         # Embeddings come from the last hidden states: a pooler on top gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -55,8 +64,8 @@ class BiEncoder(nn.Module):
     @property
     def dimensions(self) -> int:
         """H."""
-        dense = self.embedding_config.dense
-        return dense[-1].out_features if dense else self.backbone.config.hidden_size
+        whole = embedding_dimensions(self.backbone, self.embedding_config)
+        return min(self.embedding_config.truncate_dim or whole, whole)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Embeddings (N, H) float32 of padded texts (N, T), padding on either side.
@@ -106,8 +115,13 @@ class BiEncoder(nn.Module):
             attention_mask = attention_mask * (attention_mask.cumsum(dim=1) > prompt_lengths[:, None])
         embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (n, H')
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = self.projection(embeddings)  # (n, H)
-        return F.normalize(embeddings, dim=-1) if self.embedding_config.normalized else embeddings
+            embeddings = self.projection(embeddings)
+        return self.cut(embeddings, self.dimensions)  # (n, H)
+
+    def cut(self, embeddings: Tensor, dimensions: int) -> Tensor:
+        """The first `dimensions` of embeddings (..., any), scaled to length 1 where this model's are."""
+        prefix = embeddings[..., :dimensions]
+        return F.normalize(prefix, dim=-1) if self.embedding_config.normalized else prefix
 
     def forward(
         self,
@@ -118,32 +132,50 @@ class BiEncoder(nn.Module):
         passage_ids: Tensor,
         known_ids: Tensor,
         prompt_lengths: Tensor | None = None,
+        teacher_scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch as EmbedCollator makes it, under "loss".
 
         input_ids, attention_mask: (N, T), the batch's distinct texts. query_index: (B,) and passage_index:
         (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
-        prompt_lengths: (N,) as in `encode`.
+        prompt_lengths: (N,) as in `encode`. teacher_scores: (B, G) as in distillation_loss; None for no teacher.
         """
         embeddings = self.encode_in_sub_batches(input_ids, attention_mask, prompt_lengths)  # (N, H)
-        passages, first_group = embeddings[passage_index], 0  # (B, G, H)
+        queries, own_passages = embeddings[query_index], embeddings[passage_index]  # (B, H), (B, G, H)
+        passages, first_group = own_passages, 0
         if self.negatives_cross_device and self.use_inbatch_neg:
             passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
             passage_ids, _ = gather_rows(passage_ids)  # (C, G)
-        loss = contrastive_loss(
-            embeddings[query_index],
-            passages,
-            first_group=first_group,
-            temperature=self.temperature,
-            use_inbatch_neg=self.use_inbatch_neg,
-            passage_ids=passage_ids,
-            known_ids=known_ids if self.mask_known_positives else None,
-        )
+        loss = embeddings.new_zeros(())
+        for dimensions, weight in self.matryoshka.items():
+            whole = dimensions == self.dimensions
+            loss = loss + weight * contrastive_loss(
+                queries if whole else self.cut(queries, dimensions),
+                passages if whole else self.cut(passages, dimensions),
+                first_group=first_group,
+                temperature=self.temperature,
+                use_inbatch_neg=self.use_inbatch_neg,
+                passage_ids=passage_ids,
+                known_ids=known_ids if self.mask_known_positives else None,
+            )
+        if teacher_scores is not None:
+            loss = loss + self.distillation_weight * distillation_loss(
+                queries,
+                own_passages,
+                teacher_scores,
+                temperature=self.temperature,
+                teacher_temperature=self.teacher_temperature,
+            )
         return {"loss": loss}
 
     def activation_checkpointing_enable(self, **options: object) -> None:
         """What transformers' Trainer calls under --gradient_checkpointing."""
         self.backbone.activation_checkpointing_enable(**options)
+
+
+def embedding_dimensions(backbone: PreTrainedModel, config: EmbeddingConfig) -> int:
+    """How many dimensions embeddings have before any are cut off."""
+    return config.dense[-1].out_features if config.dense else backbone.config.hidden_size
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:

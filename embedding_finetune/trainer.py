@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from embedding_finetune.adapters import load_adapter, merged, save_adapter
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint, write_training_queries
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
@@ -142,16 +143,24 @@ class RetrievalTrainer(Trainer):
         return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            model = self.model
-            save_checkpoint(folder, model.backbone, self.processing_class, self.saved_config, model.projection)
+        if not self.args.should_save:
+            return
+        folder, model = output_dir or self.args.output_dir, self.model
+        if self.args.lora_rank is not None:
+            save_adapter(model.backbone, folder, alone=self.args.save_adapter_only)
+        if not self.args.save_adapter_only:
+            backbone = merged(model.backbone)
+            save_checkpoint(folder, backbone, self.processing_class, self.saved_config, model.projection)
             write_training_queries(folder, self.training_queries)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
-        saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
-        self.model.projection.load_state_dict(saved.state_dict())
+        if self.args.lora_rank is not None:
+            load_adapter(self.model.backbone, resume_from_checkpoint)
+        else:
+            self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        if self.saved_config.dense:
+            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
+            self.model.projection.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)

@@ -3,6 +3,7 @@
 The flags of the other two scripts are in arguments.py, which imports nothing heavy.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -96,6 +97,27 @@ class RetrieverTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = _flag(
         None, "stop after this many evaluations without a better --metric_for_best_model"
     )
+    matryoshka_dims: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "train embeddings cut to these dimensions too, such as 256 64; then --truncate_dim cuts them"
+        },
+    )
+    matryoshka_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the loss at each of --matryoshka_dims (default: 1 each, as whole embeddings have)"
+        },
+    )
+    distillation_weight: float = _flag(
+        0.0, "weight of the divergence from a teacher, whose pos_scores and neg_scores every row must carry"
+    )
+    teacher_temperature: float = _flag(1.0, "the teacher's scores are divided by it before the softmax")
+    merge_with_base: float | None = _flag(
+        None, "also save W * tuned + (1 - W) * base weights, in the folder merged of the output folder"
+    )
+    lora_rank: int | None = _flag(None, "train low-rank adapters of this rank instead of all weights; needs peft")
+    save_adapter_only: bool = _flag(False, "with --lora_rank: save the adapter alone, not the merged model")
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
@@ -114,6 +136,7 @@ class RetrieverTrainingArguments(TrainingArguments):
             raise UserError(f"--temperature {self.temperature}: must be greater than 0")
         if self.tokens_per_sub_batch is not None:
             _require_positive("tokens_per_sub_batch", self.tokens_per_sub_batch)
+        _check_extensions(self)
         _refuse_what_does_nothing(self)
         if self.n_gpu > 1:
             # transformers would cut the batch up over them with nn.DataParallel: texts here, their indices there.
@@ -167,6 +190,30 @@ def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments
         raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
     if args.per_device_train_batch_size == 1:
         raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
+
+
+def _check_extensions(args: RetrieverTrainingArguments) -> None:
+    dims, weights = args.matryoshka_dims, args.matryoshka_weights
+    if weights is not None and len(weights) != len(dims or ()):
+        raise UserError("--matryoshka_weights: give as many as --matryoshka_dims")
+    if dims is not None and (min(dims) < 1 or len(set(dims)) < len(dims)):
+        raise UserError(f"--matryoshka_dims {' '.join(map(str, dims))}: different numbers of at least 1 are needed")
+    if weights is not None and not min(weights) > 0:
+        raise UserError(f"--matryoshka_weights {' '.join(map(str, weights))}: must be greater than 0")
+    if not args.distillation_weight >= 0:
+        raise UserError(f"--distillation_weight {args.distillation_weight}: must not be negative")
+    if not args.teacher_temperature > 0:
+        raise UserError(f"--teacher_temperature {args.teacher_temperature}: must be greater than 0")
+    if args.merge_with_base is not None and not 0 < args.merge_with_base < 1:
+        raise UserError(f"--merge_with_base {args.merge_with_base}: must be between 0 and 1")
+    if args.lora_rank is not None:
+        _require_positive("lora_rank", args.lora_rank)
+        if importlib.util.find_spec("peft") is None:
+            raise UserError("--lora_rank needs the package peft: pip install peft")
+    elif args.save_adapter_only:
+        raise UserError("--save_adapter_only: there is no adapter without --lora_rank")
+    if args.save_adapter_only and args.merge_with_base is not None:
+        raise UserError("--merge_with_base makes a whole model; leave out --save_adapter_only")
 
 
 def _refuse_what_does_nothing(args: RetrieverTrainingArguments) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.loss import PADDING_ID, contrastive_loss, masked_columns
+from embedding_finetune.loss import PADDING_ID, contrastive_loss, distillation_loss, masked_columns
 
 
 def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None):
@@ -68,6 +68,29 @@ def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_ba
     )
     expected = reference_loss(queries, passages, 0.7, in_batch, ids, known)
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_distillation_is_the_divergence_from_the_teachers_softmax_by_hand():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    passages = torch.tensor([[[0.6, 0.8], [0.8, 0.6]], [[0.0, 1.0], [1.0, 0.0]]])
+    teacher = torch.tensor([[3.0, 1.0], [5.0, float("-inf")]])  # the second query has one text only
+    loss = distillation_loss(queries, passages, teacher, temperature=0.5, teacher_temperature=2.0)
+    p = [math.exp(1.5), math.exp(0.5)]
+    q = [math.exp(1.2), math.exp(1.6)]
+    p, q = ([value / sum(values) for value in values] for values in (p, q))
+    divergence = sum(a * math.log(a / b) for a, b in zip(p, q))
+    assert loss.item() == pytest.approx(divergence / 2, rel=1e-5)
+
+
+def test_distillation_is_zero_for_the_teacher_itself_and_its_gradient_is_finite():
+    torch.manual_seed(0)
+    queries, passages = torch.randn(3, 4, requires_grad=True), torch.randn(3, 2, 4)
+    teacher = torch.einsum("bh,bgh->bg", queries, passages).detach() / 0.1
+    teacher[2, 1] = float("-inf")
+    loss = distillation_loss(queries, passages, teacher, temperature=0.1, teacher_temperature=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert queries.grad.abs().max() < 1e-5
 
 
 def test_masking_with_no_such_texts_equals_the_plain_loss_exactly():

@@ -1,0 +1,56 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a backbone, through peft, and weights mixed with those of the base.
+
+peft is imported where it is used: it is optional.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+_FOLDER = "adapter"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_adapters(backbone: PreTrainedModel, rank: int) -> nn.Module:
+    """The backbone with an adapter of this rank, alpha twice that, on every linear layer; nothing else is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+    return get_peft_model(backbone, config)
+
+
+def has_adapters(backbone: nn.Module) -> bool:
+    """Whether add_adapters made this backbone."""
+    return hasattr(backbone, "peft_config")
+
+
+def merged(backbone: nn.Module) -> PreTrainedModel:
+    """The backbone as a plain transformers model, what its adapters learned in its weights; itself without adapters."""
+    return copy.deepcopy(backbone).merge_and_unload() if has_adapters(backbone) else backbone
+
+
+def save_adapter(backbone: nn.Module, folder: str | Path, *, alone: bool) -> None:
+    """Write the adapter as peft does: into the folder itself when it is all that is saved, else into `adapter`."""
+    backbone.save_pretrained(folder if alone else Path(folder) / _FOLDER)
+
+
+def load_adapter(backbone: nn.Module, folder: str | Path) -> None:
+    """Take the weights of the adapter that save_adapter wrote."""
+    from peft import set_peft_model_state_dict
+
+    folder = Path(folder)
+    folder = folder if (folder / _CONFIG).exists() else folder / _FOLDER
+    set_peft_model_state_dict(backbone, load_file(folder / _WEIGHTS))
+
+
+@torch.no_grad()
+def mix_with(tuned: nn.Module, base: nn.Module, share: float) -> None:
+    """Set the weights of `tuned` to share * tuned + (1 - share) * base (LM-Cocktail, arXiv:2311.13534)."""
+    others = base.state_dict()
+    for name, tensor in tuned.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.mul_(share).add_(others[name], alpha=1 - share)
