@@ -15,9 +15,11 @@ on stderr tells what was chosen, what was left out and why.
 import argparse
 import json
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Heavy imports wait until flags and data are known to be good.
     from embedding_finetune.candidates import rank_candidates
     from embedding_finetune.distributed import rank, start
-    from embedding_finetune.mining_audit import audit_text, examples, mining_audit
     from embedding_finetune.reranking import check_reranker
 
     start()
@@ -67,17 +68,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     selections = choose_negatives(rows, corpus, found, lowest_positive, args)
     if args.save_scores:
         selections = with_all_scores(selections, found.score)
-    if rank() > 0:
-        return
+    if rank() == 0:
+        write_outcome(rows, corpus, found, lowest_positive, selections, args, began)
 
-    mined = list(mined_rows(rows, corpus, selections, found.pair_scores, args))
-    if not mined:
+
+def write_outcome(
+    rows: Sequence[Record],
+    corpus: Corpus,
+    found: "Candidates",
+    lowest_positive: np.ndarray,
+    selections: Sequence[Selection],
+    args: argparse.Namespace,
+    began: float,
+) -> None:
+    """Write the rows and the audit, and tell it; `began` is when the run did, by time.monotonic."""
+    from embedding_finetune.mining_audit import audit_text, examples, mining_audit
+
+    written = [n for n, own in enumerate(selections) if own.negatives or not args.drop_rows_without_negatives]
+    if not written:
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
-    jsonl.write(args.output_file, mined)
+    positive_scores = np.split(found.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
+    mined = partial(mined_rows, rows, corpus, selections, positive_scores if args.save_scores else None)
+    jsonl.write(args.output_file, mined(written))
     audit = {
         **mining_audit(selections, found.pair_scores, lowest_positive, wanted=args.negative_number),
         "candidates": len(corpus),
-        "rows_dropped": len(rows) - len(mined),
+        "rows_dropped": len(rows) - len(written),
         "seconds": {**found.seconds, "total": time.monotonic() - began},
         "settings": vars(args),
         "weights_sha256": found.weights,
@@ -86,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with jsonl.atomic_writer(args.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
     if args.show_examples:
-        logger.info("%s\n", examples(mined, args.show_examples, seed=args.seed))
+        shown = sorted(random.Random(args.seed).sample(written, min(args.show_examples, len(written))))
+        logger.info("%s\n", examples(dict(zip(shown, mined(shown)))))
     logger.info("%s", audit_text(audit, wanted=args.negative_number))
     logger.info("wrote %s", args.output_file)
 
@@ -246,20 +263,20 @@ def mined_rows(
     rows: Sequence[Record],
     corpus: Corpus,
     selections: Sequence[Selection],
-    positive_scores: np.ndarray,
-    args: argparse.Namespace,
+    positive_scores: Sequence[np.ndarray] | None,
+    numbers: Sequence[int],
 ) -> Iterator[Record]:
-    """The rows with their new negatives; scores of the old ones, if there were any, go or are replaced with them."""
-    scores = iter(positive_scores.tolist())
-    for row, selection in zip(rows, selections):
-        own_scores = [round(next(scores), 6) for _ in row["pos"]]
-        if not selection.negatives and args.drop_rows_without_negatives:
-            continue
+    """The rows of these numbers with their new negatives.
+
+    Scores of the old ones, if there were any, go with them; new ones are there where positive_scores are given.
+    """
+    for number in numbers:
+        row, selection = rows[number], selections[number]
         kept = {name: value for name, value in row.items() if name not in ("pos_scores", "neg_scores")}
         mined = {**kept, "neg": [corpus.texts[position] for position in selection.negatives]}
-        if args.save_scores:
-            mined["pos_scores"] = own_scores
-            mined["neg_scores"] = [round(value, 6) for value in selection.scores]
+        if positive_scores is not None:
+            mined["pos_scores"] = [round(score, 6) for score in positive_scores[number].tolist()]
+            mined["neg_scores"] = [round(score, 6) for score in selection.scores]
         yield mined
 
 

@@ -48,7 +48,7 @@ class Score(Protocol):
 class Candidates(NamedTuple):
     """Rankings and scores of all rows.
 
-    ranking: (Q, k) positions, best first, -1 past the end. window_scores: (Q, W), of its last W places, NaN past the
+    ranking: (Q, k) positions, best first, -1 past the end. window_scores: (Q, W), of its last W places, -inf past the
     end. pair_scores: (P,), of the pairs that were asked for. near_duplicates: (n, 2), a positive's position and that of
     a passage as good as equal to it. score: scores other pairs in the same way. weights: digests of the models, by
     name. seconds: what the parts took.
@@ -171,9 +171,9 @@ def _reranker_scores(reranker: Reranker, queries: Sequence[str], corpus: Corpus,
 
 
 def _window_scores(found: Candidates, start: int) -> np.ndarray:
-    """Scores of the window of a ranking that has none yet: (Q, W), NaN past the end."""
+    """Scores of the window of a ranking that has none yet: (Q, W), -inf past the end."""
     window = found.ranking[:, start:]
-    scores = np.full(window.shape, np.nan, dtype=np.float32)
+    scores = np.full(window.shape, -np.inf, dtype=np.float32)
     rows, columns = np.nonzero(window >= 0)
     scores[rows, columns] = found.score(Pairs(rows, window[rows, columns]))
     return scores
@@ -192,7 +192,7 @@ def _reranked(
     start = args.range_for_sampling[0]
     found = found._replace(score=partial(_reranker_scores, reranker, queries, corpus))
     scores = _window_scores(found, start)
-    order = np.argsort(-scores, axis=1, kind="stable")  # NaN, past the end, stays last
+    order = np.argsort(-scores, axis=1, kind="stable")  # what is past the end stays last
     ranking = found.ranking.copy()
     ranking[:, start:] = np.take_along_axis(ranking[:, start:], order, axis=1)
     pair_scores = found.score(pairs)

@@ -3,7 +3,6 @@
 Shapes: P pairs of a row and one of its positives; n negatives.
 """
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -95,17 +94,15 @@ def _warnings(audit: Mapping[str, object], wanted: int) -> list[str]:
     return warnings
 
 
-def examples(rows: Sequence[Record], count: int, *, seed: int) -> str:
-    """Some mined rows, drawn at random, to read."""
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+def examples(rows: Mapping[int, Record]) -> str:
+    """Mined rows by their number from 0, to read."""
     blocks = []
-    for number in chosen:
-        row = rows[number]
+    for number, row in rows.items():
         lines = [f"row {number + 1}  {_cut(row['query'])}"]
-        for name, field in (("+", "pos"), ("-", "neg")):
+        for sign, field in (("+", "pos"), ("-", "neg")):
             scores = row.get(f"{field}_scores") or [None] * len(row[field])
             lines += [
-                f"  {name} {'' if score is None else f'{score:.3f}  '}{_cut(text)}"
+                f"  {sign} {'' if score is None else f'{score:.3f}  '}{_cut(text)}"
                 for text, score in zip(row[field], scores)
             ]
         blocks.append("\n".join(lines))
