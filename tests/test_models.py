@@ -65,6 +65,26 @@ def go_the_whole_way(name, tmp_path, *, full_size):
     assert_same_embeddings(tuned, [], queries, passages)
 
 
+@pytest.mark.parametrize("name", ["gte-base", "all-mpnet-base-v2", *list(models.FURTHER)[1:-1]])
+def test_adapters_are_trained_on_this_kind_and_saved_merged(name, tmp_path):
+    base, tuned = models.make(name, tmp_path / "base"), tmp_path / "tuned"
+    rows = [{"query": f"how do i reset the {topic}?", "pos": [passage_about(topic)]} for topic in TOPICS]
+    argv = [
+        "--model_name_or_path",
+        base,
+        "--train_data",
+        write_jsonl(tmp_path / "r.jsonl", rows),
+        "--output_dir",
+        tuned,
+    ]
+    training = "--max_steps 2 --per_device_train_batch_size 5 --train_group_size 1 --learning_rate 1e-2 --lora_rank 2"
+    finetune.main([*map(str, argv), *training.split()])
+    before, after = (embeddings(folder, [])[0] for folder in (base, tuned))
+    assert not np.allclose(before, after, atol=1e-4)
+    prompts = (models.VERIFIED | models.FURTHER)[name].prompts
+    assert_same_embeddings(tuned, [], prompts.get("query", ""), "")
+
+
 def embeddings(folder, flags):
     """Of queries and of passages, in float32."""
     encoder = load_encoder(str(folder), encoding_arguments("--dtype", "float32", *flags), flag="--model")
