@@ -24,15 +24,23 @@ from debian import FOLDER, records
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEV_QUERIES, DEV_PASSAGES = 2000, 12_000
 
-TRAINING = "--num_train_epochs 1 --per_device_train_batch_size 128 --query_max_len 64 --warmup_steps 20 --bf16 True"
-RECIPES: dict[str, tuple[str | None, str]] = {
-    # name: (flags of mine_hard_neg.py, or None for no negatives; flags of finetune.py)
-    "none": (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4 --temperature 0.05"),
-    "none, higher rate": (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 3e-4 --temperature 0.05"),
-    "hard": (
-        "--range_for_sampling 2-10 --negative_number 5",
-        "--train_group_size 2 --passage_max_len 48 --learning_rate 1e-4 --temperature 0.05",
-    ),
+TRAINING = (
+    "--num_train_epochs 1 --per_device_train_batch_size 128 --query_max_len 64 --temperature 0.05 "
+    "--warmup_steps 20 --bf16 True"
+)
+PAIRS = "--train_group_size 2"
+HARD = "--range_for_sampling 2-10 --negative_number 5"
+# Recipe -> its stages: flags of mine_hard_neg.py, or None for no negatives, and of finetune.py. Each stage mines and
+# trains with the model that the one before it left.
+RECIPES: dict[str, list[tuple[str | None, str]]] = {
+    "none": [(None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4")],
+    "none-3e-4": [(None, "--train_group_size 1 --passage_max_len 64 --learning_rate 3e-4")],
+    "hard-16000-rows": [(HARD, f"{PAIRS} --passage_max_len 64 --learning_rate 2e-4 --max_steps 125")],
+    "hard": [(HARD, f"{PAIRS} --passage_max_len 48 --learning_rate 1e-4")],
+    "none, then hard": [
+        (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4"),
+        (HARD, f"{PAIRS} --passage_max_len 48 --learning_rate 5e-5 --seed 7 --max_steps 130"),
+    ],
 }
 
 
@@ -51,9 +59,12 @@ def main() -> None:
         rows, queries, passages = (FOLDER / f"{name}.jsonl.gz" for name in ("train", "test", "candidates"))
     report("base", None, measure(args.model, queries, passages))
     for name in args.recipes:
-        tuned = folder / name.replace(", ", "-").replace(" ", "-")
-        seconds = train(args.model, rows, tuned, *RECIPES[name])
-        report(name, seconds, measure(str(tuned), queries, passages))
+        model, seconds = args.model, 0.0
+        for number, (mining, training) in enumerate(RECIPES[name], start=1):
+            output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{number}"
+            seconds += train(model, rows, output, mining, training)
+            model = str(output)
+        report(name, seconds, measure(model, queries, passages))
 
 
 def split_train(folder: Path) -> tuple[Path, Path, Path]:
@@ -80,7 +91,7 @@ def write(path: Path, lines: Iterable[dict]) -> Path:
 def train(model: str, rows: Path, output: Path, mining: str | None, training: str) -> float:
     """Mine if asked for, finetune, and return the seconds that finetune.py took, its start included."""
     if mining is not None:
-        mined = output.with_suffix(".jsonl")
+        mined = Path(f"{output}.jsonl")
         run(
             "mine_hard_neg.py",
             f"--model_name_or_path {model} --input_file {rows} --output_file {mined} {mining}",
