@@ -38,8 +38,11 @@ RECIPES: dict[str, list[tuple[str | None, str]]] = {
     "hard-16000-rows": [(HARD, f"{PAIRS} --passage_max_len 64 --learning_rate 2e-4 --max_steps 125")],
     "hard": [(HARD, f"{PAIRS} --passage_max_len 48 --learning_rate 1e-4")],
     "none, then hard": [
-        (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4"),
-        (HARD, f"{PAIRS} --passage_max_len 48 --learning_rate 5e-5 --seed 7 --max_steps 130"),
+        (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4 --max_steps 180"),
+        (
+            f"{HARD} --passage_max_len 128",
+            f"{PAIRS} --passage_max_len 48 --learning_rate 5e-5 --seed 7 --max_steps 130",
+        ),
     ],
 }
 
@@ -57,14 +60,14 @@ def main() -> None:
         rows, queries, passages = split_train(folder)
     else:
         rows, queries, passages = (FOLDER / f"{name}.jsonl.gz" for name in ("train", "test", "candidates"))
-    report("base", None, measure(args.model, queries, passages))
+    report("base", None, measure(args.model, queries, passages, folder / "embeddings"))
     for name in args.recipes:
         model, seconds = args.model, 0.0
         for number, (mining, training) in enumerate(RECIPES[name], start=1):
             output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{number}"
             seconds += train(model, rows, output, mining, training)
             model = str(output)
-        report(name, seconds, measure(model, queries, passages))
+        report(name, seconds, measure(model, queries, passages, folder / "embeddings"))
 
 
 def split_train(folder: Path) -> tuple[Path, Path, Path]:
@@ -109,10 +112,9 @@ def train(model: str, rows: Path, output: Path, mining: str | None, training: st
     return time.monotonic() - began
 
 
-def measure(model: str, queries: Path, passages: Path) -> dict[str, float]:
-    output = run(
-        "evaluate.py", f"--model_name {model} --query_file_jsonl_path {queries}", f"--index_file_jsonl_path {passages}"
-    )
+def measure(model: str, queries: Path, passages: Path, embeddings: Path) -> dict[str, float]:
+    flags = f"--model_name {model} --query_file_jsonl_path {queries} --index_file_jsonl_path {passages}"
+    output = run("evaluate.py", f"{flags} --embeddings_dir {embeddings}")
     return ast.literal_eval(output.splitlines()[-1])
 
 
