@@ -54,6 +54,11 @@ def load_backbone(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         _refuse_pickle(f"{flag} {name_or_path}", name_or_path, cache_dir)
+        if "custom code" in str(error) and not trust_remote_code:
+            raise UserError(
+                f"{flag} {name_or_path}: the model comes with code of its own; read it, and give "
+                "--trust_remote_code True if you trust it"
+            ) from error
         kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"
         raise UserError(
             f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "

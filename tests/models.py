@@ -101,12 +101,13 @@ def make_config(published: Published, vocabulary: int, *, full_size: bool):
 def make_tokenizer(published: Published):
     """A tokenizer of the model's own class."""
     import transformers
-    from tokenizers import processors
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import BPE
 
     letters = [f"{prefix}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz" for prefix in ("", "##")]
     pieces = [*WORDS, *letters]
     options = {"model_max_length": published.max_seq_length, "padding_side": published.padding_side}
-    if published.kind in ("Bert", "DistilBert", "ModernBert"):
+    if published.kind in ("Bert", "DistilBert"):
         vocabulary = ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces])
         return transformers.BertTokenizer(vocab=vocabulary, **options)
     if published.kind == "MPNet":
@@ -118,9 +119,14 @@ def make_tokenizer(published: Published):
         return transformers.XLMRobertaTokenizer(
             vocab=[*vocabulary[:5], *dict(scored).items(), vocabulary[5]], **options
         )
-    from tokenizers import pre_tokenizers
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if published.kind == "ModernBert":
+        special = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+        backend = Tokenizer(BPE(vocab=ids([*special.values(), *alphabet]), merges=[], unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
     tokenizer = transformers.Qwen2Tokenizer(vocab=ids(["<|endoftext|>", *alphabet]), merges=[], **options)
     # As Qwen3-Embedding's: the end of the text is a token, and the one that is pooled.
     end = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))

@@ -1,5 +1,6 @@
 """Every verified model, and further kinds: through all three scripts, and equal to sentence-transformers."""
 
+import json
 import subprocess
 import sys
 
@@ -142,3 +143,27 @@ def test_weights_stored_in_bfloat16_are_trained_in_float32(tmp_path):
     assert '"bfloat16"' in (folder / "config.json").read_text()
     backbone, _, _ = load_backbone(str(folder), flag="--model")
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+
+
+def test_a_models_own_code_runs_only_when_asked_for_and_comes_with_the_tuned_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, tuned = models.make("gte-base", tmp_path / "base"), tmp_path / "tuned"
+    (folder / "own.py").write_text(
+        "from transformers import BertConfig, BertModel\n\n\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"--model .*base: the model comes with code of its own; .*--trust_remote_code"):
+        load_backbone(str(folder), flag="--model")
+
+    pairs = [{"query": f"{topic}?", "pos": [passage_about(topic)]} for topic in TOPICS]
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs)
+    argv = f"--model_name_or_path {folder} --train_data {rows} --output_dir {tuned} --trust_remote_code True".split()
+    finetune.main([*argv, "--max_steps", "2", "--per_device_train_batch_size", "5", "--train_group_size", "1"])
+    before, after = (embeddings(model, ["--trust_remote_code"])[0] for model in (folder, tuned))
+    assert not np.array_equal(before, after)
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load_backbone(str(tuned), flag="--model")
