@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
-    from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.distributed import own_gpu, rank, start
     from embedding_finetune.encoding import load_encoder
     from embedding_finetune.evaluation import rank_corpus, values_per_query
     from embedding_finetune.evaluation_files import SHOWN, write_evaluation
     from embedding_finetune.report import evaluation_tables
     from embedding_finetune.retrieval import gpus_to_search_on
+    from embedding_finetune.training_queries import read_training_queries
 
     start()
     gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()

@@ -59,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         scores_required=args.distillation_weight > 0,
     )
-    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
+    dataset = TrainDataset(
+        rows,
+        group_size=data_args.train_group_size,
+        seed=args.seed,
+        neighbours_in_batch=data_args.neighbours_in_batch,
+    )
     logger.info("%d training rows", len(dataset))
     task = load_evaluation(data_args, dataset)
 
@@ -109,11 +114,11 @@ def make_trainer(
     task: RetrievalTask | None,
 ) -> "RetrievalTrainer":
     """Load the model, settle how it embeds, and put it together with data and arguments."""
-    from embedding_finetune.checkpoint import read_training_queries
     from embedding_finetune.data import EmbedCollator
     from embedding_finetune.loading import load_projection
     from embedding_finetune.model import BiEncoder
     from embedding_finetune.trainer import RetrievalTrainer
+    from embedding_finetune.training_queries import read_training_queries
     from embedding_finetune.training_setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
 
     backbone, tokenizer, config = load_base(model_args)
@@ -172,6 +177,7 @@ def parse_arguments(
         RetrieverTrainingArguments,
         check_evaluation,
         check_loss_is_not_zero,
+        check_neighbours,
         check_output_dir,
         check_reporting,
     )
@@ -188,6 +194,7 @@ def parse_arguments(
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
     check_output_dir(args)
     check_loss_is_not_zero(data_args, args)
+    check_neighbours(data_args, args)
     check_evaluation(data_args, args)
     check_reporting(args)
     jsonl.require_file("--train_data", data_args.train_data, folder_allowed=True)

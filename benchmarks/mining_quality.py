@@ -1,11 +1,11 @@
 """What mining settings are worth after training, on ../shared/data/debian: MRR@10 and Hit@1 before and after.
 
-    python benchmarks/mining_quality.py --recipes none hard margin
-    python benchmarks/mining_quality.py --split test --recipes best
+    python benchmarks/mining_quality.py
+    python benchmarks/mining_quality.py --split test --recipes "mined twice"
 
-Recipes are tuned on a split of the training rows (`dev`): 2,000 of them serve as queries, searched among 12,000
-passages, and the others are trained on. `test` trains on all training rows and measures the 2,000 test queries among
-all 28,028 passages; it is for reporting what was chosen on dev. Models and mined files stay in --folder.
+Recipes are tuned on a split of the training rows (`dev`): 2,000 of them serve as queries, the others are trained on.
+`test` trains on all training rows and measures the 2,000 test queries; it is for reporting what was chosen on dev.
+Either way all 28,028 passages are searched. Models and mined files stay in --folder.
 """
 
 import argparse
@@ -22,27 +22,24 @@ from pathlib import Path
 from debian import FOLDER, records
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEV_QUERIES, DEV_PASSAGES = 2000, 12_000
+DEV_QUERIES = 2000
 
 TRAINING = (
-    "--num_train_epochs 1 --per_device_train_batch_size 128 --query_max_len 64 --temperature 0.05 "
-    "--warmup_steps 20 --bf16 True"
+    "--num_train_epochs 1 --per_device_train_batch_size 128 --train_group_size 1 --query_max_len 64 "
+    "--passage_max_len 256 --temperature 0.05 --warmup_steps 10 --bf16 True"
 )
-PAIRS = "--train_group_size 2"
-HARD = "--range_for_sampling 2-10 --negative_number 5"
+NEAREST = "--range_for_sampling 0-10 --negative_number 10 --sampling_strategy top"
+NEIGHBOURS = "--neighbours_in_batch 7"
+NO_DROPOUT = "--config_name {folder}/no_dropout"
 # Recipe -> its stages: flags of mine_hard_neg.py, or None for no negatives, and of finetune.py. Each stage mines and
 # trains with the model that the one before it left.
 RECIPES: dict[str, list[tuple[str | None, str]]] = {
-    "none": [(None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4")],
-    "none-3e-4": [(None, "--train_group_size 1 --passage_max_len 64 --learning_rate 3e-4")],
-    "hard-16000-rows": [(HARD, f"{PAIRS} --passage_max_len 64 --learning_rate 2e-4 --max_steps 125")],
-    "hard": [(HARD, f"{PAIRS} --passage_max_len 48 --learning_rate 1e-4")],
-    "none, then hard": [
-        (None, "--train_group_size 1 --passage_max_len 64 --learning_rate 1e-4 --max_steps 180"),
-        (
-            f"{HARD} --passage_max_len 128",
-            f"{PAIRS} --passage_max_len 48 --learning_rate 5e-5 --seed 7 --max_steps 130",
-        ),
+    "random batches": [(None, "--learning_rate 1e-4 --max_steps 60")],
+    "neighbours": [(NEAREST, f"{NEIGHBOURS} --learning_rate 1e-4 --max_steps 60")],
+    "neighbours, no dropout": [(NEAREST, f"{NEIGHBOURS} {NO_DROPOUT} --learning_rate 1e-4 --max_steps 60")],
+    "mined twice": [
+        (NEAREST, f"{NEIGHBOURS} {NO_DROPOUT} --learning_rate 1e-4 --max_steps 110"),
+        (NEAREST, f"{NEIGHBOURS} {NO_DROPOUT} --learning_rate 5e-5 --max_steps 90 --seed 7"),
     ],
 }
 
@@ -56,34 +53,37 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder / args.split
     folder.mkdir(parents=True, exist_ok=True)
+    write_config_without_dropout(args.model, args.folder / "no_dropout")
+    passages = FOLDER / "candidates.jsonl.gz"
     if args.split == "dev":
-        rows, queries, passages = split_train(folder)
+        rows, queries = split_train(folder)
     else:
-        rows, queries, passages = (FOLDER / f"{name}.jsonl.gz" for name in ("train", "test", "candidates"))
+        rows, queries = FOLDER / "train.jsonl.gz", FOLDER / "test.jsonl.gz"
     report("base", None, measure(args.model, queries, passages, folder / "embeddings"))
     for name in args.recipes:
         model, seconds = args.model, 0.0
         for number, (mining, training) in enumerate(RECIPES[name], start=1):
             output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{number}"
-            seconds += train(model, rows, output, mining, training)
+            seconds += train(model, rows, output, mining, training.format(folder=args.folder))
             model = str(output)
         report(name, seconds, measure(model, queries, passages, folder / "embeddings"))
 
 
-def split_train(folder: Path) -> tuple[Path, Path, Path]:
-    """Files of the rows to train on, of the dev queries, and of the passages to search for these."""
-    rows, pool = list(records("train")), [record["text"] for record in records("pool")]
-    rng = random.Random(0)
+def write_config_without_dropout(model: str, folder: Path) -> None:
+    """A config.json for --config_name."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def split_train(folder: Path) -> tuple[Path, Path]:
+    """Files of the rows to train on and of the dev queries."""
+    rows = list(records("train"))
     order = list(range(len(rows)))
-    rng.shuffle(order)
+    random.Random(0).shuffle(order)
     dev, rest = ([rows[n] for n in sorted(part)] for part in (order[:DEV_QUERIES], order[DEV_QUERIES:]))
-    answers = sorted({text for row in dev for text in row["pos"]})
-    others = [text for text in pool if text not in set(answers)]
-    rng.shuffle(others)
-    texts = ({"text": text} for text in (answers + others)[:DEV_PASSAGES])
-    return tuple(
-        write(folder / name, part) for name, part in (("rows.jsonl", rest), ("dev.jsonl", dev), ("pool.jsonl", texts))
-    )
+    return write(folder / "rows.jsonl", rest), write(folder / "dev.jsonl", dev)
 
 
 def write(path: Path, lines: Iterable[dict]) -> Path:

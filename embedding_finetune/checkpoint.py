@@ -6,7 +6,6 @@
     2_Normalize/                        present when vectors are scaled to length 1
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: the query's and the passage's instruction
-    training_queries.npy                ours: hashes of the queries that the weights were trained on
 
 They are read from a folder or the hub, whoever wrote them, in the old and the new spelling; they are
 written in the old one, which sentence-transformers reads from 2.2 to 6.x.
@@ -22,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -32,7 +30,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from embedding_finetune.arguments import POOLING_METHODS
 from embedding_finetune.command_line import UserError
-from embedding_finetune.jsonl import atomic_writer
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +42,7 @@ _OLD_POOLING_FLAGS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
-_TRAINING_QUERIES = "training_queries.npy"
 _SENTENCE = "sentence_embedding"
-
-
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.linear.Identity": "identity",
@@ -188,28 +182,6 @@ def save_checkpoint(
     for path in folder.iterdir():
         if re.fullmatch(r"\d+_(Pooling|Dense|Normalize)", path.name) and path.name not in own:
             shutil.rmtree(path)
-
-
-def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) -> np.ndarray:
-    """jsonl.text_id of every query that the weights are known to be trained on, sorted: (N,) int64, empty if unknown.
-
-    Raises UserError when the record is damaged.
-    """
-    path = find_file(name_or_path, _TRAINING_QUERIES, cache_dir)
-    if path is None:
-        return np.empty(0, np.int64)
-    try:
-        return np.load(path).astype(np.int64, casting="safe")
-    except (ValueError, TypeError, EOFError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); remove it to go on without a record of training queries"
-        ) from error
-
-
-def write_training_queries(folder: str | os.PathLike, ids: np.ndarray) -> None:
-    """Keep beside the weights what read_training_queries gives: ids (N,) int64, in any order."""
-    with atomic_writer(Path(folder) / _TRAINING_QUERIES) as file:
-        np.save(file, np.unique(ids))
 
 
 def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:

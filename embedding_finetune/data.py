@@ -25,6 +25,7 @@ from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
+from embedding_finetune.neighbours import Neighbours, find_neighbours
 
 ROW_FEATURES = datasets.Features(
     {
@@ -98,10 +99,14 @@ class KnownPositives:
 
 
 class TrainDataset(Dataset):
-    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler."""
+    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
 
-    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int):
+    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py.
+    """
+
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
         self.rows = rows
+        self.neighbours = find_neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
         self.group_size = group_size
         self.seed = seed
         self.known_positives = KnownPositives(rows)
@@ -123,12 +128,13 @@ class TrainDataset(Dataset):
 
 
 class EpochSampler(Sampler[EpochIndex]):
-    """Yields (epoch, index) over all rows, shuffled by (seed, epoch), or in order."""
+    """Yields (epoch, index) over all rows: shuffled by (seed, epoch), neighbours together if given, or in order."""
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool = True):
+    def __init__(self, length: int, *, seed: int, shuffle: bool = True, neighbours: Neighbours | None = None):
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
+        self.neighbours = neighbours
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -140,7 +146,8 @@ class EpochSampler(Sampler[EpochIndex]):
     def __iter__(self) -> Iterator[EpochIndex]:
         order = np.arange(self.length)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(self.length) if self.neighbours is None else self.neighbours.order(rng)
         return ((self.epoch, index) for index in order.tolist())
 
 

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from embedding_finetune.adapters import load_adapter, merged, save_adapter
-from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint, write_training_queries
+from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
@@ -25,6 +25,7 @@ from embedding_finetune.evaluation import measure
 from embedding_finetune.loading import load_projection
 from embedding_finetune.model import BiEncoder
 from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
+from embedding_finetune.training_queries import write_training_queries
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 class RetrievalTrainer(Trainer):
     """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
 
-    trained_before: what checkpoint.read_training_queries gave for the weights that training starts from.
+    trained_before: what read_training_queries gave for the weights that training starts from.
     """
 
     def __init__(
@@ -140,7 +141,8 @@ class RetrievalTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
-        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle)
+        neighbours = self.train_dataset.neighbours
+        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=neighbours)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:

@@ -40,6 +40,11 @@ class DataArguments:
 
     train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
+    neighbours_in_batch: int = _flag(
+        0,
+        "draw up to this many rows into a row's batch whose positives are among its negatives: hard negatives "
+        "that cost nothing to encode",
+    )
     query_max_len: int = _flag(32, "queries are cut to this many tokens")
     passage_max_len: int = _flag(128, "passages are cut to this many tokens")
     max_example_num_per_dataset: int | None = _flag(
@@ -64,6 +69,8 @@ class DataArguments:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         for flag in ("train_group_size", "query_max_len", "passage_max_len"):
             _require_positive(flag, getattr(self, flag))
+        if self.neighbours_in_batch < 0:
+            raise UserError(f"--neighbours_in_batch {self.neighbours_in_batch}: must not be negative")
         if self.max_example_num_per_dataset is not None:
             _require_positive("max_example_num_per_dataset", self.max_example_num_per_dataset)
 
@@ -190,6 +197,18 @@ def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments
         raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
     if args.per_device_train_batch_size == 1:
         raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
+
+
+def check_neighbours(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where neighbours are asked for that would not come together, or not count."""
+    if not data.neighbours_in_batch:
+        return
+    if not args.use_inbatch_neg:
+        raise UserError("--neighbours_in_batch needs --use_inbatch_neg True: they are negatives of one another")
+    if args.per_device_train_batch_size == 1:
+        raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
+    if args.train_sampling_strategy != "random":
+        raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
 
 
 def _check_extensions(args: RetrieverTrainingArguments) -> None:

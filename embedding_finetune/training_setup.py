@@ -6,7 +6,7 @@ import os
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.adapters import add_adapters, merged, mix_with
-from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint, write_training_queries
+from embedding_finetune.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.command_line import UserError
 from embedding_finetune.dropout import use_cheap_dropout
 from embedding_finetune.loading import (
@@ -19,6 +19,7 @@ from embedding_finetune.loading import (
 from embedding_finetune.model import embedding_dimensions
 from embedding_finetune.trainer import RetrievalTrainer
 from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training_queries import write_training_queries
 
 logger = logging.getLogger(__name__)
 

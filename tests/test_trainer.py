@@ -334,6 +334,11 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
         ({"resume_from_checkpoint": "no_folder"}, "--resume_from_checkpoint no_folder"),
         ({"torch_compile": "True"}, "--torch_compile"),
         ({"report_to": "wandb"}, "wandb"),
+        ({"neighbours_in_batch": "-1"}, "--neighbours_in_batch -1"),
+        ({"neighbours_in_batch": "2", "per_device_train_batch_size": "1"}, "--per_device_train_batch_size"),
+        ({"neighbours_in_batch": "2", "use_inbatch_neg": "False"}, "--use_inbatch_neg"),
+        ({"neighbours_in_batch": "2", "train_sampling_strategy": "sequential"}, "--train_sampling_strategy"),
+        ({"neighbours_in_batch": "2"}, "--neighbours_in_batch: no row's negatives are positives of other rows"),
     ],
 )
 def test_flags_that_could_not_do_anything_are_refused(tiny_bert, pairs, tmp_path, capsys, flags, complaint):
