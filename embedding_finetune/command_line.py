@@ -4,9 +4,12 @@ import atexit
 import functools
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -14,6 +17,7 @@ T = TypeVar("T")
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_SECONDS_TO_INSIST = 5
 
 
 class UserError(Exception):
@@ -27,7 +31,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         program = os.path.basename(sys.modules[main.__module__].__file__ or main.__module__)
         try:
-            return main(*args, **kwargs)
+            with _insistent_ctrl_c():
+                return main(*args, **kwargs)
         except UserError as error:
             print(f"{program}: error: {error}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from error
@@ -36,6 +41,31 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             raise SystemExit(INTERRUPTED) from None
 
     return wrapped
+
+
+@contextmanager
+def _insistent_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt again every few seconds until it ends the block.
+
+    Some C extensions swallow it while they are imported, and a run would go on as if nothing had been pressed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def interrupt(*_: object) -> None:
+        if os.getpid() == owner:  # workers that are forked later end when their owner does
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_INSIST)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def log_to_stderr() -> None:

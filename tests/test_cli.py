@@ -13,6 +13,7 @@ from conftest import REPOSITORY, TOPICS, make_tiny_bert, read_jsonl, write_jsonl
 import evaluate
 import finetune
 import mine_hard_neg
+from embedding_finetune import command_line
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {
@@ -44,8 +45,9 @@ def folder(tmp_path, monkeypatch):
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was found to be bad")
 
-    monkeypatch.setattr("embedding_finetune.loading.load_backbone", no_model)
+    # encoding first: were it imported while loading is patched, it would keep the patch.
     monkeypatch.setattr("embedding_finetune.encoding.load_backbone", no_model)
+    monkeypatch.setattr("embedding_finetune.loading.load_backbone", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
     (tmp_path / "candidates.jsonl").write_bytes(b'{"context": ["p"]}\n')
     (tmp_path / "out.jsonl").write_text("old")
@@ -274,6 +276,25 @@ def test_ctrl_c_ends_mining_with_130_and_leaves_the_old_output(tmp_path):
     assert "Traceback" not in rest
     assert output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "in.jsonl", "out.jsonl"]
+
+
+def test_ctrl_c_that_is_swallowed_once_ends_a_run_all_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "_SECONDS_TO_INSIST", 0.1)
+
+    @command_line.command
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(60)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_each_main_reads_sys_argv_when_called_with_nothing(tiny_bert, pairs, candidates, tmp_path, monkeypatch):
