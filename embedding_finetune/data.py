@@ -25,7 +25,7 @@ from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
-from embedding_finetune.neighbours import Neighbours, find_neighbours
+from embedding_finetune.neighbours import Neighbours
 
 ROW_FEATURES = datasets.Features(
     {
@@ -106,7 +106,7 @@ class TrainDataset(Dataset):
 
     def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
         self.rows = rows
-        self.neighbours = find_neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
+        self.neighbours = Neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
         self.group_size = group_size
         self.seed = seed
         self.known_positives = KnownPositives(rows)

@@ -2,10 +2,11 @@
 
 In a batch of such rows the negatives that come for nothing, the other rows' positives, are hard ones: what topic-aware
 sampling (TAS-B, arXiv:2104.06967) does with clusters of queries, done with what mining found.
+
+Shapes: R rows, P positives of all rows, N neighbours of all rows.
 """
 
 import logging
-from collections.abc import Iterable
 
 import datasets
 import numpy as np
@@ -17,33 +18,40 @@ logger = logging.getLogger(__name__)
 
 
 class Neighbours:
-    """Row -> the rows whose positives are among its negatives, in the order of these.
+    """Row -> the rows whose positives are among its negatives, in the order of these; a positive is its first row's.
 
-    negative_ids, positive_ids: for each row the jsonl.text_id of its texts; a text is its first row's.
-    most: how many neighbours may follow a row into its batch.
+    rows: as data.load_rows gives them. most: how many neighbours may follow a row into its batch.
+    Raises UserError when no row has any.
     """
 
-    def __init__(self, negative_ids: Iterable[Iterable[int]], positive_ids: Iterable[Iterable[int]], *, most: int):
+    def __init__(self, rows: datasets.Dataset, *, most: int):
         self.most = most
-        row_of: dict[int, int] = {}
-        for row, ids in enumerate(positive_ids):
-            for text in ids:
-                row_of.setdefault(text, row)
-        self.rows: list[int] = []  # of all rows, one after the other
-        self.starts = [0]  # (rows + 1,): where each row's part begins
-        for ids in negative_ids:
-            self.rows += dict.fromkeys(row_of[text] for text in ids if text in row_of)
-            self.starts.append(len(self.rows))
+        positives, owners = _first_rows(rows)
+        found, counts = [], []
+        for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
+            negatives = table["neg"].combine_chunks()
+            ids = np.fromiter(map(text_id, negatives.flatten().to_pylist()), np.int64)
+            row = np.repeat(np.arange(len(negatives)), negatives.value_lengths().to_numpy())
+            places = np.searchsorted(positives, ids).clip(max=len(positives) - 1)
+            known = positives[places] == ids
+            found.append(owners[places[known]])
+            counts.append(np.bincount(row[known], minlength=len(negatives)))
+        self.rows = np.concatenate(found)  # (N,), those of the first row, then those of the second, ...
+        self.starts = np.concatenate([[0], np.concatenate(counts).cumsum()])  # (R + 1,), where each row's begin
+        having = np.count_nonzero(np.diff(self.starts))
+        if not having:
+            raise UserError(
+                "--neighbours_in_batch: no row's negatives are positives of other rows; mine them with "
+                "mine_hard_neg.py among the rows' own passages, or leave the flag out"
+            )
+        logger.info("%d of %d rows have negatives that are positives of other rows", having, len(rows))
 
     def of(self, row: int) -> list[int]:
-        return self.rows[self.starts[row] : self.starts[row + 1]]
-
-    def count(self) -> int:
-        """How many rows have neighbours."""
-        return int(np.count_nonzero(np.diff(self.starts)))
+        """The neighbours of a row, each once."""
+        return list(dict.fromkeys(self.rows[self.starts[row] : self.starts[row + 1]].tolist()))
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """All rows once, in groups of a row and up to `most` of its neighbours, the groups shuffled: (rows,) int64.
+        """All rows once, in groups of a row and up to `most` of its neighbours, the groups shuffled: (R,) int64.
 
         Rows are drawn at random, each takes the first of its neighbours that no row has taken yet. Groups that are
         drawn late find few left, so that the groups are shuffled again in the end.
@@ -60,15 +68,12 @@ class Neighbours:
         return np.array([row for place in rng.permutation(len(groups)) for row in groups[place]], dtype=np.int64)
 
 
-def find_neighbours(rows: datasets.Dataset, *, most: int) -> Neighbours:
-    """The neighbours in the rows that data.load_rows gave. Raises UserError when there are none."""
-    negative_ids = ([text_id(text) for text in texts] for texts in rows["neg"])
-    neighbours = Neighbours(negative_ids, rows["pos_ids"], most=most)
-    count = neighbours.count()
-    if not count:
-        raise UserError(
-            "--neighbours_in_batch: no row's negatives are positives of other rows; mine them with mine_hard_neg.py "
-            "among the rows' own passages, or leave the flag out"
-        )
-    logger.info("%d of %d rows have negatives that are positives of other rows", count, len(rows))
-    return neighbours
+def _first_rows(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct positives' ids, sorted, and the first row that each belongs to: (P,) each."""
+    ids, counts = [], []
+    for table in rows.select_columns(["pos_ids"]).with_format("arrow").iter(batch_size=10_000):
+        positives = table["pos_ids"].combine_chunks()
+        ids.append(positives.flatten().to_numpy())
+        counts.append(positives.value_lengths().to_numpy())
+    distinct, first = np.unique(np.concatenate(ids), return_index=True)
+    return distinct, np.repeat(np.arange(len(rows)), np.concatenate(counts))[first]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -179,7 +180,25 @@ def test_the_mining_command_of_the_readme_reproduces_the_sample_file(demo_model,
 @pytest.mark.demo_model
 @pytest.mark.slow
 def test_the_commands_of_the_seed_page_work_as_printed(demo_model, tmp_path):
-    """In a folder where BAAI/bge-base-en-v1.5 is a local model, on part of the sample data to be quick."""
+    outputs = run_as_printed(SEED_COMMANDS, tmp_path)
+    assert outputs[:2] == ["", ""]
+    for output in outputs[2:]:
+        assert output.splitlines()[-1].startswith("{'MRR@1': ")
+    assert len(read_jsonl(tmp_path / "augmented_example.jsonl")) == 24
+
+
+@pytest.mark.demo_model
+@pytest.mark.slow
+def test_the_recipe_for_negatives_that_help_works_as_printed(demo_model, tmp_path):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Negatives that help")[1].split("\n## ")[0]
+    commands = re.findall(r"^```\n(.*?)\n```$", section, flags=re.MULTILINE | re.DOTALL)
+    assert run_as_printed(commands, tmp_path) == [""] * 4
+    assert (tmp_path / "stage2" / "model.safetensors").exists()
+
+
+def run_as_printed(commands, tmp_path):
+    """What commands print in a folder where BAAI/bge-base-en-v1.5 is a local model, on part of the sample data."""
     (tmp_path / "BAAI").mkdir()
     (tmp_path / "BAAI" / "bge-base-en-v1.5").symlink_to(DEMO_MODEL)
     for name in ("example.jsonl", "candidate_context.jsonl"):
@@ -187,26 +206,21 @@ def test_the_commands_of_the_seed_page_work_as_printed(demo_model, tmp_path):
         (tmp_path / name).write_text("".join(lines[:24] if name == "example.jsonl" else lines), encoding="utf-8")
     for script in ("mine_hard_neg.py", "finetune.py", "evaluate.py"):
         (tmp_path / script).symlink_to(REPOSITORY / script)
-    outputs = [
+    commands = [command.replace("python ", f"{sys.executable} ", 1) for command in commands]
+    return [
         subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-        for command in SEED_COMMANDS
+        for command in commands
     ]
-    assert outputs[:2] == ["", ""]
-    for output in outputs[2:]:
-        assert output.splitlines()[-1].startswith("{'MRR@1': ")
-    assert len(read_jsonl(tmp_path / "augmented_example.jsonl")) == 24
 
 
 SEED_COMMANDS = [
-    command.replace("python ", f"{sys.executable} ", 1)
-    for command in (
-        """python mine_hard_neg.py \\
+    """python mine_hard_neg.py \\
 --model_name_or_path BAAI/bge-base-en-v1.5 \\
 --input_file example.jsonl \\
 --output_file augmented_example.jsonl \\
 --range_for_sampling 2-10 \\
 --negative_number 5""",
-        """python finetune.py \\
+    """python finetune.py \\
 --output_dir BAAI/bge-base-en-v1.5_finetuned \\
 --model_name_or_path BAAI/bge-base-en-v1.5 \\
 --train_data augmented_example.jsonl \\
@@ -222,15 +236,14 @@ SEED_COMMANDS = [
 --logging_steps 10 \\
 --query_instruction_for_retrieval "" \\
 --bf16 True""",
-        """python evaluate.py \\
+    """python evaluate.py \\
 --model_name BAAI/bge-base-en-v1.5 \\
 --index_file_jsonl_path candidate_context.jsonl \\
 --query_file_jsonl_path example.jsonl""",
-        """python evaluate.py \\
+    """python evaluate.py \\
 --model_name BAAI/bge-base-en-v1.5_finetuned \\
 --index_file_jsonl_path candidate_context.jsonl \\
 --query_file_jsonl_path example.jsonl""",
-    )
 ]
 
 
