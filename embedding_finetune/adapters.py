@@ -15,12 +15,17 @@ _FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def add_adapters(backbone: PreTrainedModel, rank: int) -> nn.Module:
-    """The backbone with an adapter of this rank, alpha twice that, on every linear layer; nothing else is trained."""
+def add_adapters(backbone: PreTrainedModel, rank: int, *, seed: int) -> nn.Module:
+    """The backbone with an adapter of this rank, alpha twice that, on every linear layer; nothing else is trained.
+
+    The factors that do not start at zero are drawn with the seed.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
-    return get_peft_model(backbone, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(backbone, config)
 
 
 def has_adapters(backbone: nn.Module) -> bool:

@@ -66,7 +66,7 @@ def settle_parameters(
         return backbone
     if args.save_adapter_only and config.dense:
         raise UserError("--save_adapter_only: the model's Dense modules are trained too; leave it out")
-    return add_adapters(backbone, args.lora_rank)
+    return add_adapters(backbone, args.lora_rank, seed=args.seed)
 
 
 def matryoshka_weights(

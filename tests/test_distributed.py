@@ -64,6 +64,8 @@ VARIANTS = {
     "unmasked": ("--negatives_cross_device", "True", "--mask_known_positives", "False"),
     "group": ("--negatives_cross_device", "True", "--use_inbatch_neg", "False"),
     "recomputed": ("--negatives_cross_device", "True", "--recompute_sub_batches", "True"),
+    "neighbours": ("--negatives_cross_device", "True", "--neighbours_in_batch", "2"),
+    "adapters": ("--negatives_cross_device", "True", "--lora_rank", "2"),
 }
 
 

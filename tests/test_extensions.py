@@ -45,6 +45,19 @@ def embeddings(folder, *flags):
     return encoder.encode_queries(TEXTS)
 
 
+def test_adapters_start_from_the_seed_alone(tiny_bert, rows, tmp_path):
+    def adapter(name, seed):
+        train(tiny_bert, rows, tmp_path / name, "--lora_rank", 4, "--seed", seed, "--max_steps", 1)
+        weights = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        return torch.cat([tensor.flatten() for name, tensor in sorted(weights.items()) if "lora_A" in name])
+
+    torch.rand(3)  # whatever was drawn before
+    first = adapter("first", 1)
+    torch.rand(5)
+    assert torch.equal(first, adapter("again", 1))
+    assert not torch.equal(first, adapter("other", 2))
+
+
 def test_adapters_train_few_weights_and_are_saved_merged_so_that_every_tool_loads_them(tiny_bert, rows, tmp_path):
     from sentence_transformers import SentenceTransformer
 
