@@ -4,15 +4,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-def missing() -> list[str]:
-    """What is not installed of what `open_browser` needs."""
-    return [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
+import pytest
 
 
 @contextmanager
 def open_browser(*, width: int = 1200, height: int = 900) -> Iterator:
-    """A selenium driver whose `get_log("browser")` has everything that pages write to the console."""
+    """A selenium driver whose `get_log("browser")` has everything that pages write to the console.
+
+    Skips the test where there is no Chromium.
+    """
+    missing = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: apt-get install chromium chromium-driver")
     from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
     options = ChromeOptions()
