@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import logging
 import os
 import signal
@@ -25,11 +26,17 @@ class UserError(Exception):
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a script's `main`: a UserError ends it with status 2, Ctrl-C with 130, both in one line."""
+    """Wrap a script's `main`: a UserError ends it with status 2, Ctrl-C with 130, both in one line.
+
+    Python's garbage collector, which would take half a second of the imports and another of the process's end, rests
+    until loading.load_backbone has a model, and from when the process ends.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         program = os.path.basename(sys.modules[main.__module__].__file__ or main.__module__)
+        gc.disable()
+        atexit.register(gc.freeze)
         try:
             with _insistent_ctrl_c():
                 return main(*args, **kwargs)
@@ -39,6 +46,8 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         except KeyboardInterrupt:
             print(f"{program}: interrupted", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
+        finally:
+            gc.enable()
 
     return wrapped
 

@@ -45,7 +45,7 @@ _TOKENS_PER_BATCH = {"cpu": 4096}
 _TOKENS_PER_BATCH_ELSEWHERE = 65_536
 """Where --tokens_per_batch does not say; see benchmarks/README.md."""
 
-_TOKENS_STEP = 512
+_TOKENS_STEP = 256
 """Batches are filled up to about a multiple of this with copies of a text: kernels are kept for each shape, and memory
 would grow with their number."""
 

@@ -1,5 +1,6 @@
 """Checkpoints -> modules: the backbone with its tokenizer, the layers after pooling, and what limits them."""
 
+import gc
 import hashlib
 import os
 
@@ -71,6 +72,7 @@ def load_backbone(
             f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
         )
     _check_it_embeds(backbone, f"{flag} {name_or_path}")
+    gc.enable()  # command_line.command has it rest until here
     return backbone, tokenizer, config
 
 

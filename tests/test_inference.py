@@ -27,9 +27,9 @@ def test_a_packed_linear_layer_is_the_linear_layer(bias, dtype, tolerance):
         assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=tolerance)
 
 
-def masks(kind):
-    """Bidirectional with padding on either side, causal, or a window: (3, 1, 6, 6)."""
-    mask = torch.ones(3, 1, 6, 6, dtype=torch.bool)
+def masks(kind, length):
+    """Bidirectional with padding on either side, or causal: (3, 1, length, length)."""
+    mask = torch.ones(3, 1, length, length, dtype=torch.bool)
     if kind == "right":
         mask[1, :, :, 4:] = False
     elif kind == "left":
@@ -41,12 +41,14 @@ def masks(kind):
 
 @pytest.mark.parametrize("kind", ["none", "full", "right", "left", "causal"])
 @pytest.mark.parametrize("scaling", [None, 0.2])
-def test_attention_in_batched_products_is_sdpa(kind, scaling):
+@pytest.mark.parametrize("length", [6, 32])  # softmax by oneDNN, and by torch
+def test_attention_in_batched_products_is_sdpa(kind, scaling, length):
     torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 2, 6, 8, dtype=torch.bfloat16) for _ in range(3))
-    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, masks(kind), scaling=scaling)
+    query, key, value = (torch.randn(3, 2, length, 8, dtype=torch.bfloat16) for _ in range(3))
+    mask = masks(kind, length)
+    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, mask, scaling=scaling)
     exact = (tensor.float() for tensor in (query, key, value))
-    theirs, _ = sdpa_attention_forward(nn.Module(), *exact, masks(kind), scaling=scaling, is_causal=False)
+    theirs, _ = sdpa_attention_forward(nn.Module(), *exact, mask, scaling=scaling, is_causal=False)
     assert torch.allclose(ours.float(), theirs, atol=0.03)
 
 
