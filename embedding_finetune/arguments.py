@@ -67,7 +67,9 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="padded tokens that go through the model at once (default: 4096 on CPU, 65536 elsewhere)",
     )
     group.add_argument(
-        "--torch_compile", **_SWITCH, help="compile the model: pays after some thousand texts on a CPU, needs g++ there"
+        "--torch_compile",
+        **_SWITCH,
+        help="compile the model; on a CPU this needs g++, and gained nothing where it was measured",
     )
     group.add_argument(
         "--embeddings_dir",

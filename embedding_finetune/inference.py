@@ -17,6 +17,7 @@ from embedding_finetune.command_line import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
+_ONE_DNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ATTENTION = "batched_products"
 _MOST_SCORES = 2**27
 """Attention scores that are held at once: 256 MiB in bfloat16. Longer texts are left to torch's sdpa."""
@@ -47,13 +48,12 @@ def prepare_for_encoding(
     backbone.eval().requires_grad_(False).to(device)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
+    if device.type == "cpu" and backbone.config._attn_implementation == "sdpa":
+        backbone.set_attn_implementation(_ATTENTION)
     if torch_compile:
         _compile(backbone, device)
-    elif device.type == "cpu":
-        if backbone.config._attn_implementation == "sdpa":
-            backbone.set_attn_implementation(_ATTENTION)
-        if dtype in (torch.float32, torch.bfloat16):
-            _pack_linear_layers(backbone)
+    elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        _pack_linear_layers(backbone)
 
 
 class PackedLinear(nn.Module):
@@ -116,19 +116,27 @@ def attention_in_batched_products(
         alpha=d**-0.5 if scaling is None else scaling,
     )  # (n*h, t, t)
     if attention_mask is not None:
-        # Only columns that someone may not see: padding, the few at the end. Reducing bytes is faster than bools.
-        columns = (attention_mask.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
-        if len(columns):
-            part = slice(int(columns[0]), int(columns[-1]) + 1)
-            scores.view(n, h, t, t)[..., part].masked_fill_(~attention_mask[..., part], torch.finfo(scores.dtype).min)
+        _mask(scores.view(n, h, t, t), attention_mask)
     context = torch.bmm(_softmax(scores), value.reshape(n * h, t, d))  # (n*h, t, d)
     return context.view(n, h, t, d).transpose(1, 2), None
 
 
+def _mask(scores: Tensor, seen: Tensor) -> None:
+    """Make the scores (n, h, t, t) lowest where seen (n, 1, t, t) is False, in place."""
+    lowest = torch.finfo(scores.dtype).min
+    if torch.compiler.is_compiling():  # which fuses this with the softmax
+        scores.masked_fill_(~seen, lowest)
+        return
+    # Only columns that someone may not see: padding, the few at the end. Reducing bytes is faster than bools.
+    columns = (seen.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
+    if len(columns):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        scores[..., part].masked_fill_(~seen[..., part], lowest)
+
+
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension, by oneDNN where torch's own is slow: rows of bfloat16 that end within a vector."""
-    one_dnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if scores.shape[-1] % 32 == 0 or not one_dnn:
+    """Over the last dimension of bfloat16 scores, by oneDNN where torch is slow: rows that end within a vector."""
+    if torch.compiler.is_compiling() or scores.shape[-1] % 32 == 0 or not _ONE_DNN_HAS_BFLOAT16:
         return scores.softmax(dim=-1)
     return scores.to_mkldnn().softmax(dim=-1).to_dense()
 

@@ -1,5 +1,6 @@
 """The scripts as programs: exit statuses, one-line errors, what goes to stdout, when heavy imports happen."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from conftest import REPOSITORY, TOPICS, make_tiny_bert, read_jsonl, write_jsonl
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune import command_line
+from embedding_finetune import command_line, encoding, loading
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {
@@ -295,6 +296,20 @@ def test_ctrl_c_that_is_swallowed_once_ends_a_run_all_the_same(monkeypatch, caps
     assert stop.value.code == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_garbage_collector_rests_until_the_model_is_there_and_no_longer(tiny_bert, folder, capsys, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    seen = {}
+    load, digest = loading.load_backbone, encoding.weights_digest
+    monkeypatch.setattr(encoding, "load_backbone", lambda *a, **k: seen.update(before=gc.isenabled()) or load(*a, **k))
+    monkeypatch.setattr(encoding, "weights_digest", lambda *a: seen.update(after=gc.isenabled()) or digest(*a))
+    evaluate.main(evaluate_argv(model_name=tiny_bert))
+    assert seen == {"before": False, "after": True}
+    with pytest.raises(SystemExit):
+        evaluate.main(["--no_such_flag"])
+    assert gc.isenabled()
 
 
 def test_each_main_reads_sys_argv_when_called_with_nothing(tiny_bert, pairs, candidates, tmp_path, monkeypatch):
