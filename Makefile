@@ -28,8 +28,9 @@ demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	@echo; echo "Held-out questions, before and after:"; sed '$$d' .demo/evaluation.txt
 	@echo; echo "Query by query: .demo/evaluation/report.html"
 
+# A process for each core, with one thread: most of the time goes into starting processes that use one.
 test: lint .demo/model
-	$(BIN)/python -m pytest -q -m "not full_size"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not full_size" -n auto --maxprocesses 8 --dist worksteal
 
 test-models: .venv/dev
 	$(BIN)/python -m pytest -q -m full_size
