@@ -28,8 +28,8 @@ class UserError(Exception):
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Wrap a script's `main`: a UserError ends it with status 2, Ctrl-C with 130, both in one line.
 
-    Python's garbage collector, which would take half a second of the imports and another of the process's end, rests
-    until loading.load_backbone has a model, and from when the process ends.
+    Python's garbage collector, which would take half a second of the imports and a whole one of the process's end,
+    rests until loading.load_backbone has a model, and again when the process ends.
     """
 
     @functools.wraps(main)
