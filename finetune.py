@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = resume_point(args)
 
     from embedding_finetune.allocator import keep_freed_memory
-    from embedding_finetune.data import TrainDataset, load_rows
+    from embedding_finetune.data import TrainDataset
     from embedding_finetune.distributed import end_at_exit
+    from embedding_finetune.rows import load_rows
 
     keep_freed_memory()
     end_at_exit()

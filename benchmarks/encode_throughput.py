@@ -6,7 +6,7 @@
 
 Each engine runs in a process of its own, one after the other, as often as --rounds says; loading, compiling and a
 first pass over a part of the texts are not counted. `st` runs name dtype and batch size, `ours` --dtype and further
-flags; `openvino` runs the model converted by OpenVINO on our batches; `limit` runs nothing but the products of its
+flags; `openvino` runs the model that OpenVINO made of it in our encoder; `limit` runs nothing but the products of its
 linear layers, for as many tokens as there are. The last column is the smallest cosine to our float32 embeddings over
 all texts.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from debian import passages
@@ -27,13 +28,14 @@ from debian import passages
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+if TYPE_CHECKING:
+    from embedding_finetune.encoding import Encoder
+
 RUNS = (
     *(f"st:{dtype}:{batch}" for dtype in ("float32", "bfloat16") for batch in (8, 16, 32)),
     *("ours:float32", "ours:bfloat16", "ours:float32 --torch_compile", "ours:bfloat16 --torch_compile"),
     *("limit:float32", "limit:bfloat16"),
 )
-MOST_TOKENS = 256  # of a text
-TOKENS_PER_BATCH = 4096  # the encoder's default on a CPU
 
 
 def main() -> None:
@@ -97,76 +99,66 @@ def sentence_transformers(model: str, options: str) -> Callable[[Sequence[str]],
     return encode
 
 
-def ours(model: str, options: str) -> Callable[[Sequence[str]], np.ndarray]:
+def load(model: str, options: str) -> "Encoder":
+    """Our encoder under `--dtype` and what other flags there are."""
     from embedding_finetune.arguments import add_encoding_arguments
     from embedding_finetune.encoding import load_encoder
 
     parser = argparse.ArgumentParser()
     add_encoding_arguments(parser)
     dtype, *flags = options.split()
-    encoder = load_encoder(model, parser.parse_args(["--dtype", dtype, *flags]), flag="--model")
+    return load_encoder(model, parser.parse_args(["--dtype", dtype, *flags]), flag="--model")
+
+
+def ours(model: str, options: str) -> Callable[[Sequence[str]], np.ndarray]:
+    encoder = load(model, options)
     return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 
 def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
     from openvino import Core, convert_model
-    from transformers import AutoModel, AutoTokenizer
 
-    from embedding_finetune.batching import batches_of_one_length, pad, tokenize
-    from embedding_finetune.model import pool
+    from embedding_finetune.encoding import Encoder
+    from embedding_finetune.loading import load_backbone
+    from embedding_finetune.model import BiEncoder
 
-    class Embedder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = AutoModel.from_pretrained(model)
-
-        def forward(self, input_ids, attention_mask):
-            states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            return torch.nn.functional.normalize(pool(states, attention_mask, "mean"), dim=-1)
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    backbone, tokenizer, config = load_backbone(model, flag="--model")
+    embedder = BiEncoder(backbone, config).eval()
+    encoder = Encoder(embedder, tokenizer, query_max_len=1, passage_max_len=config.max_seq_length)
+    embedder.forward = embedder.encode  # what is converted
     example = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    converted = convert_model(Embedder().eval(), example_input=example)
-    request = Core().compile_model(converted, "CPU", settings).create_infer_request()
+    request = Core().compile_model(convert_model(embedder, example_input=example), "CPU", settings)
+    request = request.create_infer_request()
 
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        token_ids, _ = tokenize(tokenizer, texts, instruction="", max_length=MOST_TOKENS)
-        lengths = [len(ids) for ids in token_ids]
-        rows = batches_of_one_length(lengths, TOKENS_PER_BATCH, limit=MOST_TOKENS)
-        vectors = []
-        for batch in rows:
-            inputs = pad(tokenizer, [token_ids[row] for row in batch], limit=MOST_TOKENS)
-            vectors.append(request.infer({name: tensor.numpy() for name, tensor in inputs.items()})[0].copy())
-        return np.concatenate(vectors)[np.concatenate(rows).argsort()]
+    def infer(**inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(request.infer({name: tensor.numpy() for name, tensor in inputs.items()})[0].copy())
 
-    return encode
+    embedder.encode = infer
+    return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 
 def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
     from embedding_finetune.batching import tokenize
-    from embedding_finetune.inference import PackedLinear, prepare_for_encoding
+    from embedding_finetune.encoding import default_tokens_per_batch
+    from embedding_finetune.inference import PackedLinear
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    backbone = AutoModel.from_pretrained(model, dtype=torch.float32)
-    prepare_for_encoding(backbone, dtype=getattr(torch, dtype), device=torch.device("cpu"), torch_compile=False)
-    layers = [module for module in backbone.modules() if isinstance(module, PackedLinear)]
+    encoder = load(model, dtype)
+    tokens = default_tokens_per_batch(torch.device("cpu"))  # in a batch
+    layers = [module for module in encoder.model.backbone.modules() if isinstance(module, PackedLinear)]
     inputs = {
-        width: torch.randn(TOKENS_PER_BATCH, width).to(getattr(torch, dtype))
-        for width in {layer.in_features for layer in layers}
+        width: torch.randn(tokens, width).to(getattr(torch, dtype)) for width in {layer.in_features for layer in layers}
     }
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        token_ids, _ = tokenize(tokenizer, texts, instruction="", max_length=MOST_TOKENS)
-        tokens = sum(map(len, token_ids))
+        token_ids, _ = tokenize(encoder.tokenizer, texts, instruction="", max_length=encoder.passage.max_length)
+        whole, rest = divmod(sum(map(len, token_ids)), tokens)
         with torch.no_grad():
             for layer in layers:
-                whole, rest = divmod(tokens, TOKENS_PER_BATCH)
                 for _ in range(whole):
                     layer(inputs[layer.in_features])
                 layer(inputs[layer.in_features][:rest])

@@ -7,9 +7,7 @@ Shapes: B queries, G passages per query, N distinct texts, T tokens, P known pos
 """
 
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -18,26 +16,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from embedding_finetune import jsonl
 from embedding_finetune.batching import pad, prompt_length, tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig
-from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
 from embedding_finetune.neighbours import Neighbours
-
-ROW_FEATURES = datasets.Features(
-    {
-        "query": datasets.Value("string"),
-        "pos": datasets.List(datasets.Value("string")),
-        "neg": datasets.List(datasets.Value("string")),
-        "query_id": datasets.Value("int64"),
-        "pos_ids": datasets.List(datasets.Value("int64")),
-        "pos_scores": datasets.List(datasets.Value("float32")),
-        "neg_scores": datasets.List(datasets.Value("float32")),
-    }
-)
+from embedding_finetune.rows import end_to_end
 
 EpochIndex = tuple[int, int]
 
@@ -55,34 +40,12 @@ class TrainExample(NamedTuple):
     teacher_scores: list[float]
 
 
-def load_rows(
-    train_data: str, *, max_rows_per_file: int | None = None, seed: int = 0, scores_required: bool = False
-) -> datasets.Dataset:
-    """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
-
-    With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
-    Raises UserError naming `path:line`, with scores_required also where a row has texts without scores.
-    """
-    per_file = []
-    for path in jsonl.data_files(train_data):
-        rows = _mapped_rows(path, scores_required)
-        if max_rows_per_file is not None and len(rows) > max_rows_per_file:
-            chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
-            rows = rows.select(sorted(chosen))
-        per_file.append(rows)
-    return datasets.concatenate_datasets(per_file)
-
-
 class KnownPositives:
     """Query -> the ids of every text that any row gives as an answer to it."""
 
     def __init__(self, rows: datasets.Dataset):
-        query_ids, answer_ids = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for table in rows.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(batch_size=10_000):
-            answers = table["pos_ids"].combine_chunks()
-            answer_ids.append(answers.flatten().to_numpy())
-            query_ids.append(np.repeat(table["query_id"].to_numpy(), answers.value_lengths().to_numpy()))
-        queries, answers = np.concatenate(query_ids), np.concatenate(answer_ids)
+        owners, answers = end_to_end(rows, "pos_ids")
+        queries = rows.select_columns(["query_id"]).with_format("arrow")[:]["query_id"].to_numpy()[owners]
         order = np.lexsort((answers, queries))
         self.query_ids, self.answer_ids = queries[order], answers[order]  # (pairs,) each, sorted by query
 
@@ -225,32 +188,3 @@ def _filled(lists: Sequence[Sequence[float]], width: int, value: float) -> torch
     for row, values in enumerate(lists):
         matrix[row, : len(values)] = torch.as_tensor(values, dtype=matrix.dtype)
     return matrix
-
-
-def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
-    """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
-    folder = tempfile.mkdtemp(dir=scratch_folder())
-    try:
-        return datasets.Dataset.from_generator(
-            _training_rows,
-            gen_kwargs={"path": str(path), "scores_required": scores_required},
-            features=ROW_FEATURES,
-            cache_dir=folder,
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
-
-
-def _training_rows(path: str, scores_required: bool) -> Iterator[jsonl.Record]:
-    for row in jsonl.read_training_rows(path, scores_required=scores_required):
-        yield {
-            "query": row["query"],
-            "pos": row["pos"],
-            "neg": row.get("neg", []),
-            "query_id": text_id(row["query"]),
-            "pos_ids": list(map(text_id, row["pos"])),
-            "pos_scores": row.get("pos_scores") or [],
-            "neg_scores": row.get("neg_scores") or [],
-        }

@@ -13,6 +13,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.jsonl import text_id
+from embedding_finetune.rows import end_to_end
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +21,15 @@ logger = logging.getLogger(__name__)
 class Neighbours:
     """Row -> the rows whose positives are among its negatives, in the order of these; a positive is its first row's.
 
-    rows: as data.load_rows gives them. most: how many neighbours may follow a row into its batch.
+    rows: as rows.load_rows gives them. most: how many neighbours may follow a row into its batch.
     Raises UserError when no row has any.
     """
 
     def __init__(self, rows: datasets.Dataset, *, most: int):
         self.most = most
-        positives, owners = _first_rows(rows)
+        own_rows, own_ids = end_to_end(rows, "pos_ids")
+        positives, first = np.unique(own_ids, return_index=True)  # (P,) each
+        owners = own_rows[first]  # (P,), the first row that has it
         found, counts = [], []
         for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
             negatives = table["neg"].combine_chunks()
@@ -66,14 +69,3 @@ class Neighbours:
             taken[near] = True
             groups.append([row, *near])
         return np.array([row for place in rng.permutation(len(groups)) for row in groups[place]], dtype=np.int64)
-
-
-def _first_rows(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct positives' ids, sorted, and the first row that each belongs to: (P,) each."""
-    ids, counts = [], []
-    for table in rows.select_columns(["pos_ids"]).with_format("arrow").iter(batch_size=10_000):
-        positives = table["pos_ids"].combine_chunks()
-        ids.append(positives.flatten().to_numpy())
-        counts.append(positives.value_lengths().to_numpy())
-    distinct, first = np.unique(np.concatenate(ids), return_index=True)
-    return distinct, np.repeat(np.arange(len(rows)), np.concatenate(counts))[first]

@@ -6,9 +6,10 @@ from torch.utils.data import DataLoader
 
 from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import EmbedCollator, EpochSampler, KnownPositives, TrainDataset, load_rows
+from embedding_finetune.data import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
+from embedding_finetune.rows import load_rows
 
 
 def rows_of(tmp_path, records):

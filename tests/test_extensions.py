@@ -184,7 +184,8 @@ def test_a_teacher_makes_its_choice_the_models(tiny_bert, rows, tmp_path):
 
 
 def test_teacher_scores_follow_the_sampled_negatives(rows, tmp_path):
-    from embedding_finetune.data import TrainDataset, load_rows
+    from embedding_finetune.data import TrainDataset
+    from embedding_finetune.rows import load_rows
 
     records = [
         {**row, "neg": [f"{n} of {row['query']}" for n in range(6)], "neg_scores": list(range(6)), "pos_scores": [9]}

@@ -16,10 +16,11 @@ import evaluate
 import finetune
 from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import Corpus, load_task
-from embedding_finetune.data import EmbedCollator, TrainDataset, load_rows
+from embedding_finetune.data import EmbedCollator, TrainDataset
 from embedding_finetune.dropout import use_cheap_dropout
 from embedding_finetune.loading import load_backbone
 from embedding_finetune.model import BiEncoder
+from embedding_finetune.rows import load_rows
 from embedding_finetune.trainer import RetrievalTrainer, last_checkpoint
 from embedding_finetune.training_arguments import RetrieverTrainingArguments
 
