@@ -6,7 +6,7 @@
 
 Each engine runs in a process of its own, one after the other, as often as --rounds says; loading, compiling and a
 first pass over a part of the texts are not counted. `st` runs name dtype and batch size, `ours` --dtype and further
-flags; `openvino` runs the model that OpenVINO made of it in our encoder; `limit` runs nothing but the products of its
+flags; `openvino` runs our encoder on the model as OpenVINO converts it; `limit` runs nothing but the products of its
 linear layers, for as many tokens as there are. The last column is the smallest cosine to our float32 embeddings over
 all texts.
 """
