@@ -13,6 +13,7 @@ stdout is the metrics as a Python dict. Exit status 1 when --fail_below or --fai
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,15 @@ import numpy as np
 
 from embedding_finetune import jsonl
 from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int
-from embedding_finetune.command_line import command, log_to_stderr
+from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 from embedding_finetune.jsonl import Record
 
 logger = logging.getLogger("embedding_finetune.evaluate")
 
 MEASURES = ("MRR", "Hit", "Recall", "nDCG", "MAP", "Precision")
+FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
+"""What --output_dir gets, beside rankings."""
 SIGNIFICANT = 0.05
 FAILED_CHECK = 1
 
@@ -44,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
-    from embedding_finetune.distributed import own_gpu, rank, start
-    from embedding_finetune.encoding import load_encoder
-    from embedding_finetune.evaluation import rank_corpus, values_per_query
-    from embedding_finetune.evaluation_files import SHOWN, write_evaluation
-    from embedding_finetune.report import evaluation_tables
-    from embedding_finetune.retrieval import gpus_to_search_on
-    from embedding_finetune.training_queries import read_training_queries
+    with uninterrupted():
+        from embedding_finetune.distributed import own_gpu, rank, start
+        from embedding_finetune.encoding import load_encoder
+        from embedding_finetune.evaluation import rank_corpus, values_per_query
+        from embedding_finetune.evaluation_files import SHOWN, write_evaluation
+        from embedding_finetune.report import evaluation_tables
+        from embedding_finetune.retrieval import gpus_to_search_on
+        from embedding_finetune.training_queries import read_training_queries
 
     start()
     gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
@@ -148,6 +152,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     jsonl.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
     if args.output_dir is not None:
         jsonl.require_folder("--output_dir", args.output_dir)
+        inputs = {f"--{name}": getattr(args, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
+        jsonl.require_apart(inputs, {f"--output_dir: {name}": os.path.join(args.output_dir, name) for name in FILES})
     if args.embeddings_dir is not None:
         jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
 

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
-from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr
+from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
@@ -45,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check everything, load rows and model, train, save the checkpoint, say what was done."""
     log_to_stderr()
     model_args, data_args, args = parse_arguments(argv)
-    checkpoint = resume_point(args)
 
-    from embedding_finetune.allocator import keep_freed_memory
-    from embedding_finetune.data import TrainDataset
-    from embedding_finetune.distributed import end_at_exit
-    from embedding_finetune.rows import load_rows
+    with uninterrupted():
+        from embedding_finetune.allocator import keep_freed_memory
+        from embedding_finetune.data import TrainDataset, check_it_can_learn
+        from embedding_finetune.distributed import end_at_exit
+        from embedding_finetune.rows import load_rows
+        from embedding_finetune.run_folder import remove_earlier_runs, resume_point, start_run
+
+    checkpoint = resume_point(args)
 
     keep_freed_memory()
     end_at_exit()
@@ -67,11 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         neighbours_in_batch=data_args.neighbours_in_batch,
     )
     logger.info("%d training rows", len(dataset))
+    check_it_can_learn(dataset, args)
     task = load_evaluation(data_args, dataset)
 
     trainer = make_trainer(model_args, data_args, args, dataset, task)
+    if args.should_save:
+        trainer.run = start_run(args.output_dir, checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if args.should_save:
+        remove_earlier_runs(args.output_dir)
     summary = trainer.summary(result.metrics)
     if trainer.is_world_process_zero():
         if args.merge_with_base is not None:
@@ -169,9 +177,11 @@ def parse_arguments(
     argv: Sequence[str] | None,
 ) -> tuple["ModelArguments", "DataArguments", "RetrieverTrainingArguments"]:
     """The flags, checked as far as that needs neither data nor model."""
-    from transformers import HfArgumentParser
+    with uninterrupted():
+        from transformers import HfArgumentParser
 
     from embedding_finetune.arguments import OneLineErrorParser
+    from embedding_finetune.run_folder import check_output_dir
     from embedding_finetune.training_arguments import (
         DataArguments,
         ModelArguments,
@@ -179,7 +189,6 @@ def parse_arguments(
         check_evaluation,
         check_loss_is_not_zero,
         check_neighbours,
-        check_output_dir,
         check_reporting,
     )
 
@@ -193,7 +202,7 @@ def parse_arguments(
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     except (ValueError, ImportError) as error:
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
-    check_output_dir(args)
+    check_output_dir(model_args, data_args, args)
     check_loss_is_not_zero(data_args, args)
     check_neighbours(data_args, args)
     check_evaluation(data_args, args)
@@ -203,23 +212,6 @@ def parse_arguments(
         if getattr(data_args, flag) is not None:
             jsonl.require_file(f"--{flag}", getattr(data_args, flag))
     return model_args, data_args, args
-
-
-def resume_point(args: "RetrieverTrainingArguments") -> str | None:
-    """The checkpoint folder that --resume_from_checkpoint asks for: itself, or the last one for True."""
-    from embedding_finetune.trainer import last_checkpoint
-
-    asked = args.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    if asked.lower() == "true":
-        found = last_checkpoint(args.output_dir)
-        if found is None:
-            raise UserError(f"--resume_from_checkpoint True: {args.output_dir} holds no finished checkpoint")
-        return found
-    if not os.path.isdir(asked):
-        raise UserError(f"--resume_from_checkpoint {asked}: there is no such folder")
-    return asked
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from embedding_finetune.arguments import (
     add_selection_arguments,
     new_parser,
 )
-from embedding_finetune.command_line import UserError, command, log_to_stderr
+from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus
 from embedding_finetune.jsonl import Record, canonical
 from embedding_finetune.mining import ScoreFilters, Selection, lowest_scores, row_rng, select_negatives
@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
 
     # Heavy imports wait until flags and data are known to be good.
-    from embedding_finetune.candidates import rank_candidates
-    from embedding_finetune.distributed import rank, start
-    from embedding_finetune.reranking import check_reranker
+    with uninterrupted():
+        from embedding_finetune.candidates import rank_candidates
+        from embedding_finetune.distributed import rank, start
+        from embedding_finetune.reranking import check_reranker
 
     start()
     if args.reranker_name_or_path is not None:
@@ -153,6 +154,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         jsonl.require_writable("--report_file", args.report_file)
     if args.embeddings_dir is not None:
         jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
+    outputs = {f"--{name}": getattr(args, name) for name in ("output_file", "report_file", "embeddings_dir")}
+    jsonl.require_apart({"--candidate_pool": args.candidate_pool}, outputs)
+    jsonl.require_apart({"--input_file": args.input_file}, {"--report_file": args.report_file})
 
 
 def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Iterator[str]:

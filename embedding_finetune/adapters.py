@@ -4,6 +4,8 @@ peft is imported where it is used: it is optional.
 """
 
 import copy
+import json
+import os
 from pathlib import Path
 
 import torch
@@ -40,16 +42,28 @@ def merged(backbone: nn.Module) -> PreTrainedModel:
 
 def save_adapter(backbone: nn.Module, folder: str | Path, *, alone: bool) -> None:
     """Write the adapter as peft does: into the folder itself when it is all that is saved, else into `adapter`."""
-    backbone.save_pretrained(folder if alone else Path(folder) / _FOLDER)
+    target = Path(folder) if alone else Path(folder) / _FOLDER
+    backbone.save_pretrained(target)
+    (target / "README.md").unlink(missing_ok=True)  # peft's model card, a form that nobody filled in
 
 
-def load_adapter(backbone: nn.Module, folder: str | Path) -> None:
+def adapter_rank(folder: str | os.PathLike) -> int | None:
+    """The rank of the adapter that save_adapter wrote into a folder; None where there is none."""
+    try:
+        return json.loads((_adapter_folder(folder) / _CONFIG).read_text(encoding="utf-8"))["r"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_adapter(backbone: nn.Module, folder: str | os.PathLike) -> None:
     """Take the weights of the adapter that save_adapter wrote."""
     from peft import set_peft_model_state_dict
 
-    folder = Path(folder)
-    folder = folder if (folder / _CONFIG).exists() else folder / _FOLDER
-    set_peft_model_state_dict(backbone, load_file(folder / _WEIGHTS))
+    set_peft_model_state_dict(backbone, load_file(_adapter_folder(folder) / _WEIGHTS))
+
+
+def _adapter_folder(folder: str | os.PathLike) -> Path:
+    return Path(folder) if (Path(folder) / _CONFIG).exists() else Path(folder) / _FOLDER
 
 
 @torch.no_grad()

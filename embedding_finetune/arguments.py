@@ -6,7 +6,7 @@ The flags of finetune.py are the dataclasses of training_arguments.py.
 import argparse
 import math
 import re
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,6 +19,10 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """Print the help; unlike argparse's own, fail where it cannot be written."""
+        print(self.format_help(), end="", file=file)
 
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:

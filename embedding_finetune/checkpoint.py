@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,7 +144,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
 
 
 def save_checkpoint(
-    folder: str | os.PathLike,
+    folder: Path,
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: EmbeddingConfig,
@@ -153,35 +152,17 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
 
-    projection: the layers that config.dense describes, as loading.load_projection gives them.
-
-    Files are written to a folder beside their place and renamed one by one: a killed save leaves
-    every file old or new, none half-written.
+    folder: a new one, as model_folder.model_replaced gives it. projection: the layers that config.dense describes, as
+    loading.load_projection gives them.
     """
-    folder = Path(folder)
-    staging = folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    backbone.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     for number in range(len(config.dense)):
-        (staging / f"{2 + number}_Dense").mkdir()
-        save_file(projection[number].state_dict(), staging / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
+        (folder / f"{2 + number}_Dense").mkdir()
+        save_file(projection[number].state_dict(), folder / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
     for name, content in _side_files(backbone.config.hidden_size, config).items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for written in sorted(staging.rglob("*")):
-        target = folder / written.relative_to(staging)
-        if written.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.replace(written, target)
-    shutil.rmtree(staging)
-    # A folder that an earlier run left in the same place would not be loaded, only mislead.
-    own = {name for name, _ in _modules(config)}
-    for path in folder.iterdir():
-        if re.fullmatch(r"\d+_(Pooling|Dense|Normalize)", path.name) and path.name not in own:
-            shutil.rmtree(path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:

@@ -1,8 +1,11 @@
 """What the three scripts share as programs: one-line errors, exit statuses, logging to stderr."""
 
 import atexit
+import contextlib
+import errno
 import functools
 import gc
+import io
 import logging
 import os
 import signal
@@ -17,8 +20,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BAD_INPUT = 2
-INTERRUPTED = 130
-_SECONDS_TO_INSIST = 5
+BROKEN_PIPE = 128 + 13
+"""What a shell gives for a program that SIGPIPE ended."""
+_ENDING_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if os.name == "posix":
+    _ENDING_SIGNALS[signal.SIGHUP] = "hung up"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -26,55 +33,125 @@ class UserError(Exception):
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a script's `main`: a UserError ends it with status 2, Ctrl-C with 130, both in one line.
+    """Wrap a script's `main`: what a user or the machine did wrong ends it in one line, with a status of its own.
 
-    Python's garbage collector, which would take half a second of the imports and a whole one of the process's end,
-    rests until loading.load_backbone has a model, and again when the process ends.
+    2 for a UserError and for a disk that cannot be written, 141 for a reader of stdout that went away, 128 + its
+    number for a signal: 130 for Ctrl-C, 143 for SIGTERM.
+
+    The garbage collector is off until loading.load_backbone has a model, and at exit: it would take half a second of
+    the imports and a whole one of the process's end.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        program = os.path.basename(sys.modules[main.__module__].__file__ or main.__module__)
+        program = os.path.basename(getattr(sys.modules[main.__module__], "__file__", None) or main.__module__)
+
+        def end(status: int, reason: object) -> SystemExit:
+            with contextlib.suppress(OSError):  # stderr may be the broken pipe
+                print(f"{program}: {reason}", file=sys.stderr)
+            return SystemExit(status)
+
+        if os.name != "posix":
+            raise end(BAD_INPUT, "error: this runs on Linux and macOS only; on Windows use WSL")
         gc.disable()
         atexit.register(gc.freeze)
+        _received.clear()
         try:
-            with _insistent_ctrl_c():
+            with _signals_raised_as_keyboard_interrupt(), _any_character_on_stdout():
                 return main(*args, **kwargs)
         except UserError as error:
-            print(f"{program}: error: {error}", file=sys.stderr)
-            raise SystemExit(BAD_INPUT) from error
+            raise end(BAD_INPUT, f"error: {error}") from error
         except KeyboardInterrupt:
-            print(f"{program}: interrupted", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+            number = _received[0] if _received else signal.SIGINT
+            raise end(128 + number, _ENDING_SIGNALS[signal.Signals(number)]) from None
+        except BrokenPipeError:
+            _discard_stdout()
+            raise SystemExit(BROKEN_PIPE) from None
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            _discard_stdout()
+            where = "" if error.filename is None else f"{error.filename}: "
+            raise end(BAD_INPUT, f"error: {where}{error.strerror}; make room, and start again") from error
         finally:
             gc.enable()
 
     return wrapped
 
 
-@contextmanager
-def _insistent_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt again every few seconds until it ends the block.
+_received: list[int] = []
+"""Ending signals that came, by number."""
+_holding: list[None] = []
+"""An entry for each `uninterrupted` block that is running."""
 
-    Some C extensions swallow it while they are imported, and a run would go on as if nothing had been pressed.
-    """
+
+@contextmanager
+def _signals_raised_as_keyboard_interrupt() -> Iterator[None]:
+    """Let every ending signal raise KeyboardInterrupt; one that is ignored, as nohup ignores SIGHUP, stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
 
-    def interrupt(*_: object) -> None:
-        if os.getpid() == owner:  # workers that are forked later end when their owner does
-            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_INSIST)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        if os.getpid() != owner:  # a worker that was forked later ends as if there were no handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        _received.append(number)
+        if not _holding:
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let ending signals wait until the block is done.
+
+    For steps that must be taken together or not at all, and for imports: some C extensions swallow a KeyboardInterrupt
+    while they are imported, and the run would go on as if nothing had happened.
+    """
+    before = len(_received)
+    _holding.append(None)
+    try:
+        yield
+    finally:
+        _holding.pop()
+    if len(_received) > before and not _holding:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _any_character_on_stdout() -> Iterator[None]:
+    """Write what stdout's encoding lacks as an escape, and see in time whether all could be written."""
+    stdout = sys.stdout
+    errors = stdout.errors if isinstance(stdout, io.TextIOWrapper) else None
+    if isinstance(stdout, io.TextIOWrapper):
+        stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        if stdout is not None:
+            stdout.flush()
+        if isinstance(stdout, io.TextIOWrapper):
+            stdout.reconfigure(errors=errors)
+
+
+def _discard_stdout() -> None:
+    """Send what is left for stdout nowhere: Python would fail on it once more when it ends."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be no such file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def log_to_stderr() -> None:

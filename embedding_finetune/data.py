@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.batching import pad, prompt_length, tokenize
 from embedding_finetune.checkpoint import EmbeddingConfig
+from embedding_finetune.command_line import UserError
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import text_id
 from embedding_finetune.loss import PADDING_ID
 from embedding_finetune.neighbours import Neighbours
-from embedding_finetune.rows import end_to_end
+from embedding_finetune.rows import end_to_end, list_lengths
+from embedding_finetune.training_arguments import RetrieverTrainingArguments
 
 EpochIndex = tuple[int, int]
 
@@ -90,6 +92,26 @@ class TrainDataset(Dataset):
         return TrainExample(index, row["query"], passages, self.known_positives.of(row["query"]), scores)
 
 
+def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where no batch would be made, or none could hold a negative."""
+    together = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < together:
+        raise UserError(
+            f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
+            f"{together}; lower --per_device_train_batch_size, or leave the flag out"
+        )
+    negatives_of_others = (
+        args.use_inbatch_neg
+        and len(dataset) > 1
+        and (args.per_device_train_batch_size > 1 or (args.negatives_cross_device and args.world_size > 1))
+    )
+    if not negatives_of_others and (dataset.group_size == 1 or not list_lengths(dataset.rows, "neg").any()):
+        raise UserError(
+            "no query would have a negative: no row has any, and none shares a batch with another row; "
+            'mine "neg" with mine_hard_neg.py, or give a --per_device_train_batch_size of 32 or more'
+        )
+
+
 class EpochSampler(Sampler[EpochIndex]):
     """Yields (epoch, index) over all rows: shuffled by (seed, epoch), neighbours together if given, or in order."""
 
@@ -115,7 +137,10 @@ class EpochSampler(Sampler[EpochIndex]):
 
 
 class EmbedCollator:
-    """Examples -> the arguments of BiEncoder.forward, and `rows` (B,); a repeated text is in a batch once."""
+    """Examples -> the arguments of BiEncoder.forward, and `rows` and `cut_texts`; a repeated text is in a batch once.
+
+    rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
+    """
 
     def __init__(
         self,
@@ -141,14 +166,14 @@ class EmbedCollator:
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
         passages = [passage for example in examples for passage in example.passages]
         config = self.config
-        queries, _ = tokenize(
+        queries, cut_queries = tokenize(
             self.tokenizer,
             [example.query for example in examples],
             instruction=config.query_instruction,
             max_length=self.query_max_len,
             lower_case=config.lower_case,
         )
-        passages, _ = tokenize(
+        passages, cut_passages = tokenize(
             self.tokenizer,
             passages,
             instruction=config.passage_instruction,
@@ -174,6 +199,7 @@ class EmbedCollator:
             **pad(self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
             **optional,
             "rows": torch.tensor([example.row for example in examples]),  # (B,)
+            "cut_texts": torch.tensor([[cut_queries, len(queries)], [cut_passages, len(passages)]]),  # (2, 2)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.
             "passage_index": _filled(passage_index, self.group_size, 0),  # (B, G)

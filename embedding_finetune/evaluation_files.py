@@ -20,6 +20,9 @@ from embedding_finetune.retrieval import TopK
 SHOWN = 10
 """Passages per query and model in per_query.jsonl."""
 
+_MOST_CHARACTERS = 50
+"""Of a model's name in a file name: its end, which tells models apart; file systems take 255 bytes."""
+
 
 def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, TopK]) -> None:
     """Write all files; `document` becomes metrics.json."""
@@ -36,7 +39,7 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
 
 def file_name(model: str, models: list[str]) -> str:
     """A model's name as part of a file name, numbered where two would come out the same."""
-    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./")) for name in models]
+    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_MOST_CHARACTERS:] for name in models]
     own = safe[models.index(model)]
     return own if safe.count(own) == 1 else f"{own}.{models.index(model) + 1}"
 

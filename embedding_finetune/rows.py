@@ -12,14 +12,18 @@ import datasets
 import numpy as np
 
 from embedding_finetune import jsonl
-from embedding_finetune.command_line import UserError, scratch_folder
+from embedding_finetune.command_line import UserError, first_line, scratch_folder
 from embedding_finetune.jsonl import text_id
+
+_ROWS_PER_WRITE = 100
+"""Rows that are held until they are written: few, since each may hold megabytes."""
 
 ROW_FEATURES = datasets.Features(
     {
-        "query": datasets.Value("string"),
-        "pos": datasets.List(datasets.Value("string")),
-        "neg": datasets.List(datasets.Value("string")),
+        # Offsets of 64 bits: a few hundred long rows are more than the 2 GiB that those of 32 bits can tell apart.
+        "query": datasets.Value("large_string"),
+        "pos": datasets.List(datasets.Value("large_string")),
+        "neg": datasets.List(datasets.Value("large_string")),
         "query_id": datasets.Value("int64"),
         "pos_ids": datasets.List(datasets.Value("int64")),
         "pos_scores": datasets.List(datasets.Value("float32")),
@@ -46,6 +50,13 @@ def load_rows(
     return datasets.concatenate_datasets(per_file)
 
 
+def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """How many items each row has in a column of lists: (N,) int64."""
+    tables = rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    lengths = [table[column].combine_chunks().value_lengths().to_numpy() for table in tables]
+    return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
 def end_to_end(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists of int64: the row that each number stands in, and the numbers, row after row: (N,) each."""
     numbers, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -58,6 +69,7 @@ def end_to_end(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndar
 
 def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
     """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
+    datasets.disable_progress_bars()
     folder = tempfile.mkdtemp(dir=scratch_folder())
     try:
         return datasets.Dataset.from_generator(
@@ -65,10 +77,17 @@ def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
             gen_kwargs={"path": str(path), "scores_required": scores_required},
             features=ROW_FEATURES,
             cache_dir=folder,
+            writer_batch_size=_ROWS_PER_WRITE,
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"{folder}: the training rows cannot be written there: {first_line(cause)}; "
+                "make room, or set TMPDIR to another folder"
+            ) from error
         raise
 
 

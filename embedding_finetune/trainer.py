@@ -1,40 +1,50 @@
 """transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
 
-import json
 import logging
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from embedding_finetune.adapters import load_adapter, merged, save_adapter
 from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
-from embedding_finetune.command_line import UserError
+from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.data import EmbedCollator, EpochSampler, TrainDataset
+from embedding_finetune.distributed import gather_objects
 from embedding_finetune.encoding import Encoder
 from embedding_finetune.evaluation import measure
 from embedding_finetune.loading import load_projection
 from embedding_finetune.model import BiEncoder
+from embedding_finetune.model_folder import model_replaced
+from embedding_finetune.run_folder import write_run
 from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training_queries import write_training_queries
 
 logger = logging.getLogger(__name__)
 
+_TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
+"""What torch.save says, as a RuntimeError, when the disk is full."""
+
 
 class RetrievalTrainer(Trainer):
     """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
 
-    trained_before: what read_training_queries gave for the weights that training starts from.
+    trained_before: what read_training_queries gave for the weights that training starts from. `run`: the identity that
+    checkpoints carry, see run_folder.py.
     """
+
+    run: str | None = None
 
     def __init__(
         self,
@@ -66,11 +76,29 @@ class RetrievalTrainer(Trainer):
         )
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False
+        self.cut_texts = np.zeros((2, 2), dtype=np.int64)  # of the first epoch, as EmbedCollator counts
+        self.weights_before = _trained_weights(model)
+        self.largest_loss: float | None = None  # of this process's micro-batches
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StderrProgress(disabled=args.disable_tqdm))
+        self.add_callback(CutTexts(self))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
+        """Train as transformers does. Raises UserError when nothing was learned, whatever the cause."""
+        result = super().train(*args, **kwargs)
+        largest_losses = [loss for loss in gather_objects(self.largest_loss) if loss is not None]
+        if not self.state.global_step:
+            reason = "no step was made; give more rows, or a smaller batch"
+        elif largest_losses and max(largest_losses) == 0:
+            reason = "the loss was 0 at every step: no query had a negative; mine some, or enlarge the batch"
+        elif _trained_weights(self.model) == self.weights_before:
+            reason = "no weight has moved; raise --learning_rate, or leave --fp16 out"
+        else:
+            return result
+        raise UserError(f"nothing was learned, and no model is saved: {reason}")
 
     def compute_loss(
         self,
@@ -81,7 +109,9 @@ class RetrievalTrainer(Trainer):
     ):
         """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
         rows = inputs["rows"]
-        inputs = {name: tensor for name, tensor in inputs.items() if name != "rows"}
+        if self.model.training and (self.state.epoch or 0) < 1:
+            self.cut_texts += inputs["cut_texts"].cpu().numpy()
+        inputs = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "cut_texts")}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not torch.isfinite(loss):
             raise UserError(
@@ -89,6 +119,7 @@ class RetrievalTrainer(Trainer):
                 f"{', '.join(str(row + 1) for row in rows.tolist())} (counted from 1); "
                 "lower --learning_rate, raise --temperature, or look at these rows"
             )
+        self.largest_loss = max(self.largest_loss or 0.0, loss.item())
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(
@@ -148,18 +179,37 @@ class RetrievalTrainer(Trainer):
         if not self.args.should_save:
             return
         folder, model = output_dir or self.args.output_dir, self.model
-        if self.args.lora_rank is not None:
-            save_adapter(model.backbone, folder, alone=self.args.save_adapter_only)
-        if not self.args.save_adapter_only:
-            backbone = merged(model.backbone)
-            save_checkpoint(folder, backbone, self.processing_class, self.saved_config, model.projection)
-            write_training_queries(folder, self.training_queries)
+        with model_replaced(folder) as staging:
+            if self.args.lora_rank is not None:
+                save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
+            if not self.args.save_adapter_only:
+                backbone = merged(model.backbone)
+                save_checkpoint(staging, backbone, self.processing_class, self.saved_config, model.projection)
+                write_training_queries(staging, self.training_queries)
+            if self.run is not None:
+                write_run(staging, self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk
+            if isinstance(error, OSError) or _TORCH_CANNOT_WRITE.search(str(error)):
+                raise UserError(f"{folder}: cannot be written: {first_line(error)}") from error
+            raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.args.lora_rank is not None:
-            load_adapter(self.model.backbone, resume_from_checkpoint)
-        else:
-            self.model.backbone.load_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
+        try:
+            if self.args.lora_rank is not None:
+                load_adapter(self.model.backbone, resume_from_checkpoint)
+            else:
+                self.model.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
+            ) from error
         if self.saved_config.dense:
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
             self.model.projection.load_state_dict(saved.state_dict())
@@ -167,6 +217,41 @@ class RetrievalTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _trained_weights(model: nn.Module) -> dict[str, str]:
+    """A hash of each parameter that is trained."""
+    return {
+        name: str(torch.hash_tensor(parameter.detach().cpu()).numpy())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _saved_weights(folder: str) -> dict[str, torch.Tensor]:
+    """The backbone's weights of a checkpoint, which large models have in several files."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+class CutTexts(TrainerCallback):
+    """Says after the first epoch how many texts were longer than the lengths they are trained with."""
+
+    def __init__(self, trainer: RetrievalTrainer):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.trainer.cut_texts.any():
+            return
+        counts = sum(gather_objects(self.trainer.cut_texts)).tolist()
+        self.trainer.cut_texts[:] = 0
+        collator = self.trainer.data_collator
+        lengths = {"query": collator.query_max_len, "passage": collator.passage_max_len}
+        for (kind, length), (cut, texts) in zip(lengths.items(), counts):
+            if cut:
+                logger.info(
+                    "%d of %d %s texts of the first epoch were cut to --%s_max_len %d", cut, texts, kind, kind, length
+                )
 
 
 class StderrProgress(ProgressCallback):
@@ -189,22 +274,3 @@ class StderrProgress(ProgressCallback):
                 if name != "total_flos"
             )
             tqdm.write(f"step {state.global_step}  {line}", file=sys.stderr)
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint folder that was written to its end, None when there is none.
-
-    trainer_state.json is the last file of a checkpoint: a run killed while saving leaves none, or half of one.
-    """
-    folders = {
-        int(folder.name.removeprefix("checkpoint-")): folder
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdecimal()
-    }
-    for step in sorted(folders, reverse=True):
-        try:
-            json.loads((folders[step] / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folders[step])
-    return None

@@ -4,7 +4,6 @@ The flags of the other two scripts are in arguments.py, which imports nothing he
 """
 
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,6 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.jsonl import require_folder
 
 EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
 EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
@@ -151,21 +149,6 @@ class RetrieverTrainingArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start it with "
                 f"torchrun --nproc-per-node {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
-
-
-def check_output_dir(args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where training could not write, or would write over something, unasked."""
-    if not args.output_dir:
-        raise UserError("--output_dir is required")
-    # Missing folders above it are made: `BAAI/bge-base-en-v1.5_finetuned` has to work beside a model from the hub.
-    require_folder("--output_dir", args.output_dir)
-    if args.resume_from_checkpoint or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
-        return
-    if os.listdir(args.output_dir):
-        raise UserError(
-            f"--output_dir {args.output_dir} is not empty; give another folder, "
-            "or --overwrite_output_dir True, or --resume_from_checkpoint True"
-        )
 
 
 def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> None:

@@ -17,6 +17,7 @@ from embedding_finetune.loading import (
     load_projection,
 )
 from embedding_finetune.model import embedding_dimensions
+from embedding_finetune.model_folder import model_replaced
 from embedding_finetune.trainer import RetrievalTrainer
 from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training_queries import write_training_queries
@@ -92,8 +93,9 @@ def save_merged_with_base(
         args.merge_with_base,
     )
     folder = os.path.join(args.output_dir, "merged")
-    save_checkpoint(folder, backbone, trainer.processing_class, trainer.saved_config, projection)
-    write_training_queries(folder, trainer.training_queries)
+    with model_replaced(folder) as staging:
+        save_checkpoint(staging, backbone, trainer.processing_class, trainer.saved_config, projection)
+        write_training_queries(staging, trainer.training_queries)
     logger.info(
         "%g of the tuned and %g of the base weights: %s", args.merge_with_base, 1 - args.merge_with_base, folder
     )

@@ -15,6 +15,7 @@ from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_che
 from embedding_finetune.command_line import UserError
 from embedding_finetune.encoding import load_encoder
 from embedding_finetune.loading import load_backbone, load_projection
+from embedding_finetune.model_folder import model_replaced
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
 
@@ -46,18 +47,18 @@ def test_what_we_save_sentence_transformers_loads_with_the_same_embeddings(tiny_
         max_seq_length=20,
     )
     backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
-    save_checkpoint(tmp_path / "saved", backbone, tokenizer, config)
+    save_model(tmp_path / "saved", backbone, tokenizer, config)
 
     peer = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert peer.max_seq_length == 20
     assert_equal_embeddings(our_embeddings(tmp_path / "saved", TEXTS), peer.encode_query(TEXTS))
     assert_equal_embeddings(our_embeddings(tmp_path / "saved", TEXTS, "passage"), peer.encode_document(TEXTS))
-    assert not (tmp_path / "saved" / ".saving").exists()
+    assert not [path.name for path in (tmp_path / "saved").iterdir() if path.name.startswith(".")]
 
 
 def test_what_we_save_transformers_loads_with_the_same_weights(tiny_bert, tmp_path):
     backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
-    save_checkpoint(tmp_path, backbone, tokenizer, config)
+    save_model(tmp_path, backbone, tokenizer, config)
     model, tokenizer = AutoModel.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     with torch.inference_mode():
         inputs = tokenizer(TEXTS[:3], padding=True, return_tensors="pt")
@@ -161,7 +162,7 @@ def test_the_real_model_embeds_as_in_sentence_transformers(demo_model, tmp_path)
 
     backbone, tokenizer, config = load_backbone(str(demo_model), flag="--model")
     assert (config.pooling, config.normalized, config.max_seq_length) == ("mean", True, 256)
-    save_checkpoint(tmp_path, backbone, tokenizer, config)
+    save_model(tmp_path, backbone, tokenizer, config)
     theirs = SentenceTransformer(str(demo_model), device="cpu").encode(TEXTS)
     assert_equal_embeddings(our_embeddings(demo_model, TEXTS), theirs)
     assert_equal_embeddings(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), theirs)
@@ -181,13 +182,18 @@ def test_a_flag_that_contradicts_the_checkpoint_wins_and_both_are_logged(caplog)
     assert "'cls'" in caplog.text
 
 
+def save_model(folder, *parts):
+    with model_replaced(folder) as staging:
+        save_checkpoint(staging, *parts)
+
+
 def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def saved(tiny_bert, folder):
     backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
-    save_checkpoint(folder, backbone, tokenizer, config)
+    save_model(folder, backbone, tokenizer, config)
     return folder
 
 
@@ -225,9 +231,9 @@ def test_a_side_file_that_is_not_json_is_named(tiny_bert, tmp_path):
 
 def test_saving_unnormalised_over_a_normalised_checkpoint_leaves_no_stale_module(tiny_bert, tmp_path):
     backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
-    save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=True))
+    save_model(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=True))
     (tmp_path / "1_my_notes").mkdir()
-    save_checkpoint(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=False))
+    save_model(tmp_path, backbone, tokenizer, EmbeddingConfig(normalized=False))
     assert read_config(str(tmp_path)).normalized is False
     assert not (tmp_path / "2_Normalize").exists()
     assert (tmp_path / "1_my_notes").exists()

@@ -50,6 +50,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("embedding_finetune.encoding.load_backbone", no_model)
     monkeypatch.setattr("embedding_finetune.loading.load_backbone", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
+    (tmp_path / "mined.jsonl").write_bytes(b'{"query": "q", "pos": ["p"], "neg": ["n"]}\n')
     (tmp_path / "candidates.jsonl").write_bytes(b'{"context": ["p"]}\n')
     (tmp_path / "out.jsonl").write_text("old")
     return tmp_path
@@ -218,7 +219,7 @@ def test_gpu_search_is_refused_before_a_model_is_loaded_where_faiss_has_no_gpu(f
     ("main", "argv"),
     [
         (mine_hard_neg.main, mine_argv(model_name_or_path="no/such-model")),
-        (finetune.main, finetune_argv(model_name_or_path="no/such-model")),
+        (finetune.main, finetune_argv(model_name_or_path="no/such-model", train_data="mined.jsonl")),
         (evaluate.main, evaluate_argv(model_name="no/such-model")),
     ],
 )
@@ -279,23 +280,58 @@ def test_ctrl_c_ends_mining_with_130_and_leaves_the_old_output(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "in.jsonl", "out.jsonl"]
 
 
-def test_ctrl_c_that_is_swallowed_once_ends_a_run_all_the_same(monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "_SECONDS_TO_INSIST", 0.1)
+def test_a_signal_during_an_import_that_would_swallow_it_ends_the_run_after_it(capsys):
+    done = []
 
     @command_line.command
     def main():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
-        except KeyboardInterrupt:
-            time.sleep(60)
+        with command_line.uninterrupted():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("import")
+            except KeyboardInterrupt:
+                done.append("swallowed")
+        done.append("the run went on")
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 130
+    assert (stop.value.code, done) == (130, ["import"])
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "reason"), [("INT", 130, "interrupted"), ("TERM", 143, "terminated"), ("HUP", 129, "hung up")]
+)
+def test_a_signal_ends_a_run_with_its_own_status_after_its_clean_up(number, status, reason, capsys):
+    done = []
+
+    @command_line.command
+    def main():
+        try:
+            os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
+            time.sleep(60)
+        finally:
+            done.append("clean-up")
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert (stop.value.code, done) == (status, ["clean-up"])
+    assert capsys.readouterr().err.endswith(f": {reason}\n")
+
+
+def test_nohup_keeps_a_run_going_when_the_terminal_hangs_up():
+    @command_line.command
+    def main():
+        os.kill(os.getpid(), signal.SIGHUP)
+        return "done"
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main() == "done"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_garbage_collector_rests_until_the_model_is_there_and_no_longer(tiny_bert, folder, capsys, monkeypatch):

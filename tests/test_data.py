@@ -162,3 +162,11 @@ def test_known_ids_of_unequal_number_are_filled_up(tmp_path):
     assert known.shape == (2, 3)
     assert (known == PADDING_ID).sum(axis=1).tolist() == [0, 1]
     assert np.isin([text_id("p"), text_id("b")], known[1]).all()
+
+
+def test_texts_are_mapped_with_offsets_that_do_not_overflow_at_2_gib(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p" * 3_000_000], "neg": ["n"]}] * 3)
+    rows = load_rows(str(data))
+    schema = rows.data.schema
+    assert [str(schema.field(name).type) for name in ("query", "pos")] == ["large_string", "list<item: large_string>"]
+    assert rows[2]["pos"] == ["p" * 3_000_000]

@@ -34,7 +34,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch):
     check = jsonl.require_file
     monkeypatch.setattr(jsonl, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(jsonl, "require_writable", lambda *_: None)
-    monkeypatch.setattr("embedding_finetune.training_arguments.check_output_dir", lambda *_: None)
+    monkeypatch.setattr("embedding_finetune.run_folder.check_output_dir", lambda *_: None)
     assert SCRIPTS[script].parse_arguments(argv)
 
 

@@ -1,0 +1,76 @@
+"""The folder that holds a model: its files are replaced together, and nothing of the model before stays among them.
+
+A file that the new model lacks must go: transformers applies an adapter_config.json that lies beside other weights.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from embedding_finetune.command_line import UserError, first_line, uninterrupted
+
+_STAGING = ".saving-"
+_ENTRANCES = ("config.json", "adapter_config.json", "modules.json")
+"""What loaders look for first: a folder without them holds no model."""
+_FILES = re.compile(
+    r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?"
+    r"|(config|adapter_config|modules|generation_config|config_sentence_transformers|sentence_\S+_config)\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|chat_template\.jinja"
+    r"|vocab\.txt|merges\.txt|bpe\.codes|(spiece|sentencepiece|sentencepiece\.bpe|tokenizer|spm)\.model"
+    r"|training_queries\.npy|training_summary\.json|training_run\.json"
+)
+_FOLDERS = re.compile(r"\d+_[A-Z]\w*|adapter|merged")
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name belongs to a model, as this suite, transformers, peft or others save it."""
+    return _FILES.fullmatch(name) is not None
+
+
+@contextmanager
+def model_replaced(folder: str | os.PathLike) -> Iterator[Path]:
+    """A new folder to write a model into; when the block ends without an error, its files become those of `folder`.
+
+    Until then the model in `folder` stays as it is, and after an error, a full disk for instance, too. Files that are
+    no model's are left alone. Raises UserError when the files cannot be written.
+    """
+    folder = Path(folder)
+    staging = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+        yield staging
+        with uninterrupted():
+            _replace(folder, staging)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model cannot be written: {first_line(error)}") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what killed runs had begun to write into `folder`."""
+    for path in Path(folder).glob(f"{_STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    staged = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+    # A kill in the middle leaves a folder that cannot be loaded, rather than one that loads as something else.
+    for name in _ENTRANCES:
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and _FOLDERS.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif is_model_file(path.name) and Path(path.name) not in staged:
+            path.unlink()
+    for name in sorted(staged, key=lambda name: str(name) in _ENTRANCES):
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(staging / name, folder / name)
