@@ -74,14 +74,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
     if rank() == 0:
-        if args.output_dir is not None:
-            write_evaluation(Path(args.output_dir), document, task, rankings)
+        # Printed first: what was measured is told also where it cannot be written.
         if args.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
             if len(metrics) > 1 or document["groups"]:
                 print(evaluation_tables(document))
             print(result)
+        if args.output_dir is not None:
+            write_evaluation(Path(args.output_dir), document, task, rankings)
         sys.stdout.flush()
         fail_if_asked(document, args)
     return result

@@ -26,6 +26,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.data import TrainDataset, check_it_can_learn
         from embedding_finetune.distributed import end_at_exit
         from embedding_finetune.rows import load_rows
-        from embedding_finetune.run_folder import remove_earlier_runs, resume_point, start_run
+        from embedding_finetune.run_folder import remove_earlier_runs, resume_point, run_in
 
     checkpoint = resume_point(args)
 
@@ -74,22 +75,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_evaluation(data_args, dataset)
 
     trainer = make_trainer(model_args, data_args, args, dataset, task)
-    if args.should_save:
-        trainer.run = start_run(args.output_dir, checkpoint)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if args.should_save:
-        remove_earlier_runs(args.output_dir)
-    summary = trainer.summary(result.metrics)
-    if trainer.is_world_process_zero():
-        if args.merge_with_base is not None:
-            from embedding_finetune.training_setup import save_merged_with_base
+    with run_in(args.output_dir, checkpoint) if args.should_save else nullcontext() as trainer.run:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if args.should_save:
+            remove_earlier_runs(args.output_dir)
+        summary = trainer.summary(result.metrics)
+        if trainer.is_world_process_zero():
+            write_outcome(trainer, model_args, args, summary)
 
-            save_merged_with_base(trainer, model_args, args)
-        with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
-            file.write(json.dumps(summary, indent=2).encode() + b"\n")
-        for name, value in summary.items():
-            logger.info("%-18s  %s", name, value)
+
+def write_outcome(
+    trainer: "RetrievalTrainer", model_args: "ModelArguments", args: "RetrieverTrainingArguments", summary: dict
+) -> None:
+    """Write the merged model, where one is wanted, and the summary; tell the summary."""
+    if args.merge_with_base is not None:
+        from embedding_finetune.training_setup import save_merged_with_base
+
+        save_merged_with_base(trainer, model_args, args)
+    with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
+        file.write(json.dumps(summary, indent=2).encode() + b"\n")
+    for name, value in summary.items():
+        logger.info("%-18s  %s", name, value)
 
 
 def load_evaluation(data_args: "DataArguments", dataset: "TrainDataset") -> RetrievalTask | None:

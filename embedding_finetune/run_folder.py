@@ -5,14 +5,17 @@ each checkpoint holds that of the run that wrote it. Checkpoints of earlier runs
 nothing can take them for its own, and removed when its model is saved.
 """
 
+import fcntl
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from embedding_finetune.adapters import adapter_rank
 from embedding_finetune.command_line import UserError
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 _TRAINER_STATE, _OPTIMIZER_STATE = "trainer_state.json", "optimizer.pt"
 """Transformers' names of two files of a checkpoint."""
 _RUN_FILE = "training_run.json"
+_LOCK_FILE = ".running"
 _EARLIER = "earlier-checkpoint-"
 
 
@@ -119,13 +123,34 @@ def _check_is_checkpoint(folder: str) -> None:
         )
 
 
-def start_run(output_dir: str, checkpoint: str | None) -> str | None:
-    """Make the folder this run's: put away checkpoints that are not its own; the run's identity.
+@contextmanager
+def run_in(output_dir: str, checkpoint: str | None) -> Iterator[str | None]:
+    """Make the folder this run's for the block; gives the run's identity.
 
-    checkpoint: what resume_point gave. A run that goes on from one that has no identity has none either.
+    checkpoint: what resume_point gave. A run that goes on from one that has no identity has none either. Checkpoints
+    that are not the run's own are put away. Raises UserError while another run writes into the folder.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("wb") as lock:
+        _take(lock, output_dir)
+        try:
+            yield _start_run(folder, checkpoint)
+        finally:
+            (folder / _LOCK_FILE).unlink(missing_ok=True)
+
+
+def _take(lock: BinaryIO, output_dir: str) -> None:
+    """Lock a file until it is closed, however the process ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--output_dir {output_dir}: another run is writing there; give another folder") from error
+    except OSError:  # some network file systems have no locks
+        logger.info("%s: the file system has no locks; start no other run there", output_dir)
+
+
+def _start_run(folder: Path, checkpoint: str | None) -> str | None:
     run = secrets.token_hex(16) if checkpoint is None else run_of(checkpoint)
     step = 0 if checkpoint is None else _state(Path(checkpoint)).get("global_step", 0)
     remove_unfinished(folder)
@@ -141,7 +166,7 @@ def start_run(output_dir: str, checkpoint: str | None) -> str | None:
 
 
 def remove_earlier_runs(output_dir: str) -> None:
-    """Remove the checkpoints that start_run put away."""
+    """Remove the checkpoints that run_in put away."""
     for path in Path(output_dir).glob(f"{_EARLIER}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -216,3 +216,42 @@ def test_windows_is_told_what_it_cannot_do(monkeypatch, capsys):
     monkeypatch.undo()
     assert stop.value.code == 2
     assert "Linux and macOS only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "many"}, {"OMP_NUM_THREADS": "2,1"}],
+    ids=str,
+)
+def test_odd_numbers_of_threads_change_no_measure(tiny_bert, candidates, pairs, environment):
+    argv = [*evaluation(tiny_bert, candidates, pairs), "--dtype", "float32"]
+    expected = run("evaluate.py", argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = run("evaluate.py", argv, env={**os.environ, **environment})
+    assert (result.returncode, result.stdout) == (0, expected.stdout), result.stderr
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_and_few_open_files_are_enough(tiny_bert, candidates, pairs, tmp_path):
+    home = tmp_path / "home"
+    home.touch()  # not even a folder: no cache can be made in it
+    program = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+import finetune, mine_hard_neg, evaluate
+model, mined, tuned = {str(tiny_bert)!r}, {str(tmp_path / "mined.jsonl")!r}, {str(tmp_path / "tuned")!r}
+mine_hard_neg.main(["--model_name_or_path", model, "--input_file", {str(pairs)!r}, "--output_file", mined,
+                    "--range_for_sampling", "0-5", "--embeddings_dir", {str(tmp_path / "embeddings")!r}])
+finetune.main(["--model_name_or_path", model, "--train_data", mined, "--output_dir", tuned, "--max_steps", "1"])
+evaluate.main(["--model_name", tuned, *{evaluation(tiny_bert, candidates, pairs)[2:]!r}])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HOME", "XDG"))}
+    result = subprocess.run(
+        [PYTHON, "-c", program],
+        cwd=REPOSITORY,
+        env={**environment, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr

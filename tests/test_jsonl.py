@@ -156,3 +156,18 @@ def test_output_through_a_symbolic_link_keeps_the_link(tmp_path):
     jsonl.write(link, [{"a": 1}])
     assert link.is_symlink()
     assert json.loads((tmp_path / "real.jsonl").read_text()) == {"a": 1}
+
+
+def test_windows_line_ends_and_files_of_several_gzip_members_are_read(tmp_path):
+    lines = [b'{"text": "a"}', b'{"text": "b"}', b'{"text": "c"}']
+    (tmp_path / "windows.jsonl").write_bytes(b"\r\n".join(lines) + b"\r\n")
+    (tmp_path / "members.jsonl.gz").write_bytes(b"".join(gzip.compress(line + b"\n") for line in lines))
+    for name in ("windows.jsonl", "members.jsonl.gz"):
+        assert list(jsonl.read_passages(tmp_path / name)) == ["a", "b", "c"]
+
+
+def test_odd_characters_of_texts_are_kept(tmp_path):
+    texts = ["\u0000 nul", "\u2028 separator", "\ufeff mark", "👩‍🔬 joined", "ﷺ", "\u202e turned", "é é"]
+    path = tmp_path / "out.jsonl"
+    jsonl.write(path, [{"text": text} for text in texts])
+    assert list(jsonl.read_passages(path)) == texts

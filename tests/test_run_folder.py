@@ -16,7 +16,8 @@ from transformers import AutoModel
 
 import evaluate
 import finetune
-from embedding_finetune.run_folder import last_checkpoint, run_of, start_run
+from embedding_finetune.command_line import UserError
+from embedding_finetune.run_folder import last_checkpoint, run_in, run_of
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def run_python(program):
     return subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def kill_after_checkpoint(argv, step, folder):
+def kill_after_checkpoint(argv, step):
     """Run finetune.py, and kill -9 it once checkpoint-`step` is written."""
     program = f"""
 import os, signal, finetune
@@ -110,7 +111,7 @@ def test_resuming_takes_the_checkpoint_of_its_own_run_and_not_an_earlier_ones(ti
     finetune.main(flags(tiny_bert, mined, folder, max_steps=10, **saving))
     first = weights(folder)
     second = {"max_steps": 8, "seed": 7, **saving}
-    kill_after_checkpoint(flags(tiny_bert, mined, folder, overwrite_output_dir=True, **second), 4, folder)
+    kill_after_checkpoint(flags(tiny_bert, mined, folder, overwrite_output_dir=True, **second), 4)
     assert equal(weights(folder), first), "a killed run must not cost the last good model"
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
     # --resume_from_checkpoint wins beside --overwrite_output_dir.
@@ -125,7 +126,8 @@ def test_resuming_takes_the_checkpoint_of_its_own_run_and_not_an_earlier_ones(ti
 def test_a_run_that_was_killed_before_its_first_checkpoint_has_nothing_to_resume(tiny_bert, mined, tmp_path, capsys):
     folder = tmp_path / "out"
     finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=4))
-    start_run(folder, None)
+    with run_in(folder, None):
+        pass
     error = refusal(flags(tiny_bert, mined, folder, resume_from_checkpoint=True), capsys)
     assert "holds no finished checkpoint of the run that was started last" in error
     assert len(list(folder.glob("earlier-checkpoint-4-*"))) == 1
@@ -143,7 +145,8 @@ def test_a_checkpoint_copied_from_another_run_is_not_resumed(tiny_bert, mined, t
 def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tiny_bert, mined, tmp_path):
     folder = tmp_path / "out"
     finetune.main(flags(tiny_bert, mined, folder, max_steps=6, save_strategy="steps", save_steps=2))
-    run = start_run(folder, str(folder / "checkpoint-4"))
+    with run_in(folder, str(folder / "checkpoint-4")) as run:
+        pass
     assert run == run_of(folder / "checkpoint-4")
     assert sorted(path.name.split("-")[0] for path in folder.glob("*checkpoint*")) == [
         "checkpoint",
@@ -153,12 +156,22 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tiny_bert, m
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with run_in(tmp_path, None) as run:
+        with pytest.raises(UserError, match="another run is writing there"), run_in(tmp_path, None):
+            pass
+        assert run_of(tmp_path) == run
+    with run_in(tmp_path, None) as other:
+        assert run_of(tmp_path) == other != run
+    assert os.listdir(tmp_path) == ["training_run.json"]
+
+
 def test_a_limit_on_checkpoints_counts_those_of_its_own_run_alone(tiny_bert, mined, tmp_path):
     folder = tmp_path / "out"
     saving = {"save_strategy": "steps", "save_steps": 2}
     finetune.main(flags(tiny_bert, mined, folder, max_steps=10, **saving))
     argv = flags(tiny_bert, mined, folder, max_steps=6, overwrite_output_dir=True, save_total_limit=1, **saving)
-    kill_after_checkpoint(argv, 4, folder)
+    kill_after_checkpoint(argv, 4)
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
     assert len(list(folder.glob("earlier-checkpoint-*"))) == 5
 
@@ -261,6 +274,24 @@ def test_weights_that_did_not_move_are_a_failure(tiny_bert, mined, tmp_path, cap
     error = refusal(flags(tiny_bert, mined, tmp_path / "out"), capsys)
     assert "no weight has moved" in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_killed_at_the_end_of_an_epoch_resumes_to_the_same_bits(tiny_bert, mined, tmp_path):
+    # 30 rows in batches of 8 are 4 steps an epoch: checkpoint-4 stands between two epochs.
+    epochs = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"}
+    finetune.main(flags(tiny_bert, mined, tmp_path / "whole", **epochs))
+    kill_after_checkpoint(flags(tiny_bert, mined, tmp_path / "parts", **epochs), 4)
+    finetune.main(flags(tiny_bert, mined, tmp_path / "parts", resume_from_checkpoint=True, **epochs))
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_gradient_checkpointing_and_accumulation_resume_to_the_same_bits(tiny_bert, mined, tmp_path):
+    given = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4}
+    given |= {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    finetune.main(flags(tiny_bert, mined, tmp_path / "whole", **given))
+    kill_after_checkpoint(flags(tiny_bert, mined, tmp_path / "parts", **given), 3)
+    finetune.main(flags(tiny_bert, mined, tmp_path / "parts", resume_from_checkpoint=True, **given))
+    assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
 def test_a_finished_run_that_is_resumed_once_more_saves_its_model(tiny_bert, mined, tmp_path):
