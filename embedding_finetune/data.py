@@ -64,13 +64,14 @@ class KnownPositives:
 class TrainDataset(Dataset):
     """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
 
-    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py.
+    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py. `group_size` is that of the
+    longest group that the rows can fill, where this is smaller: no batch is wider than it needs to be.
     """
 
     def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
         self.rows = rows
         self.neighbours = Neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
-        self.group_size = group_size
+        self.group_size = min(group_size, 1 + _most_negatives(rows))
         self.seed = seed
         self.known_positives = KnownPositives(rows)
 
@@ -88,6 +89,12 @@ class TrainDataset(Dataset):
         if row["pos_scores"] and len(row["neg_scores"]) == len(row["neg"]):
             scores = [row["pos_scores"][positive], *(row["neg_scores"][place] for place in negatives)]
         return TrainExample(index, row["query"], passages, self.known_positives.of(row["query"]), scores)
+
+
+def _most_negatives(rows: datasets.Dataset) -> int:
+    """How many negatives the row with the most has."""
+    tables = rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000)
+    return max(int(table["neg"].combine_chunks().value_lengths().to_numpy().max()) for table in tables)
 
 
 class EpochSampler(Sampler[EpochIndex]):

@@ -47,9 +47,11 @@ def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.
 
     The ideal is taken from the query file (Järvelin and Kekäläinen 2002, with linear gain as in trec_eval).
     """
-    discounts = 1.0 / np.log2(np.arange(2, cutoff + 2))
     within = relevance[:, :cutoff]
-    ideal = np.concatenate([[0.0], discounts.cumsum()])[np.minimum(relevant_counts, cutoff)]
+    best_counts = np.minimum(relevant_counts, cutoff)
+    depth = max(within.shape[1], int(best_counts.max(initial=0)))  # a cutoff may be far beyond any rank
+    discounts = 1.0 / np.log2(np.arange(2, depth + 2))
+    ideal = np.concatenate([[0.0], discounts.cumsum()])[best_counts]
     return within @ discounts[: within.shape[1]] / ideal
 
 

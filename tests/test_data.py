@@ -162,3 +162,12 @@ def test_known_ids_of_unequal_number_are_filled_up(tmp_path):
     assert known.shape == (2, 3)
     assert (known == PADDING_ID).sum(axis=1).tolist() == [0, 1]
     assert np.isin([text_id("p"), text_id("b")], known[1]).all()
+
+
+def test_a_group_size_beyond_all_negatives_is_cut_to_what_the_rows_can_fill(tmp_path):
+    rows = rows_of(tmp_path, [*many(2, negatives=3), {"query": "q", "pos": ["p"]}])
+    dataset = TrainDataset(rows, group_size=10**12, seed=0)
+    assert dataset.group_size == 4
+    assert [len(dataset[0, i].passages) for i in range(3)] == [4, 4, 1]
+    assert TrainDataset(rows, group_size=2, seed=0).group_size == 2
+    assert TrainDataset(rows_of(tmp_path, many(2, negatives=0)), group_size=9, seed=0).group_size == 1
