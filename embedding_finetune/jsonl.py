@@ -28,6 +28,8 @@ SCORE_FIELDS = ("pos_scores", "neg_scores")
 _LARGEST = (2 - 2**-23) * 2.0**127
 """Of the numbers that float32, in which scores are held, is able to hold."""
 _SHOWN = 20
+_MOST_FIELDS = 10
+"""In one log line."""
 
 
 def canonical(text: str) -> str:
@@ -66,7 +68,7 @@ def read_training_rows(
                     f'{path}:{line}: "{field}_scores" is missing, which --distillation_weight needs; '
                     "mine_hard_neg.py --save_scores writes it"
                 )
-        others.update(name for name in record if name not in used)
+        others.update(_fields_beyond(used, record))
         yield record
     _log_others(path, others, unused)
 
@@ -89,6 +91,8 @@ def read_queries(path: str | os.PathLike, *, unused: str | None = "ignored") -> 
             _require_text(path, line, record, "group")
         if "id" in record:
             name = record["id"]
+            if isinstance(name, str):
+                _check_text(path, line, '"id"', name)
             if type(name) not in (str, int) or str(name).split() != [str(name)]:
                 raise UserError(f'{path}:{line}: "id" is {name!r}, expected a string without whitespace or a number')
             if lines_of.setdefault(str(name), line) != line:
@@ -97,7 +101,7 @@ def read_queries(path: str | os.PathLike, *, unused: str | None = "ignored") -> 
             without_id += 1
         if lines_of and without_id:
             raise UserError(f'{path}:{line}: some rows have an "id" and some do not; give all of them one, or none')
-        others.update(name for name in record if name not in used)
+        others.update(_fields_beyond(used, record))
         yield record
     if unused is not None:
         _log_others(path, others, unused)
@@ -124,7 +128,7 @@ def read_passages(path: str | os.PathLike) -> Iterator[str]:
                 f'{path}:{line}: neither "context" nor "text" is there; '
                 'expected {"context": [str, ...]} or {"text": str}'
             )
-        others.update(name for name in record if name != used)
+        others.update(_fields_beyond({used}, record))
     _log_others(path, others, "ignored")
 
 
@@ -133,7 +137,10 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    children = sorted(path.iterdir())
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     files = [child for child in children if child.is_file() and _is_data_file(child.name)]
     inside = {child.name: count for child in children if (count := _count_data_files(child))}
     if not files:
@@ -299,10 +306,18 @@ def _drop_nulls(record: Record, *fields: str) -> None:
             del record[field]
 
 
+def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
+    """The names of a record's other fields that hold something."""
+    return [name for name, value in record.items() if name not in used and value is not None]
+
+
 def _log_others(path: str | os.PathLike, others: Counter[str], unused: str) -> None:
     """Say what is `unused`, and in how many rows: others counts the fields."""
-    if others:
-        logger.info("%s: %s: %s", path, unused, ", ".join(f'"{name}" in {n} rows' for name, n in others.items()))
+    told = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
+    if len(told) > _MOST_FIELDS:
+        told[_MOST_FIELDS:] = [f"and {len(told) - _MOST_FIELDS} other fields"]
+    if told:
+        logger.info("%s: %s: %s", path, unused, ", ".join(told))
 
 
 def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str) -> None:

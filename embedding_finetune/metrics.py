@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+_LARGEST_CUTOFF = 10**300
+"""That is worth telling from larger ones, and a float."""
+
 
 def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
     """Reciprocal rank of the first relevant passage within the cutoff (Voorhees, TREC-8 1999)."""
@@ -32,7 +35,7 @@ def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> n
 
 def precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
     """Relevant passages within the cutoff, divided by the cutoff, also where the corpus is smaller than that."""
-    return relevance[:, :cutoff].sum(axis=1) / cutoff
+    return relevance[:, :cutoff].sum(axis=1) / float(min(cutoff, _LARGEST_CUTOFF))
 
 
 def average_precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embedding_finetune.jsonl import Record
-from embedding_finetune.mining import DRAWN, Selection
+from embedding_finetune.mining import Selection
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MANY_ABOVE = 0.1
@@ -86,8 +86,11 @@ def _warnings(audit: Mapping[str, object], wanted: int) -> list[str]:
         start = audit["settings"]["range_for_sampling"][0]
         if start >= audit["candidates"]:
             why = f"--range_for_sampling starts at rank {start} of {audit['candidates']} candidates; start it lower"
-        elif any(reason.endswith(DRAWN) for reason in audit["left_out"]):
-            why = "filters refuse too many of the others; relax them or give a larger --candidate_pool"
+        elif any(reason.startswith("--") for reason in audit["left_out"]):
+            why = (
+                "filters refuse many, and too few candidates are outside the retrieved ranks; relax the filters, lower "
+                "--range_for_sampling or give a larger --candidate_pool"
+            )
         else:
             why = (
                 "too few candidates are outside the retrieved ranks; lower --range_for_sampling or give a larger "

@@ -163,6 +163,7 @@ def test_fail_if_worse_asks_for_significance(files, tiny_bert, other_bert, monke
         ([{}, {"id": 1}], "q.jsonl:2: some rows have an"),
         ([{"id": "a b"}], 'q.jsonl:1: "id"'),
         ([{"id": True}], 'q.jsonl:1: "id"'),
+        ([{"id": ""}], 'q.jsonl:1: "id" is an empty string'),
         ([{"group": 5}], 'q.jsonl:1: "group"'),
     ],
 )

@@ -187,7 +187,10 @@ def test_scores_that_float32_cannot_hold_are_named(tmp_path, score):
 def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
     train, queries, pool = tmp_path / "train.jsonl", tmp_path / "queries.jsonl", tmp_path / "pool.jsonl"
     row = {"query": "q", "pos": ["p"]}
-    jsonl.write(train, [{**row, "prompt": "x", "neg": [], "neg_scores": []}] * 29 + [{**row, "type": "y"}, row])
+    jsonl.write(
+        train,
+        [{**row, "prompt": "x", "neg": [], "neg_scores": []}] * 29 + [{**row, "type": "y"}, {**row, "type": None}],
+    )
     jsonl.write(queries, [{**row, "id": 1, "group": "g", "neg": ["n"]}])
     jsonl.write(pool, [{"text": "a", "title": "t"}, {"context": ["b"], "text": "c"}, {"text": "d"}])
     with caplog.at_level("INFO"):
@@ -203,6 +206,11 @@ def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
     with caplog.at_level("INFO"):
         list(jsonl.read_training_rows(train, known=jsonl.SCORE_FIELDS, unused="kept"))
     assert caplog.messages == [f'{train}: kept: "prompt" in 29 rows, "type" in 1 rows']
+    caplog.clear()
+    jsonl.write(train, [{**row, **dict.fromkeys(map(str, range(12)), 0), "a\nb": 1}])
+    with caplog.at_level("INFO"):
+        read_rows(train)
+    assert caplog.messages[0].endswith('"9" in 1 rows, and 3 other fields')
 
 
 def test_folders_in_a_folder_of_data_are_a_warning_with_the_number_of_their_files(tmp_path, caplog):
@@ -226,3 +234,10 @@ def test_half_a_surrogate_pair_in_a_field_that_is_passed_on_survives(tmp_path):
     rows = read_rows(path)
     jsonl.write(path, rows)
     assert read_rows(path) == rows
+
+
+def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"], "id": "\\ud800"}\n')
+    with pytest.raises(UserError, match=r'a\.jsonl:1: "id" holds half a surrogate pair'):
+        list(jsonl.read_queries(path))
