@@ -106,7 +106,7 @@ def load_evaluation(data_args: "DataArguments", dataset: "TrainDataset") -> Retr
     if data_args.eval_index_file_jsonl_path is not None:
         corpus = Corpus(jsonl.read_passages(data_args.eval_index_file_jsonl_path))
     else:
-        queries = jsonl.read_queries(data_args.eval_query_file_jsonl_path)
+        queries = jsonl.read_queries(data_args.eval_query_file_jsonl_path, unused=None)  # load_task will say it
         rows = (*dataset.rows.select_columns(["pos"]), *queries)
         corpus = Corpus(text for row in rows for text in row["pos"])
     task = load_task(data_args.eval_query_file_jsonl_path, corpus)
@@ -163,7 +163,7 @@ def make_trainer(
     collator = EmbedCollator(
         tokenizer,
         config,
-        group_size=data_args.train_group_size,
+        group_size=dataset.group_size,
         query_max_len=data_args.query_max_len,
         passage_max_len=data_args.passage_max_len,
         with_teacher=args.distillation_weight > 0,

@@ -16,9 +16,7 @@ import argparse
 import json
 import logging
 import random
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,44 +31,45 @@ from embedding_finetune.arguments import (
 )
 from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus
-from embedding_finetune.jsonl import Record, canonical
-from embedding_finetune.mining import ScoreFilters, Selection, lowest_scores, row_rng, select_negatives
+from embedding_finetune.jsonl import Record
+from embedding_finetune.mining import Selection, lowest_scores
+from embedding_finetune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from embedding_finetune.candidates import Candidates, Pairs, Score
+    from embedding_finetune.candidates import Candidates
 
 logger = logging.getLogger("embedding_finetune.mine_hard_neg")
-
-_ROWS_AT_ONCE = 8192
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Read rows, rank the candidates for each, choose negatives, write the rows, give the audit."""
-    began = time.monotonic()
+    stopwatch = Stopwatch()
     args = parse_arguments(argv)
     log_to_stderr()
-    rows = list(jsonl.read_training_rows(args.input_file))
+    rows = read_rows(args)
     corpus = Corpus(candidate_texts(rows, args.candidate_pool), beyond=own_texts(rows, args))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
+    stopwatch.lap("read")
 
     # Heavy imports wait until flags and data are known to be good.
     with uninterrupted():
         from embedding_finetune.candidates import rank_candidates
         from embedding_finetune.distributed import rank, start
         from embedding_finetune.reranking import check_reranker
+        from embedding_finetune.selection import choose_negatives, positive_pairs, with_all_scores
 
     start()
     if args.reranker_name_or_path is not None:
         check_reranker(args.reranker_name_or_path, args)
-    pairs = positive_pairs(rows, corpus)
-    found = rank_candidates([row["query"] for row in rows], corpus, pairs, np.unique(pairs.positions), args)
+    pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]
+    found = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), args, stopwatch)
     lowest_positive = lowest_scores(pairs.rows, found.pair_scores, len(rows))
-    selections = choose_negatives(rows, corpus, found, lowest_positive, args)
+    selections = choose_negatives(rows, corpus, found, lowest_positive, args, stopwatch)
     if args.save_scores:
         selections = with_all_scores(selections, found.score)
     if rank() == 0:
-        write_outcome(rows, corpus, found, lowest_positive, selections, args, began)
+        write_outcome(rows, corpus, found, lowest_positive, selections, args, stopwatch)
 
 
 def write_outcome(
@@ -80,9 +79,9 @@ def write_outcome(
     lowest_positive: np.ndarray,
     selections: Sequence[Selection],
     args: argparse.Namespace,
-    began: float,
+    stopwatch: Stopwatch,
 ) -> None:
-    """Write the rows and the audit, and tell it; `began` is when the run did, by time.monotonic."""
+    """Write the rows and the audit, and tell it."""
     from embedding_finetune.mining_audit import audit_text, examples, mining_audit
 
     written = [n for n, own in enumerate(selections) if own.negatives or not args.drop_rows_without_negatives]
@@ -91,11 +90,12 @@ def write_outcome(
     positive_scores = np.split(found.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
     mined = partial(mined_rows, rows, corpus, selections, positive_scores if args.save_scores else None)
     jsonl.write(args.output_file, mined(written))
+    stopwatch.lap("write")
     audit = {
         **mining_audit(selections, found.pair_scores, lowest_positive, wanted=args.negative_number),
         "candidates": len(corpus),
         "rows_dropped": len(rows) - len(written),
-        "seconds": {**found.seconds, "total": time.monotonic() - began},
+        "seconds": {**stopwatch.seconds, "total": stopwatch.seconds.total()},
         "settings": vars(args),
         "weights_sha256": found.weights,
     }
@@ -159,6 +159,20 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     jsonl.require_apart({"--input_file": args.input_file}, {"--report_file": args.report_file})
 
 
+def read_rows(args: argparse.Namespace) -> list[Record]:
+    """The rows of --input_file; says which fields play no part in mining, and whether scores get lost."""
+    told = "kept and written, but not used"
+    rows = list(jsonl.read_training_rows(args.input_file, known=jsonl.SCORE_FIELDS, unused=told))
+    scored = sum(any(row.get(field) is not None for field in jsonl.SCORE_FIELDS) for row in rows)
+    if scored and not args.save_scores:
+        logger.info(
+            "%s: scores in %d rows are left out: they are of the old negatives; --save_scores writes new ones",
+            args.input_file,
+            scored,
+        )
+    return rows
+
+
 def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Iterator[str]:
     """The texts that may become negatives, in first-seen order, repeats included."""
     if candidate_pool is not None:
@@ -175,92 +189,6 @@ def own_texts(rows: Sequence[Record], args: argparse.Namespace) -> Iterator[str]
         yield from row["pos"]
         if args.keep_existing_negatives:
             yield from row.get("neg", ())
-
-
-def positive_pairs(rows: Sequence[Record], corpus: Corpus) -> "Pairs":
-    """Row number and position of every positive (P,), row by row."""
-    from embedding_finetune.candidates import Pairs
-
-    positions = corpus.positions([text for row in rows for text in row["pos"]])
-    return Pairs(np.repeat(np.arange(len(rows)), [len(row["pos"]) for row in rows]), positions)
-
-
-def choose_negatives(
-    rows: Sequence[Record],
-    corpus: Corpus,
-    found: "Candidates",
-    lowest_positive: np.ndarray,
-    args: argparse.Namespace,
-) -> list[Selection]:
-    """Every row's negatives."""
-    filters = ScoreFilters(args.max_score, args.min_score, args.absolute_margin, args.relative_margin)
-    known = known_texts(rows, corpus, found.near_duplicates)
-    selections = []
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(first, first + _ROWS_AT_ONCE)
-        scores = found.window_scores[part]
-        refused_by = filters.refusals(scores, lowest_positive[part])
-        lists = zip(rows[part], found.ranking[part].tolist(), scores.tolist(), refused_by.tolist())
-        for number, (row, ranking, row_scores, refused) in enumerate(lists, start=first):
-            excluded = next(known)
-            existing = row.get("neg", ()) if args.keep_existing_negatives else ()
-            kept = dict.fromkeys(p for p in corpus.positions(existing).tolist() if p not in excluded)
-            selection = select_negatives(
-                ranking,
-                row_scores,
-                refused,
-                window=args.range_for_sampling,
-                count=args.negative_number,
-                excluded=excluded,
-                corpus_size=len(corpus),
-                rng=row_rng(args.seed, number),
-                strategy=args.sampling_strategy,
-                kept=list(kept),
-            )
-            if len(kept) < len(existing):
-                selection.dropped["negatives of the input that are positives or repeats"] += len(existing) - len(kept)
-            selections.append(selection)
-    return selections
-
-
-def known_texts(rows: Sequence[Record], corpus: Corpus, near_duplicates: np.ndarray) -> Iterator[Mapping[int, str]]:
-    """Row by row, position -> reason for every text that must not become a negative.
-
-    These are the query, its positives in any row, and what nearly equals one of those: near_duplicates (n, 2).
-    """
-    own = [corpus.positions(row["pos"]).tolist() for row in rows]
-    queries = corpus.positions([row["query"] for row in rows]).tolist()
-    answers: dict[str, dict[int, None]] = defaultdict(dict)
-    for row, positions in zip(rows, own):
-        answers[canonical(row["query"])].update(dict.fromkeys(positions))
-    near: dict[int, list[int]] = defaultdict(list)
-    for positive, passage in near_duplicates.tolist():
-        near[positive].append(passage)
-    for row, query, positions in zip(rows, queries, own):
-        same_query = answers[canonical(row["query"])]
-        excluded = {passage: "near-duplicate of a positive" for positive in same_query for passage in near[positive]}
-        excluded[query] = "the query itself"
-        excluded.update(dict.fromkeys(same_query, "positive of the same query in another row"))
-        excluded.update(dict.fromkeys(positions, "positive"))
-        excluded.pop(-1, None)  # not among the texts
-        yield excluded
-
-
-def with_all_scores(selections: Sequence[Selection], score: "Score") -> list[Selection]:
-    """The selections with the scores filled in that retrieval did not give: of kept and random negatives."""
-    from embedding_finetune.candidates import Pairs
-
-    missing = [
-        (row, place)
-        for row, selection in enumerate(selections)
-        for place, known in enumerate(np.isfinite(selection.scores).tolist())
-        if not known
-    ]
-    pairs = np.array([(row, selections[row].negatives[place]) for row, place in missing], dtype=np.int64).reshape(-1, 2)
-    scores = score(Pairs(pairs[:, 0], pairs[:, 1])).tolist()
-    for (row, place), value in zip(missing, scores):
-        selections[row].scores[place] = value
-    return list(selections)
 
 
 def mined_rows(

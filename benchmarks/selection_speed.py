@@ -9,7 +9,6 @@ import argparse
 import statistics
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,10 @@ def main() -> None:
     args = parser.parse_args()
 
     import mine_hard_neg
-    from embedding_finetune.candidates import Candidates
+    from embedding_finetune.candidates import Candidates, Pairs
     from embedding_finetune.corpus import Corpus
+    from embedding_finetune.selection import choose_negatives
+    from embedding_finetune.stopwatch import Stopwatch
 
     flags = ["--model_name_or_path", "none", "--input_file", __file__, "--output_file", "none.jsonl"]
     mining = mine_hard_neg.parse_arguments([*flags, "--relative_margin", "0.05"])
@@ -38,11 +39,15 @@ def main() -> None:
     scores = np.sort(rng.random((len(rows), stop - start), dtype=np.float32), axis=1)[:, ::-1]
     positive = np.full(len(rows), 0.9, dtype=np.float32)
     none = np.empty((0, 2), dtype=np.int64)
-    found = Candidates(ranking, scores, positive, none, lambda pairs: np.empty(0), {}, Counter())
+
+    def score(pairs: Pairs) -> np.ndarray:
+        return np.zeros(len(pairs.rows), dtype=np.float32)
+
+    found = Candidates(ranking, scores, positive, none, score, {})
     rates = []
     for _ in range(args.rounds):
         began = time.perf_counter()
-        mine_hard_neg.choose_negatives(rows, corpus, found, positive, mining)
+        choose_negatives(rows, corpus, found, positive, mining, Stopwatch())
         rates.append(len(rows) / (time.perf_counter() - began))
     print(f"{statistics.median(rates):.0f} queries/s ({min(rates):.0f} - {max(rates):.0f})")
 

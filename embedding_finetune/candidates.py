@@ -6,8 +6,7 @@ Shapes: Q rows, each with one query; k ranks, of which the last W are the sampli
 """
 
 import argparse
-import time
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -28,6 +27,7 @@ from embedding_finetune.search import (
     merge_rankings,
     merge_scores,
 )
+from embedding_finetune.stopwatch import Stopwatch
 
 _FLAG = "--model_name_or_path"
 
@@ -51,7 +51,7 @@ class Candidates(NamedTuple):
     ranking: (Q, k) positions, best first, -1 past the end. window_scores: (Q, W), of its last W places, -inf past the
     end. pair_scores: (P,), of the pairs that were asked for. near_duplicates: (n, 2), a positive's position and that of
     a passage as good as equal to it. score: scores other pairs in the same way. weights: digests of the models, by
-    name. seconds: what the parts took.
+    name.
     """
 
     ranking: np.ndarray
@@ -60,24 +60,37 @@ class Candidates(NamedTuple):
     near_duplicates: np.ndarray
     score: Score
     weights: dict[str, str]
-    seconds: Counter[str]
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The ranks [start, stop) to sample from, as far as the corpus goes."""
+        ranks = self.ranking.shape[1]
+        return ranks - self.window_scores.shape[1], ranks
 
 
 def rank_candidates(
-    queries: Sequence[str], corpus: Corpus, pairs: Pairs, positives: np.ndarray, args: argparse.Namespace
+    queries: Sequence[str],
+    corpus: Corpus,
+    pairs: Pairs,
+    positives: np.ndarray,
+    args: argparse.Namespace,
+    stopwatch: Stopwatch,
 ) -> Candidates:
     """Rank the corpus for every query and score `pairs`, as mine_hard_neg.py's flags say.
 
     positives: positions, whose near-duplicates are looked for. With several models the ranking is their reciprocal-rank
     fusion, and scores and near-duplicates are the first one's. A reranker rescores the window and the pairs, and puts
-    the window in the order of its scores.
+    the window in the order of its scores. No ranking is wider than the corpus, whatever --range_for_sampling says.
+    Laps of the stopwatch are "load", "encode", "search" and "rescore".
     """
+    window = tuple(min(rank, len(corpus)) for rank in args.range_for_sampling)
+    args = argparse.Namespace(**{**vars(args), "range_for_sampling": window})
     gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
-    found = _first_retriever(queries, corpus, pairs, positives, args, gpus)
+    found = _first_retriever(queries, corpus, pairs, positives, args, gpus, stopwatch)
     if len(args.model_name_or_path) > 1:
-        found = _fused(found, queries, corpus, args, gpus)
+        found = _fused(found, queries, corpus, args, gpus, stopwatch)
     if args.reranker_name_or_path is not None:
-        found = _reranked(found, queries, corpus, pairs, args)
+        found = _reranked(found, queries, corpus, pairs, args, stopwatch)
     return found
 
 
@@ -88,48 +101,62 @@ def _first_retriever(
     positives: np.ndarray,
     args: argparse.Namespace,
     gpus: Sequence[int],
+    stopwatch: Stopwatch,
 ) -> Candidates:
-    near_duplicates = args.near_duplicate_threshold is not None
-    if args.embeddings_dir is None and (near_duplicates or len(args.model_name_or_path) > 1):
-        # Some texts are looked at twice, but encoded once.
-        args = argparse.Namespace(**{**vars(args), "embeddings_dir": scratch_folder()})
     name = args.model_name_or_path[0]
-    encoder = load_encoder(name, args, flag=_FLAG)
+    encoder = load_encoder(name, args, flag=_FLAG, scratch=_scratch(args))
+    stopwatch.lap("load")
     ranking = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
     known = PairScores(ranking.queries, *pairs)
-    seconds: Counter[str] = Counter()
     near = np.empty((0, 2), dtype=np.int64)
-    if near_duplicates:
-        duplicates = NearDuplicates(encode_passages(encoder, corpus.texts.at(positives)), args.near_duplicate_threshold)
-        _search(encoder, corpus, ranking, [known, duplicates], seconds)
+    if args.near_duplicate_threshold is not None:
+        embeddings = encode_passages(encoder, corpus.texts.at(positives), _own_part(positives, corpus))
+        duplicates = NearDuplicates(embeddings, args.near_duplicate_threshold)
+        _search(encoder, corpus, ranking, [known, duplicates], stopwatch)
         merge_near_duplicates(duplicates)
         near = np.stack([positives[duplicates.pairs[:, 0]], duplicates.pairs[:, 1]], axis=1)
     else:
-        _search(encoder, corpus, ranking, [known], seconds)
+        _search(encoder, corpus, ranking, [known], stopwatch)
     merge_scores(known)
+    stopwatch.lap("search")
     return Candidates(
         ranking=ranking.positions,
         window_scores=ranking.scores[:, args.range_for_sampling[0] :],
         pair_scores=known.scores,
         near_duplicates=near,
-        score=partial(_encoder_scores, encoder, ranking.queries, corpus),
+        score=partial(_encoder_scores, encoder, ranking.queries, corpus, stopwatch),
         weights={name: encoder.weights_digest},
-        seconds=seconds,
     )
 
 
+def _scratch(args: argparse.Namespace) -> str | None:
+    """A folder for embeddings where the first model looks at some texts twice: they are encoded once all the same."""
+    filters = (args.max_score, args.min_score, args.absolute_margin, args.relative_margin)
+    scores_count = args.reranker_name_or_path is None and any(limit is not None for limit in filters)
+    if args.near_duplicate_threshold is None and len(args.model_name_or_path) == 1 and not scores_count:
+        return None
+    return tempfile.mkdtemp(dir=scratch_folder())
+
+
 def _fused(
-    found: Candidates, queries: Sequence[str], corpus: Corpus, args: argparse.Namespace, gpus: Sequence[int]
+    found: Candidates,
+    queries: Sequence[str],
+    corpus: Corpus,
+    args: argparse.Namespace,
+    gpus: Sequence[int],
+    stopwatch: Stopwatch,
 ) -> Candidates:
     """The same candidates in the order that all models together give them."""
     rankings = [found.ranking]
     for name in args.model_name_or_path[1:]:
         encoder = load_encoder(name, args, flag=_FLAG)
+        stopwatch.lap("load")
         ranking = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
-        _search(encoder, corpus, ranking, [], found.seconds)
+        _search(encoder, corpus, ranking, [], stopwatch)
         rankings.append(ranking.positions)
         found.weights[name] = encoder.weights_digest
     found = found._replace(ranking=fuse(rankings))
+    stopwatch.lap("search")
     return found._replace(window_scores=_window_scores(found, args.range_for_sampling[0]))
 
 
@@ -138,36 +165,50 @@ def _search(
     corpus: Corpus,
     ranking: TopK,
     listeners: Sequence[PairScores | NearDuplicates],
-    seconds: Counter[str],
+    stopwatch: Stopwatch,
 ) -> None:
     """One pass over the corpus: its texts for the ranking, those beyond it too for the listeners."""
-    began = time.monotonic()
     for first, block in encode_own_passages(encoder, corpus.texts):
-        seconds["encode"] += time.monotonic() - began
-        began = time.monotonic()
+        stopwatch.lap("encode")  # with the queries, before the first block
         retrievable = block[: max(len(corpus) - first, 0)]
         ranking.add(first, retrievable)
         for listener in listeners:
             listener.add(first, block)
-        seconds["search"] += time.monotonic() - began
-        began = time.monotonic()
+        stopwatch.lap("search")
+    stopwatch.lap("encode")
     merge_rankings(ranking)
 
 
-def _encoder_scores(encoder: Encoder, queries: np.ndarray, corpus: Corpus, pairs: Pairs) -> np.ndarray:
+def _encoder_scores(
+    encoder: Encoder, queries: np.ndarray, corpus: Corpus, stopwatch: Stopwatch, pairs: Pairs
+) -> np.ndarray:
     """Inner products of query embeddings (Q, H) with those of the texts they are paired with."""
     distinct, places = np.unique(pairs.positions, return_inverse=True)
     scores = PairScores(queries, pairs.rows, places)
-    for first, block in encode_own_passages(encoder, corpus.texts.at(distinct)):
+    stopwatch.lap("search")
+    for first, block in encoder.encode_passages(corpus.texts.at(distinct), _own_part(distinct, corpus)):
+        stopwatch.lap("encode")
         scores.add(first, block)
+        stopwatch.lap("search")
     merge_scores(scores)
+    stopwatch.lap("search")
     return scores.scores
 
 
-def _reranker_scores(reranker: Reranker, queries: Sequence[str], corpus: Corpus, pairs: Pairs) -> np.ndarray:
+def _own_part(positions: np.ndarray, corpus: Corpus) -> slice:
+    """Of positions in ascending order, those whose texts this process encodes when it searches, and may have stored."""
+    share = own_share(len(corpus.texts))
+    return slice(*np.searchsorted(positions, [share.start, share.stop]).tolist())
+
+
+def _reranker_scores(
+    reranker: Reranker, queries: Sequence[str], corpus: Corpus, stopwatch: Stopwatch, pairs: Pairs
+) -> np.ndarray:
     share = own_share(len(pairs.rows))
     own_queries = [queries[row] for row in pairs.rows[share].tolist()]
-    return np.concatenate(gather_objects(reranker.scores(own_queries, corpus.texts.at(pairs.positions[share]))))
+    scores = gather_objects(reranker.scores(own_queries, corpus.texts.at(pairs.positions[share])))
+    stopwatch.lap("rescore")
+    return np.concatenate(scores)
 
 
 def _window_scores(found: Candidates, start: int) -> np.ndarray:
@@ -185,19 +226,20 @@ def _reranked(
     corpus: Corpus,
     pairs: Pairs,
     args: argparse.Namespace,
+    stopwatch: Stopwatch,
 ) -> Candidates:
     """The same candidates with a cross-encoder's scores, the window in their order."""
     reranker = load_reranker(args.reranker_name_or_path, args)
-    began = time.monotonic()
+    stopwatch.lap("load")
     start = args.range_for_sampling[0]
-    found = found._replace(score=partial(_reranker_scores, reranker, queries, corpus))
+    found = found._replace(score=partial(_reranker_scores, reranker, queries, corpus, stopwatch))
     scores = _window_scores(found, start)
     order = np.argsort(-scores, axis=1, kind="stable")  # what is past the end stays last
     ranking = found.ranking.copy()
     ranking[:, start:] = np.take_along_axis(ranking[:, start:], order, axis=1)
     pair_scores = found.score(pairs)
     found.weights[args.reranker_name_or_path] = reranker.weights_digest
-    found.seconds["rescore"] += time.monotonic() - began
+    stopwatch.lap("rescore")
     return found._replace(
         ranking=ranking, window_scores=np.take_along_axis(scores, order, axis=1), pair_scores=pair_scores
     )

@@ -66,13 +66,14 @@ class KnownPositives:
 class TrainDataset(Dataset):
     """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
 
-    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py.
+    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py. `group_size` is that of the
+    longest group that the rows can fill, where this is smaller: no batch is wider than it needs to be.
     """
 
     def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
         self.rows = rows
         self.neighbours = Neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
-        self.group_size = group_size
+        self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
         self.seed = seed
         self.known_positives = KnownPositives(rows)
 
@@ -105,7 +106,7 @@ def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) 
         and len(dataset) > 1
         and (args.per_device_train_batch_size > 1 or (args.negatives_cross_device and args.world_size > 1))
     )
-    if not negatives_of_others and (dataset.group_size == 1 or not list_lengths(dataset.rows, "neg").any()):
+    if not negatives_of_others and dataset.group_size == 1:
         raise UserError(
             "no query would have a negative: no row has any, and none shares a batch with another row; "
             'mine "neg" with mine_hard_neg.py, or give a --per_device_train_batch_size of 32 or more'

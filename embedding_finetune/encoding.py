@@ -105,8 +105,11 @@ class Encoder:
         left_out = prompt_length(self.tokenizer, instruction, lower_case=config.lower_case)
         return TextKind(name, instruction, max_length, left_out)
 
-    def keep_embeddings(self, root: str, dtype: torch.dtype) -> None:
-        """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on."""
+    def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
+        """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on.
+
+        is_scratch: the folder serves this run alone, and nobody asked for it.
+        """
         config, dimensions = self.model.embedding_config, self.model.dimensions
         shared = {
             "weights": self.weights_digest,
@@ -123,7 +126,8 @@ class Encoder:
         for name in ("query", "passage"):
             kind: TextKind = getattr(self, name)
             settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
-            setattr(self, name, kind._replace(store=EmbeddingStore(root, settings, dimensions=dimensions)))
+            store = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
+            setattr(self, name, kind._replace(store=store))
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
@@ -154,7 +158,7 @@ class Encoder:
                         kind.store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
-        if kind.store is not None and starts:
+        if kind.store is not None and not kind.store.is_scratch and starts:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
@@ -222,8 +226,11 @@ def default_tokens_per_batch(device: torch.device) -> int:
     return _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
 
 
-def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> Encoder:
-    """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say."""
+def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str, scratch: str | None = None) -> Encoder:
+    """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say.
+
+    scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
+    """
     keep_freed_memory()
     backbone, tokenizer, config = load_backbone(
         name_or_path, flag=flag, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
@@ -256,6 +263,8 @@ def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str) -> E
     )
     if args.embeddings_dir is not None:
         encoder.keep_embeddings(args.embeddings_dir, dtype)
+    elif scratch is not None:
+        encoder.keep_embeddings(scratch, dtype, is_scratch=True)
     return encoder
 
 

@@ -16,10 +16,11 @@ from embedding_finetune.search import encode_own_passages, encode_queries, merge
 
 
 def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> TopK:
-    """The best passages for each query, with their scores.
+    """The best passages for each query, with their scores: top_k, or the whole corpus where that is smaller.
 
     Ties go as trec_eval breaks them, the passage that comes last in the corpus first.
     """
+    top_k = min(top_k, len(task.corpus))
     ranking = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
     for start, block in encode_own_passages(encoder, task.corpus.texts):
         ranking.add(start, block)

@@ -46,13 +46,14 @@ def file_name(model: str, models: list[str]) -> str:
 
 def per_query_records(task: RetrievalTask, rankings: Mapping[str, TopK]) -> Iterator[Record]:
     """One record per query; a rank is None where the answer is beyond the ranking or not in the corpus."""
+    results = {name: (ranking.positions, ranking.scores) for name, ranking in rankings.items()}
     for number, query in enumerate(task.queries):
         record: Record = {"id": task.ids[number], "query": query}
         if task.groups[number] is not None:
             record["group"] = task.groups[number]
         record["models"] = {
-            name: _result(task, number, ranking.positions[number].tolist(), ranking.scores[number].tolist())
-            for name, ranking in rankings.items()
+            name: _result(task, number, positions[number].tolist(), scores[number].tolist())
+            for name, (positions, scores) in results.items()
         }
         yield record
 
@@ -73,10 +74,8 @@ def _result(task: RetrievalTask, number: int, positions: list[int], scores: list
 def run_lines(task: RetrievalTask, ranking: TopK, name: str) -> Iterator[str]:
     """`query Q0 docid rank score tag`, best first; scores in full, so that ties are ties for every reader."""
     tag = re.sub(r"\s+", "_", name)
-    for number, query_id in enumerate(task.ids):
-        for rank, (position, score) in enumerate(
-            zip(ranking.positions[number].tolist(), ranking.scores[number].tolist()), start=1
-        ):
+    for query_id, positions, scores in zip(task.ids, ranking.positions, ranking.scores):
+        for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist()), start=1):
             if position >= 0:
                 yield f"{query_id} Q0 {docid(position, len(task.corpus))} {rank} {score!r} {tag}"
 

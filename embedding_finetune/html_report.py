@@ -146,7 +146,7 @@ def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], dept
         marks.append(f'<polyline class="m{number % _COLOURS}" points="{path}"/>')
         measured = {k: document["metrics"][name].get(f"{measure}@{k}") for k in document["settings"]["cutoffs"]}
         marks += [
-            f'<circle class="m{number % _COLOURS}" cx="{x(k):.1f}" cy="{y(value):.1f}" r="3.5">'
+            f'<circle class="m{number % _COLOURS}" cx="{x(min(k, depth)):.1f}" cy="{y(value):.1f}" r="3.5">'
             f"<title>{escape(name)}: {measure}@{k} {_number(value)}</title></circle>"
             for k, value in measured.items()
             if value is not None

@@ -12,6 +12,7 @@ import os
 import secrets
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,13 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SCORE_FIELDS = ("pos_scores", "neg_scores")
+
+_LARGEST = (2 - 2**-23) * 2.0**127
+"""Of the numbers that float32, in which scores are held, is able to hold."""
+_SHOWN = 20
+_MOST_FIELDS = 10
+"""In one log line."""
 
 
 def canonical(text: str) -> str:
@@ -37,14 +45,20 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def read_training_rows(path: str | os.PathLike, *, scores_required: bool = False) -> Iterator[Record]:
-    """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing.
+def read_training_rows(
+    path: str | os.PathLike, *, scores_required: bool = False, known: Iterable[str] = (), unused: str = "ignored"
+) -> Iterator[Record]:
+    """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
-    They may carry `pos_scores` and `neg_scores`, a number for each text; with scores_required they must.
+    They may carry `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. Other fields
+    are kept: a log line counts them and calls them what `unused` says. known: fields that it leaves out.
 
     Raises UserError naming `path:line` at the first row that is anything else.
     """
+    used = {"query", "pos", "neg", *known, *(SCORE_FIELDS if scores_required else ())}
+    others: Counter[str] = Counter()
     for line, record in read(path):
+        _drop_nulls(record, "neg")
         _require_text(path, line, record, "query")
         _require_texts(path, line, record, "pos")
         if "neg" in record:
@@ -56,24 +70,31 @@ def read_training_rows(path: str | os.PathLike, *, scores_required: bool = False
                     f'{path}:{line}: "{field}_scores" is missing, which --distillation_weight needs; '
                     "mine_hard_neg.py --save_scores writes it"
                 )
+        others.update(_fields_beyond(used, record))
         yield record
+    _log_others(path, others, unused)
 
 
-def read_queries(path: str | os.PathLike) -> Iterator[Record]:
+def read_queries(path: str | os.PathLike, *, unused: str | None = "ignored") -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
 
     They may carry an `id` (a string without whitespace or a whole number; all rows or none, each its own) and a
-    `group` (any string).
+    `group` (any string); null is the same as none. A log line counts other fields, unless `unused` is None.
     """
+    used = {"query", "pos", "id", "group"}
+    others: Counter[str] = Counter()
     lines_of: dict[str, int] = {}
     without_id = 0
     for line, record in read(path):
+        _drop_nulls(record, "id", "group")
         _require_text(path, line, record, "query")
         _require_texts(path, line, record, "pos")
         if "group" in record:
             _require_text(path, line, record, "group")
         if "id" in record:
             name = record["id"]
+            if isinstance(name, str):
+                _check_text(path, line, '"id"', name)
             if type(name) not in (str, int) or str(name).split() != [str(name)]:
                 raise UserError(f'{path}:{line}: "id" is {name!r}, expected a string without whitespace or a number')
             if lines_of.setdefault(str(name), line) != line:
@@ -82,16 +103,26 @@ def read_queries(path: str | os.PathLike) -> Iterator[Record]:
             without_id += 1
         if lines_of and without_id:
             raise UserError(f'{path}:{line}: some rows have an "id" and some do not; give all of them one, or none')
+        others.update(_fields_beyond(used, record))
         yield record
+    if unused is not None:
+        _log_others(path, others, unused)
 
 
 def read_passages(path: str | os.PathLike) -> Iterator[str]:
-    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line."""
+    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line.
+
+    A log line counts other fields.
+    """
+    others: Counter[str] = Counter()
     for line, record in read(path):
+        _drop_nulls(record, "context", "text")
         if "context" in record:
+            used = "context"
             _require_texts(path, line, record, "context")
             yield from record["context"]
         elif "text" in record:
+            used = "text"
             _require_text(path, line, record, "text")
             yield record["text"]
         else:
@@ -99,6 +130,8 @@ def read_passages(path: str | os.PathLike) -> Iterator[str]:
                 f'{path}:{line}: neither "context" nor "text" is there; '
                 'expected {"context": [str, ...]} or {"text": str}'
             )
+        others.update(_fields_beyond({used}, record))
+    _log_others(path, others, "ignored")
 
 
 def data_files(path: str | os.PathLike) -> list[Path]:
@@ -106,18 +139,33 @@ def data_files(path: str | os.PathLike) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    children = sorted(path.iterdir())
-    files = [
-        child
-        for child in children
-        if child.is_file() and child.name.endswith(DATA_SUFFIXES) and not child.name.startswith(".")
-    ]
-    ignored = [child.name for child in children if child not in files]
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    files = [child for child in children if child.is_file() and _is_data_file(child.name)]
+    inside = {child.name: count for child in children if (count := _count_data_files(child))}
+    if not files:
+        hint = f"; the folders in it are not read: give {path / next(iter(inside))}" if inside else ""
+        raise UserError(f"{path}: the folder holds no {', '.join('*' + s for s in DATA_SUFFIXES)} file{hint}")
+    if inside:
+        counts = ", ".join(f"{name} ({count} data files)" for name, count in inside.items())
+        logger.warning("warning: %s: folders in it are not read: %s", path, counts)
+    ignored = [child.name for child in children if child not in files and child.name not in inside]
     if ignored:
         logger.info("%s: not read: %s", path, ", ".join(ignored))
-    if not files:
-        raise UserError(f"{path}: the folder holds no {', '.join('*' + s for s in DATA_SUFFIXES)} file")
     return files
+
+
+def _is_data_file(name: str) -> bool:
+    return name.endswith(DATA_SUFFIXES) and not name.startswith(".")
+
+
+def _count_data_files(folder: Path) -> int:
+    """How many data files a visible folder and the folders in it hold; 0 for what is no folder."""
+    if folder.name.startswith(".") or not folder.is_dir():
+        return 0
+    return sum(_is_data_file(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def read(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
@@ -145,7 +193,7 @@ def write(path: str | os.PathLike, records: Iterable[Record]) -> None:
     """Write records as JSON Lines beside `path`, then rename: a killed run leaves the old file or the new."""
     with atomic_writer(path) as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            file.write(_line_of(record))
 
 
 @contextmanager
@@ -240,6 +288,13 @@ def require_folder(flag: str, path: str | os.PathLike) -> None:
         raise UserError(f"{flag} {path}: {existing} is not writable")
 
 
+def _line_of(record: Record) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair in a field that is only passed on: as it was, in ASCII
+        return json.dumps(record).encode() + b"\n"
+
+
 def _open_for_reading(path: str | os.PathLike) -> BinaryIO:
     return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
 
@@ -280,6 +335,27 @@ def _require_texts(
         _check_text(path, line, f'"{field}"[{position}]', text)
 
 
+def _drop_nulls(record: Record, *fields: str) -> None:
+    """Take out those of the fields that are null."""
+    for field in fields:
+        if field in record and record[field] is None:
+            del record[field]
+
+
+def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
+    """The names of a record's other fields that hold something."""
+    return [name for name, value in record.items() if name not in used and value is not None]
+
+
+def _log_others(path: str | os.PathLike, others: Counter[str], unused: str) -> None:
+    """Say what is `unused`, and in how many rows: others counts the fields."""
+    told = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
+    if len(told) > _MOST_FIELDS:
+        told[_MOST_FIELDS:] = [f"and {len(told) - _MOST_FIELDS} other fields"]
+    if told:
+        logger.info("%s: %s: %s", path, unused, ", ".join(told))
+
+
 def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str) -> None:
     scores = record.get(f"{field}_scores")
     if scores is None:
@@ -288,6 +364,12 @@ def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str
     numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
     if not numbers or len(scores) != len(texts):
         raise UserError(f'{path}:{line}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
+    for position, score in enumerate(scores):
+        if not -_LARGEST <= score <= _LARGEST:  # nor NaN
+            raise UserError(
+                f'{path}:{line}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN]}, '
+                "expected a finite number that float32 can hold"
+            )
 
 
 def _check_text(path: str | os.PathLike, line: int, name: str, text: object) -> None:

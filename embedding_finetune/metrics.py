@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+_LARGEST_CUTOFF = 10**300
+"""That is worth telling from larger ones, and a float."""
+
 
 def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
     """Reciprocal rank of the first relevant passage within the cutoff (Voorhees, TREC-8 1999)."""
@@ -32,7 +35,7 @@ def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> n
 
 def precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
     """Relevant passages within the cutoff, divided by the cutoff, also where the corpus is smaller than that."""
-    return relevance[:, :cutoff].sum(axis=1) / cutoff
+    return relevance[:, :cutoff].sum(axis=1) / float(min(cutoff, _LARGEST_CUTOFF))
 
 
 def average_precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
@@ -47,9 +50,11 @@ def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.
 
     The ideal is taken from the query file (Järvelin and Kekäläinen 2002, with linear gain as in trec_eval).
     """
-    discounts = 1.0 / np.log2(np.arange(2, cutoff + 2))
     within = relevance[:, :cutoff]
-    ideal = np.concatenate([[0.0], discounts.cumsum()])[np.minimum(relevant_counts, cutoff)]
+    best_counts = np.minimum(relevant_counts, cutoff)
+    depth = max(within.shape[1], int(best_counts.max(initial=0)))  # a cutoff may be far beyond any rank
+    discounts = 1.0 / np.log2(np.arange(2, depth + 2))
+    ideal = np.concatenate([[0.0], discounts.cumsum()])[best_counts]
     return within @ discounts[: within.shape[1]] / ideal
 
 

@@ -1,4 +1,4 @@
-"""Choosing negatives from ranked candidates, and the account of what was chosen and why.
+"""Choosing the negatives of one row from its ranked candidates.
 
 Candidates are known by their positions in the corpus; texts play no part here.
 
@@ -7,7 +7,7 @@ Shapes: Q queries, W ranks of the sampling window, P pairs of a query and one of
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +27,11 @@ class ScoreFilters(NamedTuple):
     min_score: float | None = None
     absolute_margin: float | None = None
     relative_margin: float | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them is switched on."""
+        return any(value is not None for value in self)
 
     def refusals(self, scores: np.ndarray, lowest_positive: np.ndarray) -> np.ndarray:
         """Which filter, counted from 1 in the order of FILTERS, is the first to refuse a candidate; 0 for none.
@@ -52,13 +57,15 @@ class ScoreFilters(NamedTuple):
 
 FILTERS = tuple(f"--{name}" for name in ScoreFilters._fields)
 """What an account calls the filters."""
+DRAWN, KEPT = "(drawn at random)", "(of the input)"
+"""What it puts behind a reason that was met elsewhere than among the ranks to sample from."""
 
 
 class Selection(NamedTuple):
     """The negatives of one row: positions in the corpus, and their scores, NaN where they are not known yet.
 
     The first `kept` of them the row had before; the last `random_fills` were drawn from outside the ranking. `dropped`
-    counts, by reason, what the window held but could not be taken.
+    counts, by reason, what could not be taken.
     """
 
     negatives: list[int]
@@ -86,20 +93,20 @@ def select_negatives(
     corpus_size: int,
     rng: random.Random,
     strategy: Strategy = "random",
-    kept: Sequence[int] = (),
+    kept: Mapping[int, float] | None = None,
 ) -> Selection:
     """Choose negatives of one query from the slice [start:stop) of its ranking until there are `count`.
 
     ranking: positions, best first; negative ones mark places past the end of a small corpus. scores, refused_by: of
     the slice, the latter as ScoreFilters.refusals gives it. excluded: position -> reason, for every text that must not
-    become a negative. kept: negatives that the row has already, distinct and not excluded; all of them come first.
+    become a negative. kept: negatives that the row has already and their scores, none excluded; all of them come first.
 
     "random" samples the others, "top" takes them in order. What the window cannot give is filled with random candidates
-    from outside ranking[:stop], never an excluded one, never twice; fewer come back when the corpus has no more.
+    from outside ranking[:stop], see draw_outside; fewer come back when the corpus has no more.
     """
     start, stop = window
     retrieved = [position for position in ranking[:stop] if position >= 0]
-    own = set(kept)
+    kept = kept or {}
     dropped: Counter[str] = Counter()
     eligible: list[int] = []  # places in the window
     for place, position in enumerate(retrieved[start:]):
@@ -107,26 +114,30 @@ def select_negatives(
             dropped[excluded[position]] += 1
         elif refused_by[place]:
             dropped[FILTERS[refused_by[place] - 1]] += 1
-        elif position not in own:
+        elif position not in kept:
             eligible.append(place)
     wanted = max(count - len(kept), 0)
     chosen = rng.sample(eligible, min(wanted, len(eligible))) if strategy == "random" else eligible[:wanted]
     fills: list[int] = []
     if len(chosen) < wanted:
-        refused = excluded.keys() | own | set(retrieved)
-        missing = wanted - len(chosen)
-        # Of a sample this large without replacement, at most len(refused) cannot be taken.
-        drawn = rng.sample(range(corpus_size), min(corpus_size, missing + len(refused)))
-        fills = [position for position in drawn if position not in refused][:missing]
+        refused = excluded.keys() | kept.keys() | set(retrieved)
+        fills = draw_outside(refused, wanted - len(chosen), corpus_size, rng)
     return Selection(
         [*kept, *(retrieved[start + place] for place in chosen), *fills],
-        [*([float("nan")] * len(kept)), *(float(scores[place]) for place in chosen), *([float("nan")] * len(fills))],
+        [*kept.values(), *(float(scores[place]) for place in chosen), *([float("nan")] * len(fills))],
         len(kept),
         len(fills),
         dropped,
     )
 
 
-def row_rng(seed: int, row: int) -> random.Random:
-    """The generator of one row's choices: a function of the seed and the row's number alone."""
-    return random.Random(f"{seed}:{row}")
+def draw_outside(refused: Collection[int], count: int, corpus_size: int, rng: random.Random) -> list[int]:
+    """Up to `count` distinct positions below corpus_size, drawn at random, none of them in the set `refused`."""
+    # Of a sample this large without replacement, at most len(refused) cannot be taken.
+    drawn = rng.sample(range(corpus_size), min(corpus_size, count + len(refused)))
+    return [position for position in drawn if position not in refused][:count]
+
+
+def row_rng(seed: int, row: int, attempt: int = 0) -> random.Random:
+    """The generator of one row's choices: a function of the seed, the row's number and the attempt alone."""
+    return random.Random(f"{seed}:{row}:{attempt}" if attempt else f"{seed}:{row}")

@@ -14,6 +14,8 @@ from embedding_finetune.mining import Selection
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MANY_ABOVE = 0.1
 """Share of negatives that score above their positive from which on the account warns."""
+_MANY_AT_RANDOM = 0.1
+"""Share of negatives drawn at random from which on it does."""
 _SHOWN_CHARACTERS = 160
 
 
@@ -81,9 +83,25 @@ def _quantile_line(values: Mapping[str, float]) -> str:
 def _warnings(audit: Mapping[str, object], wanted: int) -> list[str]:
     warnings = []
     if short := audit["rows_short_of_negatives"]:
+        start = audit["settings"]["range_for_sampling"][0]
+        if start >= audit["candidates"]:
+            why = f"--range_for_sampling starts at rank {start} of {audit['candidates']} candidates; start it lower"
+        elif any(reason.startswith("--") for reason in audit["left_out"]):
+            why = (
+                "filters refuse many, and too few candidates are outside the retrieved ranks; relax the filters, lower "
+                "--range_for_sampling or give a larger --candidate_pool"
+            )
+        else:
+            why = (
+                "too few candidates are outside the retrieved ranks; lower --range_for_sampling or give a larger "
+                "--candidate_pool"
+            )
+        warnings.append(f"warning: {short} rows have fewer than {wanted} negatives: {why}")
+    if audit["negatives_drawn_at_random"] > _MANY_AT_RANDOM * audit["negatives"]:
+        share = audit["negatives_drawn_at_random"] / audit["negatives"]
         warnings.append(
-            f"warning: {short} rows have fewer than {wanted} negatives: too few candidates are outside the "
-            "retrieved ranks; lower --range_for_sampling or give a larger --candidate_pool"
+            f"warning: {share:.0%} of the negatives were drawn at random, which makes them easy ones: the ranks to "
+            "sample from gave too few; widen --range_for_sampling, lower --negative_number or relax the filters"
         )
     share = audit["negatives_above_their_positive"]
     if share is not None and share > _MANY_ABOVE:

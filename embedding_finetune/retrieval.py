@@ -38,14 +38,21 @@ class TopK:
     """The k best passages of every query, kept up to date as blocks of passages come by.
 
     ties: which of two equal scores ranks higher, the passage that comes "first" or "last". gpus: the numbers of the
-    GPUs to search on, none for the CPU. A corpus may hold 2^32 - 1 passages.
+    GPUs to search on, none for the CPU. A corpus may hold 2^32 - 1 passages. Raises UserError when the results do not
+    fit into memory.
     """
 
     def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()):
         self.queries = queries
         self.ties: Ties = ties
         self.gpus = gpus
-        self.best = np.full((len(queries), top_k), _NOTHING, dtype=np.int64)  # (Q, k), ascending
+        try:
+            self.best = np.full((len(queries), top_k), _NOTHING, dtype=np.int64)  # (Q, k), ascending
+        except MemoryError as error:
+            raise UserError(
+                f"the {top_k} best passages of {len(queries)} queries do not fit into memory: lower the end of "
+                "--range_for_sampling (mine_hard_neg.py) or --cutoffs (evaluate.py)"
+            ) from error
 
     @property
     def positions(self) -> np.ndarray:

@@ -25,9 +25,9 @@ def encode_own_passages(encoder: Encoder, passages: Sequence[str]) -> Iterator[t
     return encoder.encode_passages(passages, own_share(len(passages)))
 
 
-def encode_passages(encoder: Encoder, passages: Sequence[str]) -> np.ndarray:
-    """Embeddings of all passages, in every process: (N, H)."""
-    own = [block for _, block in encode_own_passages(encoder, passages)]
+def encode_passages(encoder: Encoder, passages: Sequence[str], share: slice) -> np.ndarray:
+    """Embeddings of all passages, in every process: (N, H); `share` is the part of them that this process encodes."""
+    own = [block for _, block in encoder.encode_passages(passages, share)]
     return np.concatenate([block for blocks in gather_objects(own) for block in blocks])
 
 

@@ -32,20 +32,30 @@ _FORMAT = 1
 class EmbeddingStore:
     """The embeddings of one model, pooling, dtype, length and instruction, by text.
 
-    root: the folder of --embeddings_dir. settings: all that makes an embedding what it is, the weights' digest
-    included; another value anywhere is another store. Raises UserError where the folder cannot be written.
+    root: the folder of --embeddings_dir, or one in TMPDIR where is_scratch. settings: all that makes an embedding what
+    it is, the weights' digest included; another value anywhere is another store. Raises UserError where the folder
+    cannot be written.
     """
 
-    def __init__(self, root: str | os.PathLike, settings: Mapping[str, object], *, dimensions: int):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        settings: Mapping[str, object],
+        *,
+        dimensions: int,
+        is_scratch: bool = False,
+    ):
         described = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
         self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:32]
         self.dimensions = dimensions
+        self.is_scratch = is_scratch
+        self._named = "TMPDIR" if is_scratch else "--embeddings_dir"  # what a user has to change
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_writer(self.folder / "settings.json") as file:
                 file.write(described.encode() + b"\n")
         except OSError as error:
-            raise UserError(f"--embeddings_dir {root}: cannot be written: {error.strerror}") from error
+            raise UserError(f"{self._named} {root}: cannot be written: {error.strerror}") from error
         self.refresh()
 
     def refresh(self) -> None:
@@ -85,7 +95,7 @@ class EmbeddingStore:
                 for part in (struct.pack("<I", checksum), sizes, digests, vectors):
                     file.write(part)
         except OSError as error:
-            raise UserError(f"--embeddings_dir: {self.folder / name} cannot be written: {error.strerror}") from error
+            raise UserError(f"{self._named}: {self.folder / name} cannot be written: {error.strerror}") from error
 
     def _is_complete(self, path: Path) -> bool:
         """Whether a segment has the size that its header tells; a shorter one is removed."""
@@ -97,7 +107,7 @@ class EmbeddingStore:
         except (OSError, struct.error):
             complete = False
         if not complete:
-            _discard(path)
+            self._discard(path)
         return complete
 
     def _index(self) -> None:
@@ -128,7 +138,7 @@ class EmbeddingStore:
         except (OSError, struct.error):
             expected, checksum = 0, None  # gone since it was listed
         if checksum != expected:
-            _discard(path)
+            self._discard(path)
             self._segments[segment] = None
         return checksum == expected
 
@@ -144,12 +154,11 @@ class EmbeddingStore:
                 result[run] = np.frombuffer(raw, dtype="<f4").reshape(len(run), self.dimensions)
         return result
 
+    def _discard(self, path: Path) -> None:
+        logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._named, path)
+        path.unlink(missing_ok=True)
+
 
 def _digests_of(texts: Sequence[str]) -> np.ndarray:
     """(N,) 16 bytes each, of the texts as they are written: what a tokenizer makes of other spellings may differ."""
     return np.array([hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest() for text in texts], dtype="S16")
-
-
-def _discard(path: Path) -> None:
-    logger.warning("warning: --embeddings_dir: %s is damaged; its texts are encoded again", path)
-    path.unlink(missing_ok=True)

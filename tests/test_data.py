@@ -170,3 +170,12 @@ def test_texts_are_mapped_with_offsets_that_do_not_overflow_at_2_gib(tmp_path):
     schema = rows.data.schema
     assert [str(schema.field(name).type) for name in ("query", "pos")] == ["large_string", "list<item: large_string>"]
     assert rows[2]["pos"] == ["p" * 3_000_000]
+
+
+def test_a_group_size_beyond_all_negatives_is_cut_to_what_the_rows_can_fill(tmp_path):
+    rows = rows_of(tmp_path, [*many(2, negatives=3), {"query": "q", "pos": ["p"]}])
+    dataset = TrainDataset(rows, group_size=10**12, seed=0)
+    assert dataset.group_size == 4
+    assert [len(dataset[0, i].passages) for i in range(3)] == [4, 4, 1]
+    assert TrainDataset(rows, group_size=2, seed=0).group_size == 2
+    assert TrainDataset(rows_of(tmp_path, many(2, negatives=0)), group_size=9, seed=0).group_size == 1

@@ -172,6 +172,8 @@ for number, pool in enumerate(pools):
         "--output_file", f"{folder}/{number}.reranked.jsonl", *flags])
     evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
         "--output_dir", f"{folder}/{number}"])
+    mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.filtered.jsonl",
+        "--absolute_margin", "0.001", "--keep_existing_negatives", *flags])
 """
 
 
@@ -193,7 +195,7 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
         files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         metrics = [json.loads(files.pop(Path(f"{n}/metrics.json")))["metrics"] for n in range(len(pools))]
         outcomes.append((files, metrics, result.stdout))
-    assert len(outcomes[0][0]) == 6 * len(pools)
+    assert len(outcomes[0][0]) == 7 * len(pools)
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 

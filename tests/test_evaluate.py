@@ -163,6 +163,7 @@ def test_fail_if_worse_asks_for_significance(files, tiny_bert, other_bert, monke
         ([{}, {"id": 1}], "q.jsonl:2: some rows have an"),
         ([{"id": "a b"}], 'q.jsonl:1: "id"'),
         ([{"id": True}], 'q.jsonl:1: "id"'),
+        ([{"id": ""}], 'q.jsonl:1: "id" is an empty string'),
         ([{"group": 5}], 'q.jsonl:1: "group"'),
     ],
 )
@@ -189,3 +190,20 @@ def test_checks_that_could_never_fail_are_refused(files, tmp_path, monkeypatch, 
         run(files, "no-model", flags=flags)
     assert stop.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_cutoffs_far_beyond_the_corpus_give_what_the_whole_ranking_gives(files, tiny_bert, tmp_path):
+    folders, metrics = [tmp_path / "near", tmp_path / "far"], []
+    for folder, cutoff in zip(folders, (10, 10**10)):  # ten passages
+        flags = ("--cutoffs", cutoff, "--measures", *evaluate.MEASURES, "--output_dir", folder)
+        metrics.append(run(files, tiny_bert, flags=flags))
+    near, far = metrics
+    for name in evaluate.MEASURES:
+        expected = near[f"{name}@10"] * (1e-9 if name == "Precision" else 1)
+        assert expected > 0
+        assert far[f"{name}@{10**10}"] == pytest.approx(expected)
+    for name in ("per_query.jsonl", "qrels.trec", f"run.{str(tiny_bert).strip('./').replace('/', '_')}.trec"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    page = (folders[1] / "report.html").read_text()
+    assert "MRR at cutoffs from 1 to 10" in page
+    assert len(page) < len((folders[0] / "report.html").read_text()) + 1000

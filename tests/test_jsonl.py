@@ -171,3 +171,88 @@ def test_odd_characters_of_texts_are_kept(tmp_path):
     path = tmp_path / "out.jsonl"
     jsonl.write(path, [{"text": text} for text in texts])
     assert list(jsonl.read_passages(path)) == texts
+
+
+def test_null_is_the_same_as_missing_where_a_field_may_be_missing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"], "neg": null, "pos_scores": null}\n')
+    assert [row.get("neg", []) for row in read_rows(path)] == [[]]
+    path.write_text('{"query": "q", "pos": ["p"], "id": null, "group": null}\n')
+    assert list(jsonl.read_queries(path)) == [{"query": "q", "pos": ["p"]}]
+    path.write_text('{"context": null, "text": "a"}\n{"context": ["b"], "text": null}\n')
+    assert list(jsonl.read_passages(path)) == ["a", "b"]
+    for line in ('{"query": null, "pos": ["p"]}', '{"query": "q", "pos": null}', '{"query": "q", "pos": [null]}'):
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match=r"a\.jsonl:1: .*NoneType, expected"):
+            read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "score", ["1" + "0" * 400, "-1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e300", "3.5e38"]
+)
+def test_scores_that_float32_cannot_hold_are_named(tmp_path, score):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q", "pos": ["p", "r"], "pos_scores": [3.4e38, ' + score + "]}\n")
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f'{path}:1: "pos_scores"[1] is ')
+    assert len(str(error.value)) < len(str(path)) + 100
+
+
+def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
+    train, queries, pool = tmp_path / "train.jsonl", tmp_path / "queries.jsonl", tmp_path / "pool.jsonl"
+    row = {"query": "q", "pos": ["p"]}
+    jsonl.write(
+        train,
+        [{**row, "prompt": "x", "neg": [], "neg_scores": []}] * 29 + [{**row, "type": "y"}, {**row, "type": None}],
+    )
+    jsonl.write(queries, [{**row, "id": 1, "group": "g", "neg": ["n"]}])
+    jsonl.write(pool, [{"text": "a", "title": "t"}, {"context": ["b"], "text": "c"}, {"text": "d"}])
+    with caplog.at_level("INFO"):
+        assert len(read_rows(train)) == 31
+        list(jsonl.read_queries(queries))
+        list(jsonl.read_passages(pool))
+    assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [
+        'train.jsonl: ignored: "prompt" in 29 rows, "neg_scores" in 29 rows, "type" in 1 rows',
+        'queries.jsonl: ignored: "neg" in 1 rows',
+        'pool.jsonl: ignored: "title" in 1 rows, "text" in 1 rows',
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        list(jsonl.read_training_rows(train, known=jsonl.SCORE_FIELDS, unused="kept"))
+    assert caplog.messages == [f'{train}: kept: "prompt" in 29 rows, "type" in 1 rows']
+    caplog.clear()
+    jsonl.write(train, [{**row, **dict.fromkeys(map(str, range(12)), 0), "a\nb": 1}])
+    with caplog.at_level("INFO"):
+        read_rows(train)
+    assert caplog.messages[0].endswith('"9" in 1 rows, and 3 other fields')
+
+
+def test_folders_in_a_folder_of_data_are_a_warning_with_the_number_of_their_files(tmp_path, caplog):
+    for name in ("a.jsonl", "de/b.jsonl", "de/more/c.json.gz", "de/._b.jsonl", "notes/d.txt", ".cache/e.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(GOOD)
+    with caplog.at_level("INFO"):
+        assert [path.name for path in jsonl.data_files(tmp_path)] == ["a.jsonl"]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"warning: {tmp_path}: folders in it are not read: de (2 data files)"),
+        ("INFO", f"{tmp_path}: not read: .cache, notes"),
+    ]
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"holds no .* file; the folders in it are not read: give {tmp_path}/de"):
+        jsonl.data_files(tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_field_that_is_passed_on_survives(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q \u65e5", "pos": ["p"], "title": "x\\ud800"}\n', encoding="utf-8")
+    rows = read_rows(path)
+    jsonl.write(path, rows)
+    assert read_rows(path) == rows
+
+
+def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"], "id": "\\ud800"}\n')
+    with pytest.raises(UserError, match=r'a\.jsonl:1: "id" holds half a surrogate pair'):
+        list(jsonl.read_queries(path))

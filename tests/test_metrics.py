@@ -125,3 +125,16 @@ def test_equal_models_are_not_different_and_the_seed_decides_the_rest():
     assert compare(scores, scores, seed=0) == (0, 0, 0, 1)
     other = scores[::-1].copy()
     assert compare(scores, other, seed=3) == compare(scores, other, seed=3)
+
+
+def test_a_cutoff_far_beyond_any_rank_costs_nothing_and_changes_precision_alone():
+    relevance, counts = relevance_of(POSITIONS, RELEVANT), np.array([1, 2, 1, 3])
+    near = per_query(relevance, counts, list(MEASURES), [3])
+    far = per_query(relevance, counts, list(MEASURES), [10**12])
+    for name in ("MRR", "Hit", "Recall", "nDCG", "MAP"):
+        assert far[f"{name}@{10**12}"] == pytest.approx(near[f"{name}@3"])
+    assert far[f"Precision@{10**12}"].tolist() == [1e-12, 2e-12, 0, 0]
+    assert MEASURES["Precision"](relevance, counts, 10**400) == pytest.approx(0)
+    # Answers that no ranking holds count in the ideal one: 4 relevant texts, 1 found at rank 1 of 1.
+    ideal = 1 + 1 / np.log2(3) + 1 / 2 + 1 / np.log2(5)
+    assert MEASURES["nDCG"](np.array([[True]]), np.array([4]), 10**12) == pytest.approx([1 / ideal])

@@ -154,6 +154,23 @@ def test_near_duplicates_of_a_positive_are_left_out_of_the_window_and_of_random_
     assert audit["left_out"]["near-duplicate of a positive"] > 0
 
 
+def test_kept_negatives_that_nearly_equal_a_positive_of_the_same_query_in_any_row_are_left_out(
+    tiny_bert, data, tmp_path
+):
+    rows = read_jsonl(data[0])
+    rows[1]["query"] = rows[0]["query"]
+    doubled = [SENTENCES[number].replace(" ", "  ") for number in (0, 2, 4)]  # the same tokens, in no pool
+    for row in rows[:2]:
+        row["neg"] = doubled
+    data = write_jsonl(tmp_path / "kept.jsonl", rows), data[1]
+    flags = ("--range_for_sampling", "0-4", "--negative_number", "9", "--keep_existing_negatives")
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--near_duplicate_threshold", "0.9999")
+    for row in mined[:2]:
+        assert row["neg"][0] == doubled[2]
+        assert not set(row["neg"]) & {*doubled[:2], SENTENCES[0], SENTENCES[2]}
+    assert audit["left_out"]["near-duplicate of a positive (of the input)"] == 4
+
+
 def test_several_retrievers_are_fused_and_the_first_gives_the_scores(tiny_bert, other_bert, data, tmp_path):
     flags = ("--range_for_sampling", "0-6", "--negative_number", "6", "--sampling_strategy", "top", "--save_scores")
     mined, audit = mine([tiny_bert, other_bert], data, tmp_path, *flags)
@@ -251,3 +268,151 @@ def test_the_same_file_whatever_batch_block_or_hash_seed(tiny_bert, other_bert, 
         mine([tiny_bert, other_bert], data, tmp_path, *flags, "--tokens_per_batch", batch)
         outputs.append((tmp_path / "out.jsonl").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed"),
+    [
+        (("--max_score", "0.94"), lambda score, positive: score <= 0.94),
+        (("--min_score", "0.94"), lambda score, positive: score >= 0.94),
+        (("--absolute_margin", "0.003"), lambda score, positive: score <= positive - 0.003),
+        (("--relative_margin", "0.002"), lambda score, positive: score <= positive - 0.002 * abs(positive)),
+    ],
+)
+def test_filters_hold_for_random_and_for_kept_negatives(tiny_bert, data, tmp_path, caplog, flags, allowed):
+    """A pool in which half of all passages break the filter, and a window that gives hardly anything."""
+    rows = read_jsonl(data[0])
+    elsewhere = [f"my {topic} is red" for topic in TOPICS]
+    for row, own in zip(rows, elsewhere):
+        row["neg"] = [SENTENCES[5], own, SENTENCES[11], SENTENCES[16]]
+    data = write_jsonl(tmp_path / "kept.jsonl", rows), data[1]
+    flags = ("--range_for_sampling", "0-2", "--negative_number", "24", "--keep_existing_negatives", *flags)
+    with caplog.at_level("INFO"):
+        mined, audit = mine(tiny_bert, data, tmp_path, *flags)
+    texts = [*SENTENCES, *elsewhere]
+    scores = similarity(tiny_bert, [row["query"] for row in rows], texts)
+    kept = fills = 0
+    for old, row, own in zip(rows, mined, scores):
+        lowest = min(own[texts.index(text)] for text in row["pos"])
+        good = {text for text in texts if allowed(own[texts.index(text)], lowest)} - set(row["pos"])
+        top = {texts[place] for place in np.argsort(-own[:20], kind="stable")[:2]}
+        stay = [text for text in old["neg"] if text in good]
+        assert row["neg"][: len(stay)] == stay
+        # The pool is small enough for every passage to be tried.
+        assert set(row["neg"]) == set(stay) | (good - set(elsewhere))
+        kept, fills = kept + len(stay), fills + len(set(row["neg"]) - set(stay) - top)
+    assert (audit["negatives_kept"], audit["negatives_drawn_at_random"]) == (kept, fills)
+    assert audit["left_out"][f"{flags[-2]} (of the input)"] == 39 - kept > 0  # one is a positive
+    assert audit["left_out"][f"{flags[-2]} (drawn at random)"] > 0
+    assert "embeddings_dir" not in caplog.text
+    scored, _ = mine(tiny_bert, data, tmp_path, *flags, "--save_scores")
+    assert [row["neg"] for row in scored] == [row["neg"] for row in mined]
+    for row, own in zip(scored, scores):
+        assert row["neg_scores"] == pytest.approx([own[texts.index(text)] for text in row["neg"]], abs=2e-6)
+
+
+def test_filters_look_at_the_rerankers_scores_of_random_and_kept_negatives(tiny_bert, tiny_reranker, data, tmp_path):
+    rows = [{**row, "neg": [SENTENCES[4], SENTENCES[9]]} for row in read_jsonl(data[0])]
+    data = write_jsonl(tmp_path / "kept.jsonl", rows), data[1]
+    flags = ("--range_for_sampling", "0-2", "--negative_number", "15", "--keep_existing_negatives", "--save_scores")
+    flags += ("--reranker_name_or_path", tiny_reranker)
+    plain, _ = mine(tiny_bert, data, tmp_path, *flags)
+    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--absolute_margin", "0.05")
+
+    def broken(rows):
+        return sum(score > min(row["pos_scores"]) - 0.05 + 1e-6 for row in rows for score in row["neg_scores"])
+
+    assert broken(plain) > 20
+    assert broken(mined) == 0
+    assert 0 < audit["negatives_kept"] < 20
+    assert audit["negatives_drawn_at_random"] > 0
+
+
+def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
+    tiny_bert, other_bert, tiny_reranker, data, tmp_path, monkeypatch
+):
+    """On a clock that only encoding, loading and rescoring move."""
+    from types import SimpleNamespace
+
+    from embedding_finetune import candidates, encoding, reranking, stopwatch
+
+    now = [0.0]
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(owner, name, seconds):
+        original = getattr(owner, name)
+
+        def slowed(*args, **kwargs):
+            now[0] += seconds(*args)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slowed)
+
+    slow(encoding.Encoder, "_embed", lambda encoder, block, *_: len(block.missing))
+    slow(candidates, "load_encoder", lambda *_: 1000)
+    slow(reranking.Reranker, "scores", lambda reranker, queries, _: 0.25 * len(queries))
+    flags = ("--range_for_sampling", "0-3", "--negative_number", "8")
+    _, plain = mine(tiny_bert, data, tmp_path, *flags)
+    assert plain["seconds"] == pytest.approx(
+        {"read": 0, "load": 1000, "encode": 30, "search": 0, "select": 0, "write": 0, "total": 1030}
+    )
+    filters = ("--relative_margin", "0.001", "--near_duplicate_threshold", "0.99", "--save_scores")
+    _, filtered = mine(tiny_bert, data, tmp_path, *flags, *filters)
+    assert filtered["negatives_drawn_at_random"] > 0
+    assert filtered["seconds"] == plain["seconds"]  # positives, fills: no text is encoded twice
+    _, several = mine([tiny_bert, other_bert], data, tmp_path, *flags, *filters)
+    assert several["seconds"]["encode"] == 60
+    assert several["seconds"]["load"] == 2000
+    _, reranked = mine(tiny_bert, data, tmp_path, *flags, *filters, "--reranker_name_or_path", tiny_reranker)
+    assert (reranked["seconds"]["encode"], reranked["seconds"]["load"]) == (30, 1000)
+    assert reranked["seconds"]["rescore"] >= 0.25 * (30 + 11 + reranked["negatives_drawn_at_random"])
+    for audit in (plain, filtered, several, reranked):
+        assert sum(audit["seconds"].values()) == pytest.approx(2 * audit["seconds"]["total"])
+
+
+def test_the_parts_of_a_real_run_add_up_to_what_the_clock_says(tiny_bert, data, tmp_path):
+    import time
+
+    began = time.monotonic()
+    _, audit = mine(tiny_bert, data, tmp_path, "--range_for_sampling", "0-6", "--relative_margin", "0.001")
+    took = time.monotonic() - began
+    total = audit["seconds"].pop("total")
+    assert sum(audit["seconds"].values()) == pytest.approx(total)
+    assert 0.8 * took < total <= took
+
+
+def test_a_range_as_wide_as_you_like_is_cut_to_the_corpus(tiny_bert, other_bert, tiny_reranker, data, tmp_path):
+    several = ("--near_duplicate_threshold", "0.996", "--reranker_name_or_path", tiny_reranker)
+    for models, flags in ((tiny_bert, ()), ([tiny_bert, other_bert], several)):
+        flags = (*flags, "--negative_number", "9", "--save_scores")
+        whole, _ = mine(models, data, tmp_path, *flags, "--range_for_sampling", "4-20")
+        wide, audit = mine(models, data, tmp_path, *flags, "--range_for_sampling", "4-1000000000000")
+        assert wide == whole
+        assert all(len(row["neg"]) == 9 for row in wide)
+        assert audit["settings"]["range_for_sampling"] == [4, 1000000000000]
+
+
+def test_a_range_beyond_the_corpus_gives_no_negatives_and_says_so(tiny_bert, data, tmp_path, caplog):
+    flags = ("--range_for_sampling", "1000000000000-2000000000000", "--negative_number", "1000000000000")
+    mined, _ = mine(tiny_bert, data, tmp_path, *flags)
+    assert not any(row["neg"] for row in mined)
+    assert "--range_for_sampling starts at rank 1000000000000 of 20 candidates" in caplog.text
+
+
+def test_fields_that_mining_does_not_use_are_kept_and_told(tiny_bert, data, tmp_path, caplog):
+    rows = read_jsonl(data[0])
+    for row in rows[:3]:
+        row |= {"prompt": "Find:", "neg": None, "pos_scores": [1.0]}
+    rows[0]["title"] = "half a pair: \ud800"
+    write_ascii = (tmp_path / "fields.jsonl").write_text
+    write_ascii("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "fields.jsonl", data[1]
+    with caplog.at_level("INFO"):
+        mined, _ = mine(tiny_bert, data, tmp_path, "--range_for_sampling", "0-6")
+    told = 'fields.jsonl: kept and written, but not used: "prompt" in 3 rows, "title" in 1 rows'
+    assert told in caplog.text
+    assert "scores in 3 rows are left out" in caplog.text
+    assert [row.get("prompt") for row in mined] == ["Find:"] * 3 + [None] * 7
+    assert mined[0]["title"] == rows[0]["title"]
+    assert "pos_scores" not in mined[0]
+    assert all(isinstance(row["neg"], list) for row in mined)

@@ -80,9 +80,10 @@ def test_what_a_filter_refused_is_counted_and_never_comes_back_at_random():
 
 
 def test_kept_negatives_come_first_all_of_them_and_are_not_chosen_again():
-    selection = select([0, 1, 2, 3], window=(0, 4), count=3, kept=[2, 99], strategy="top")
+    selection = select([0, 1, 2, 3], window=(0, 4), count=3, kept={2: 0.5, 99: 0.25}, strategy="top")
     assert (selection.negatives, selection.kept) == ([2, 99, 0], 2)
-    assert select([0, 1, 2, 3], window=(0, 4), count=1, kept=[2, 99]).negatives == [2, 99]
+    assert selection.scores == [0.5, 0.25, 1.0]
+    assert select([0, 1, 2, 3], window=(0, 4), count=1, kept={2: 0.5, 99: 0.25}).negatives == [2, 99]
 
 
 @pytest.mark.parametrize(

@@ -170,3 +170,8 @@ def test_gpu_search_without_gpu_support_says_what_to_do():
         pytest.skip("this faiss has GPU support")
     with pytest.raises(UserError, match=r"--use_gpu_for_searching.*requirements_cuda\.txt"):
         gpus_to_search_on()
+
+
+def test_rankings_that_no_memory_holds_are_one_line():
+    with pytest.raises(UserError, match="the 1000000000000 best passages of 3 queries do not fit into memory"):
+        TopK(np.ones((3, 2), np.float32), 10**12)

@@ -185,3 +185,16 @@ def test_a_killed_run_goes_on_with_the_first_block_that_is_not_there(tiny_bert, 
     assert "15 of 30 passage texts were in --embeddings_dir" in resumed.stderr
     assert run("fresh.jsonl", store=False).returncode == 0
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "fresh.jsonl").read_bytes()
+
+
+def test_a_scratch_store_never_speaks_of_a_flag_that_nobody_gave(tmp_path, caplog):
+    store = EmbeddingStore(tmp_path, {"weights": "a"}, dimensions=2, is_scratch=True)
+    store.put(["x"], np.ones((1, 2), np.float32))
+    (path,) = store.folder.glob("*.segment")
+    path.write_bytes(path.read_bytes()[:-1])
+    store.refresh()
+    assert f"warning: TMPDIR: {path} is damaged" in caplog.text
+    path.mkdir()
+    with pytest.raises(UserError, match=r"TMPDIR: .* cannot be written") as error:
+        store.put(["x"], np.ones((1, 2), np.float32))
+    assert "embeddings_dir" not in caplog.text + str(error.value)

@@ -357,3 +357,18 @@ def test_position_embeddings_can_be_kept_as_they_are(tiny_bert, pairs, tmp_path)
     before, after = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(before["embeddings.position_embeddings.weight"], after["embeddings.position_embeddings.weight"])
     assert not torch.equal(before["embeddings.word_embeddings.weight"], after["embeddings.word_embeddings.weight"])
+
+
+def test_a_huge_group_size_trains_as_one_that_the_rows_can_fill(tiny_bert, tmp_path):
+    rows = [
+        {"query": f"my {topic} is red", "pos": [passage_about(topic)], "neg": [f"{topic} light {n}" for n in range(2)]}
+        for topic in TOPICS
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    weights = []
+    for size in ("3", "1000000000000"):
+        output = tmp_path / size
+        argv = ["--model_name_or_path", tiny_bert, "--train_data", data, "--output_dir", output, "--max_steps", "2"]
+        finetune.main([str(part) for part in (*argv, "--train_group_size", size, "--per_device_train_batch_size", "4")])
+        weights.append((output / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

@@ -1,0 +1,21 @@
+"""Where the time of a run goes."""
+
+import time
+from collections import Counter
+
+
+class Stopwatch:
+    """Runs from the moment it is made; `seconds` holds the laps, by the name of what they were spent on.
+
+    A lap takes all the time since the one before it, so that the laps add up to the whole run.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to `name`."""
+        now = time.monotonic()
+        self.seconds[name] += now - self._last
+        self._last = now
