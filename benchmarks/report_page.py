@@ -50,7 +50,7 @@ def report(count: int, depth: int) -> str:
     from embedding_finetune.corpus import Corpus, RetrievalTask
     from embedding_finetune.evaluation import values_per_query
     from embedding_finetune.html_report import html_report
-    from embedding_finetune.retrieval import TopK, as_results
+    from embedding_finetune.retrieval import Ranking
 
     rows = [row for _, row in zip(range(count), records("train"))]
     corpus = Corpus(record["text"] for record in records("pool"))
@@ -70,9 +70,8 @@ def report(count: int, depth: int) -> str:
         ranks = np.where(rng.random(count) < 2 / 3, 0, rng.integers(0, 2 * depth, count))
         inside = np.flatnonzero(ranks < depth)
         positions[inside, ranks[inside]] = [answers[row][0] for row in inside]
-        rankings[name] = TopK(np.zeros((count, 1), np.float32), depth)
         scores = np.linspace(0.9, 0.5, depth, dtype=np.float32)[None].repeat(count, axis=0)
-        rankings[name].best = as_results(scores, positions, "first")
+        rankings[name] = Ranking(positions, scores)
     args = evaluate.parse_arguments(
         ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     )

@@ -106,25 +106,26 @@ def _first_retriever(
     name = args.model_name_or_path[0]
     encoder = load_encoder(name, args, flag=_FLAG, scratch=_scratch(args))
     stopwatch.lap("load")
-    ranking = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
-    known = PairScores(ranking.queries, *pairs)
+    top = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
+    known = PairScores(top.queries, *pairs)
     near = np.empty((0, 2), dtype=np.int64)
     if args.near_duplicate_threshold is not None:
         embeddings = encode_passages(encoder, corpus.texts.at(positives), _own_part(positives, corpus))
         duplicates = NearDuplicates(embeddings, args.near_duplicate_threshold)
-        _search(encoder, corpus, ranking, [known, duplicates], stopwatch)
+        _search(encoder, corpus, top, [known, duplicates], stopwatch)
         merge_near_duplicates(duplicates)
         near = np.stack([positives[duplicates.pairs[:, 0]], duplicates.pairs[:, 1]], axis=1)
     else:
-        _search(encoder, corpus, ranking, [known], stopwatch)
+        _search(encoder, corpus, top, [known], stopwatch)
     merge_scores(known)
     stopwatch.lap("search")
+    ranking = top.ranking()
     return Candidates(
         ranking=ranking.positions,
         window_scores=ranking.scores[:, args.range_for_sampling[0] :],
         pair_scores=known.scores,
         near_duplicates=near,
-        score=partial(_encoder_scores, encoder, ranking.queries, corpus, stopwatch),
+        score=partial(_encoder_scores, encoder, top.queries, corpus, stopwatch),
         weights={name: encoder.weights_digest},
     )
 
@@ -151,9 +152,9 @@ def _fused(
     for name in args.model_name_or_path[1:]:
         encoder = load_encoder(name, args, flag=_FLAG)
         stopwatch.lap("load")
-        ranking = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
-        _search(encoder, corpus, ranking, [], stopwatch)
-        rankings.append(ranking.positions)
+        top = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
+        _search(encoder, corpus, top, [], stopwatch)
+        rankings.append(top.ranking().positions)
         found.weights[name] = encoder.weights_digest
     found = found._replace(ranking=fuse(rankings))
     stopwatch.lap("search")
@@ -163,7 +164,7 @@ def _fused(
 def _search(
     encoder: Encoder,
     corpus: Corpus,
-    ranking: TopK,
+    top: TopK,
     listeners: Sequence[PairScores | NearDuplicates],
     stopwatch: Stopwatch,
 ) -> None:
@@ -171,12 +172,12 @@ def _search(
     for first, block in encode_own_passages(encoder, corpus.texts):
         stopwatch.lap("encode")  # with the queries, before the first block
         retrievable = block[: max(len(corpus) - first, 0)]
-        ranking.add(first, retrievable)
+        top.add(first, retrievable)
         for listener in listeners:
             listener.add(first, block)
         stopwatch.lap("search")
     stopwatch.lap("encode")
-    merge_rankings(ranking)
+    merge_rankings(top)
 
 
 def _encoder_scores(

@@ -11,25 +11,25 @@ import numpy as np
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.encoding import Encoder
 from embedding_finetune.metrics import means, per_query, relevance_of
-from embedding_finetune.retrieval import TopK
+from embedding_finetune.retrieval import Ranking, TopK
 from embedding_finetune.search import encode_own_passages, encode_queries, merge_rankings
 
 
-def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> TopK:
+def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> Ranking:
     """The best passages for each query, with their scores: top_k, or the whole corpus where that is smaller.
 
     Ties go as trec_eval breaks them, the passage that comes last in the corpus first.
     """
     top_k = min(top_k, len(task.corpus))
-    ranking = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
+    top = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
     for start, block in encode_own_passages(encoder, task.corpus.texts):
-        ranking.add(start, block)
-    merge_rankings(ranking)
-    return ranking
+        top.add(start, block)
+    merge_rankings(top)
+    return top.ranking()
 
 
 def values_per_query(
-    ranking: TopK, task: RetrievalTask, measures: Sequence[str], cutoffs: Sequence[int]
+    ranking: Ranking, task: RetrievalTask, measures: Sequence[str], cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`."""
     relevance = relevance_of(ranking.positions, task.relevant)

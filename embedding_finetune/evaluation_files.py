@@ -15,7 +15,7 @@ from pathlib import Path
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.html_report import html_report
 from embedding_finetune.jsonl import Record, atomic_writer, write
-from embedding_finetune.retrieval import TopK
+from embedding_finetune.retrieval import Ranking
 
 SHOWN = 10
 """Passages per query and model in per_query.jsonl."""
@@ -24,13 +24,13 @@ _MOST_CHARACTERS = 50
 """Of a model's name in a file name: its end, which tells models apart; file systems take 255 bytes."""
 
 
-def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, TopK]) -> None:
+def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> None:
     """Write all files; `document` becomes metrics.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "per_query.jsonl", per_query_records(task, rankings))
-    _write_lines(folder / "qrels.trec", qrels_lines(task))
+    write_lines(folder / "qrels.trec", qrels_lines(task))
     for name, ranking in rankings.items():
-        _write_lines(folder / f"run.{file_name(name, list(rankings))}.trec", run_lines(task, ranking, name))
+        write_lines(folder / f"run.{file_name(name, list(rankings))}.trec", run_lines(task, ranking, name))
     with atomic_writer(folder / "report.html") as file:
         file.write(html_report(document, task, rankings).encode())
     with atomic_writer(folder / "metrics.json") as file:
@@ -44,16 +44,15 @@ def file_name(model: str, models: list[str]) -> str:
     return own if safe.count(own) == 1 else f"{own}.{models.index(model) + 1}"
 
 
-def per_query_records(task: RetrievalTask, rankings: Mapping[str, TopK]) -> Iterator[Record]:
+def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:
     """One record per query; a rank is None where the answer is beyond the ranking or not in the corpus."""
-    results = {name: (ranking.positions, ranking.scores) for name, ranking in rankings.items()}
     for number, query in enumerate(task.queries):
         record: Record = {"id": task.ids[number], "query": query}
         if task.groups[number] is not None:
             record["group"] = task.groups[number]
         record["models"] = {
             name: _result(task, number, positions[number].tolist(), scores[number].tolist())
-            for name, (positions, scores) in results.items()
+            for name, (positions, scores) in rankings.items()
         }
         yield record
 
@@ -71,10 +70,10 @@ def _result(task: RetrievalTask, number: int, positions: list[int], scores: list
     }
 
 
-def run_lines(task: RetrievalTask, ranking: TopK, name: str) -> Iterator[str]:
+def run_lines(task: RetrievalTask, ranking: Ranking, name: str) -> Iterator[str]:
     """`query Q0 docid rank score tag`, best first; scores in full, so that ties are ties for every reader."""
     tag = re.sub(r"\s+", "_", name)
-    for query_id, positions, scores in zip(task.ids, ranking.positions, ranking.scores):
+    for query_id, positions, scores in zip(task.ids, *ranking):
         for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist()), start=1):
             if position >= 0:
                 yield f"{query_id} Q0 {docid(position, len(task.corpus))} {rank} {score!r} {tag}"
@@ -96,7 +95,8 @@ def docid(position: int, corpus_size: int) -> str:
     return f"{position:0{len(str(corpus_size))}d}"
 
 
-def _write_lines(path: Path, lines: Iterator[str]) -> None:
+def write_lines(path: Path, lines: Iterator[str]) -> None:
+    """Write lines as one file, whole or not at all."""
     with atomic_writer(path) as file:
         for line in lines:
             file.write(line.encode() + b"\n")

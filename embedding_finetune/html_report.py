@@ -20,7 +20,7 @@ import numpy as np
 from embedding_finetune.corpus import RetrievalTask
 from embedding_finetune.jsonl import Record
 from embedding_finetune.metrics import relevance_of
-from embedding_finetune.retrieval import TopK
+from embedding_finetune.retrieval import Ranking
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _QUERY_CHARACTERS, _PASSAGE_CHARACTERS = 200, 300
@@ -32,10 +32,10 @@ _ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 _COLOURS = 6
 
 
-def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, TopK]) -> str:
+def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
     """The page for what evaluate.summarize gave, the task and each model's ranking (at least one model)."""
     ranks = {name: first_ranks(ranking, task) for name, ranking in rankings.items()}
-    depth = next(iter(rankings.values())).best.shape[1]
+    depth = next(iter(rankings.values())).positions.shape[1]
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
         "facts": f"{len(task.queries):,} queries, {len(task.corpus):,} passages",
@@ -52,7 +52,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, To
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
 
 
-def first_ranks(ranking: TopK, task: RetrievalTask) -> np.ndarray:
+def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:
     """The rank, from 1, of each query's best relevant passage, 0 where none is in the ranking: (Q,)."""
     relevance = relevance_of(ranking.positions, task.relevant)  # (Q, K)
     return np.where(relevance.any(axis=1), relevance.argmax(axis=1) + 1, 0)
@@ -191,7 +191,7 @@ def _beyond_all(ranks: np.ndarray) -> np.ndarray:
 
 
 def _query_table(
-    task: RetrievalTask, rankings: Mapping[str, TopK], ranks: Mapping[str, np.ndarray], depth: int
+    task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int
 ) -> Record:
     """What the browser makes the table of queries from.
 
@@ -199,7 +199,7 @@ def _query_table(
     last two name places in `passages`, and are those of the last model.
     """
     model = list(rankings)[-1]
-    positions, scores = rankings[model].positions, rankings[model].scores
+    positions, scores = rankings[model]
     place_of: dict[int, int] = {}
     passages: list[str] = []
     queries: list[list] = []

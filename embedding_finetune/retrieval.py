@@ -11,7 +11,7 @@ A result, a score at a position, is held as one 64-bit integer: the smaller, the
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import faiss
 import numpy as np
@@ -34,6 +34,16 @@ _NOTHING = np.iinfo(np.int64).max
 _LOW_BITS = 2**32 - 1
 
 
+class Ranking(NamedTuple):
+    """The best passages of every query, best first.
+
+    positions: (Q, k) int64, -1 past the end. scores: (Q, k) float32, -inf past the end.
+    """
+
+    positions: np.ndarray
+    scores: np.ndarray
+
+
 class TopK:
     """The k best passages of every query, kept up to date as blocks of passages come by.
 
@@ -54,15 +64,9 @@ class TopK:
                 "--range_for_sampling (mine_hard_neg.py) or --cutoffs (evaluate.py)"
             ) from error
 
-    @property
-    def positions(self) -> np.ndarray:
-        """(Q, k) int64, best first, -1 past the end."""
-        return positions_of(self.best, self.ties)
-
-    @property
-    def scores(self) -> np.ndarray:
-        """(Q, k) float32, best first, -inf past the end."""
-        return scores_of(self.best)
+    def ranking(self) -> Ranking:
+        """What was found so far."""
+        return Ranking(positions_of(self.best, self.ties), scores_of(self.best))
 
     def add(self, start: int, block: np.ndarray) -> None:
         """Search passages start .. start + n - 1, whose embeddings are block (n, H)."""

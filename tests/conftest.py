@@ -119,9 +119,10 @@ def search(queries, passages, top_k, *, ties="first"):
     """Scores and positions of the top k of one array of passages."""
     from embedding_finetune.retrieval import TopK
 
-    ranking = TopK(queries, top_k, ties=ties)
-    ranking.add(0, passages)
-    return ranking.scores, ranking.positions
+    top = TopK(queries, top_k, ties=ties)
+    top.add(0, passages)
+    positions, scores = top.ranking()
+    return scores, positions
 
 
 def write_jsonl(path: Path, records) -> Path:

@@ -11,7 +11,7 @@ import evaluate
 from embedding_finetune.corpus import Corpus, load_task
 from embedding_finetune.evaluation import values_per_query
 from embedding_finetune.html_report import first_ranks, html_report
-from embedding_finetune.retrieval import TopK, as_results
+from embedding_finetune.retrieval import Ranking
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"><!--data-->"
 
@@ -55,9 +55,7 @@ def page_of(ranks_by_model, tmp_path, *, depth=10, queries=None, passage="passag
         for row, rank in enumerate(ranks):
             if rank:
                 positions[row] = np.insert(np.arange(1, depth), rank - 1, 0)
-        ranking = TopK(np.zeros((count, 1), np.float32), depth)
-        ranking.best = as_results(np.linspace(1, 0, depth, dtype=np.float32)[None].repeat(count, 0), positions, "first")
-        rankings[name] = ranking
+        rankings[name] = Ranking(positions, np.linspace(1, 0, depth, dtype=np.float32)[None].repeat(count, 0))
     argv = ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     args = evaluate.parse_arguments(argv)
     values = {name: values_per_query(own, task, args.measures, args.cutoffs) for name, own in rankings.items()}
@@ -231,6 +229,5 @@ def test_ten_thousand_long_queries_stay_under_5_mb_and_more_are_cut_to_the_most_
 def test_first_ranks_take_the_best_of_several_answers(tmp_path):
     corpus = Corpus("abcd")
     task = load_task(write_jsonl(tmp_path / "q.jsonl", [{"query": "q", "pos": ["c", "b"]}] * 2), corpus)
-    ranking = TopK(np.zeros((2, 1), np.float32), 3)
-    ranking.best = as_results(np.array([[3, 2, 1]] * 2, np.float32), np.array([[0, 2, 1], [0, 3, 3]]), "first")
+    ranking = Ranking(np.array([[0, 2, 1], [0, 3, 3]]), np.array([[3, 2, 1]] * 2, np.float32))
     assert first_ranks(ranking, task).tolist() == [2, 0]

@@ -45,13 +45,13 @@ def vectors(rng, count, dimensions):
 def test_search_in_blocks_equals_numpy_argsort(queries, passages, top_k, block, ties, seed):
     rng = np.random.default_rng(seed)
     q, p = vectors(rng, queries, 3), vectors(rng, passages, 3)
-    ranking = TopK(q, top_k, ties=ties)
+    top = TopK(q, top_k, ties=ties)
     for start in range(0, passages, block):
-        ranking.add(start, p[start : start + block])
+        top.add(start, p[start : start + block])
     if queries:
-        assert np.array_equal(ranking.positions, reference_search(q, p, top_k, ties))
+        assert np.array_equal(top.ranking().positions, reference_search(q, p, top_k, ties))
     else:
-        assert ranking.positions.shape == (0, top_k)
+        assert top.ranking().positions.shape == (0, top_k)
 
 
 def test_real_valued_search_equals_numpy_argsort():
@@ -158,7 +158,7 @@ def test_a_list_too_long_for_faiss_gpu_is_searched_on_the_cpu_and_said_once(monk
         asked.clear()
         on_gpu = TopK(q, top_k, gpus=[0])
         on_gpu.add(0, p)
-        assert np.array_equal(on_gpu.positions, search(q, p, top_k)[1])
+        assert np.array_equal(on_gpu.ranking().positions, search(q, p, top_k)[1])
         assert bool(asked) == searched
     assert caplog.text.count("at most 2048 results") == 1
 
