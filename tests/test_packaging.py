@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -10,18 +11,12 @@ from conftest import REPOSITORY
 
 import embedding_finetune
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = None
-
 
 def requirements(name):
     lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
     return {line for line in lines if line and not line.startswith("#")}
 
 
-@pytest.mark.skipif(tomllib is None, reason="tomllib came with Python 3.11")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_requirements_files_and_the_package_ask_for_the_same(device):
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -48,4 +43,4 @@ def test_a_wheel_has_its_version_its_dependencies_and_the_page_of_the_report(tmp
     assert any(name.endswith("report_template.html") for name in package)
     assert re.search(r"^Version: (.*)$", metadata, re.MULTILINE)[1] == embedding_finetune.__version__
     assert "Requires-Dist: torch" in metadata
-    assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Python: >=3.11" in metadata
