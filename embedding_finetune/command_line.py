@@ -8,6 +8,7 @@ import gc
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -170,9 +171,15 @@ def log_to_stderr() -> None:
 @functools.cache
 def scratch_folder() -> str:
     """A folder that is removed when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="embedding_finetune_")
-    atexit.register(folder.cleanup)
-    return folder.name
+    folder = tempfile.mkdtemp(prefix="embedding_finetune_")
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # a worker that was forked ends before its owner, which goes on to use the folder
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def first_line(error: BaseException) -> str:

@@ -255,3 +255,19 @@ evaluate.main(["--model_name", tuned, *{evaluation(tiny_bert, candidates, pairs)
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_scratch_outlives_a_worker_and_goes_with_its_owner(tmp_path):
+    """From Python 3.13 on, a forked worker forgets its owner's exit functions, which took a folder's object along."""
+    program = """
+import multiprocessing, os
+from embedding_finetune.command_line import scratch_folder
+folder = scratch_folder()
+worker = multiprocessing.get_context("fork").Process(target=print)
+worker.start()
+worker.join()
+assert os.path.isdir(folder)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([PYTHON, "-c", program], cwd=REPOSITORY, env=environment, check=True)
+    assert os.listdir(tmp_path) == []
