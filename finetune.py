@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
-from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr
+from embedding_finetune.command_line import UserError, command, log_to_stderr
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from embedding_finetune.allocator import keep_freed_memory
     from embedding_finetune.data import TrainDataset
     from embedding_finetune.distributed import end_at_exit
+    from embedding_finetune.flag_errors import errors_name_their_flag, flags_not_at_default
     from embedding_finetune.rows import load_rows
+    from embedding_finetune.training_arguments import settle_resuming
 
+    settle_resuming(args, checkpoint)
     keep_freed_memory()
     end_at_exit()
     rows = load_rows(
@@ -69,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.info("%d training rows", len(dataset))
     task = load_evaluation(data_args, dataset)
 
-    trainer = make_trainer(model_args, data_args, args, dataset, task)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with errors_name_their_flag(flags_not_at_default(model_args, data_args, args)):
+        trainer = make_trainer(model_args, data_args, args, dataset, task)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     summary = trainer.summary(result.metrics)
     if trainer.is_world_process_zero():
@@ -172,6 +176,8 @@ def parse_arguments(
     from transformers import HfArgumentParser
 
     from embedding_finetune.arguments import OneLineErrorParser
+    from embedding_finetune.flag_errors import errors_name_their_flag
+    from embedding_finetune.optimizer_flags import check_activation_checkpointing, check_optimizer, check_schedule
     from embedding_finetune.training_arguments import (
         DataArguments,
         ModelArguments,
@@ -182,17 +188,27 @@ def parse_arguments(
         check_output_dir,
         check_reporting,
     )
+    from embedding_finetune.training_flags import check_given, check_known, check_needs
 
     class Parser(HfArgumentParser, OneLineErrorParser):
-        """transformers' parser of dataclasses, with our one-line errors."""
+        """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""
+
+        def parse_known_args(self, args=None, namespace=None):
+            found, rest = super().parse_known_args(args, namespace)
+            check_known(rest)
+            check_given(self.given, {flag: self.get_default(flag) for flag in self.given})
+            return found, rest
 
     parser = Parser(
         (ModelArguments, DataArguments, RetrieverTrainingArguments), description=__doc__, allow_abbrev=False
     )
-    try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{first_line(error)} (--help lists the flags)") from error
+    with errors_name_their_flag(parser.given):
+        # A file finetune.args beside the script would else be read as flags.
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    check_needs(parser.given, data_args, args)
+    check_optimizer(parser.given, args)
+    check_schedule(args)
+    check_activation_checkpointing(args)
     check_output_dir(args)
     check_loss_is_not_zero(data_args, args)
     check_neighbours(data_args, args)
