@@ -155,8 +155,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def threshold(text: str) -> tuple[str, float]:
     """`MRR@10=0.75` as ("MRR@10", 0.75)."""
     match = re.fullmatch(r"(\w+@[0-9]+)=([0-9]*\.?[0-9]+)", text)
-    if not match or float(match[2]) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X with X from 0 to 1, for example MRR@10=0.75")
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X, for example MRR@10=0.75")
     return match[1], float(match[2])
 
 

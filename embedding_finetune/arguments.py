@@ -251,10 +251,10 @@ def rank_range(text: str) -> tuple[int, int]:
 
 
 def repeated_model(names: Sequence[str]) -> str | None:
-    """A name among these that stands for the same model as an earlier one, as `models/a/` does after `models/a`."""
+    """A name among these that is an earlier one, written otherwise, as `models/a/` is `models/a`; links are names."""
     seen = set()
     for name in names:
-        place = os.path.realpath(name) if os.path.isdir(name) else name.rstrip("/")
+        place = os.path.abspath(name) if os.path.isdir(name) else name.rstrip("/")
         if place in seen:
             return name
         seen.add(place)

@@ -179,15 +179,18 @@ def check_given(given: Mapping[str, object], defaults: Mapping[str, object]) -> 
 
 
 def check_needs(given: Mapping[str, object], data: "DataArguments", args: "RetrieverTrainingArguments") -> None:
-    """Raise UserError for a flag that does nothing without another one that is not given."""
+    """Raise UserError for a flag that does nothing without another one that is not given.
+
+    Steps beside a strategy that was turned off by `no` are let pass: that is how a fixed command is varied.
+    """
     has_queries = data.eval_query_file_jsonl_path is not None
     evaluates = args.eval_strategy != "no"
     schedule = args.lr_scheduler_type.value
     has_workers = args.dataloader_num_workers > 0
     needs = {
-        "logging_steps": (args.logging_strategy == "steps", "--logging_strategy steps"),
-        "save_steps": (args.save_strategy == "steps", "--save_strategy steps"),
-        "eval_steps": (args.eval_strategy == "steps", "--eval_strategy steps"),
+        "logging_steps": (args.logging_strategy in ("steps", "no"), "--logging_strategy steps"),
+        "save_steps": (args.save_strategy in ("steps", "no"), "--save_strategy steps"),
+        "eval_steps": (args.eval_strategy == "steps" or given.get("eval_strategy") == "no", "--eval_strategy steps"),
         "eval_delay": (evaluates, "--eval_strategy steps or epoch"),
         "metric_for_best_model": (evaluates, "--eval_strategy steps or epoch"),
         "load_best_model_at_end": (evaluates, "--eval_strategy steps or epoch"),

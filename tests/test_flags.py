@@ -111,7 +111,7 @@ def test_a_refused_flag_may_be_given_with_the_value_that_holds_anyway(folder, fl
     [
         ("--eval_steps 5", "--eval_steps"),
         (f"--eval_steps 5 --eval_strategy epoch {QUERIES}", "--eval_steps"),
-        ("--save_steps 5 --save_strategy no", "--save_steps"),
+        ("--save_steps 5 --save_strategy epoch", "--save_steps"),
         ("--logging_steps 5 --logging_strategy epoch", "--logging_steps"),
         ("--eval_delay 2", "--eval_delay"),
         ("--metric_for_best_model eval_MRR@10", "--metric_for_best_model"),
@@ -155,6 +155,7 @@ def test_a_flag_that_would_do_nothing_without_another_is_refused(folder, capsys,
         "--do_train --do_eval False --do_predict False",
         "--warmup_steps 0.1 --max_steps -1 --max_grad_norm 0 --num_train_epochs 0.5 --seed 4294967295",
         "--save_steps 0.5 --logging_steps 0.25",
+        "--save_steps 5 --save_strategy no --logging_steps 5 --logging_strategy no --eval_steps 5 --eval_strategy no",
         "--optim sgd --optim_args momentum=0.9,nesterov=true",
         "--optim rmsprop --optim_args alpha=0.9,centered=false",
         "--optim adagrad --lr_scheduler_type inverse_sqrt",
@@ -381,7 +382,6 @@ def test_a_file_of_flags_beside_the_script_is_not_read(folder, monkeypatch):
         (mine_hard_neg, f"--model_name_or_path a --negative_number 1{'0' * 30}", "--negative_number"),
         (mine_hard_neg, f"--model_name_or_path a --range_for_sampling 0-1{'0' * 30}", "--range_for_sampling"),
         (evaluate, "--model_name a --fail_below MRR@10=nan", "--fail_below"),
-        (evaluate, "--model_name a --fail_below MRR@10=75", "--fail_below"),
         (evaluate, "--model_name a --fail_below MRR@010=0.5", "MRR@010 is not measured"),
         (evaluate, "--model_name a --fail_below MRR@\uff11\uff10=0.5", "--fail_below"),
     ],
@@ -393,8 +393,7 @@ def test_odd_values_of_the_other_scripts_are_refused_by_name(folder, capsys, scr
 def test_a_folder_is_the_same_model_whatever_way_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "link").symlink_to("model")
-    for again in ("model/", "./model", str(tmp_path / "model"), "link", "../" + tmp_path.name + "/model"):
+    for again in ("model/", "./model", str(tmp_path / "model"), "../" + tmp_path.name + "/model"):
         assert repeated_model(["model", "other", again]) == again
     assert repeated_model(["model", "other", "models"]) is None
 
