@@ -17,8 +17,8 @@
         --query_instruction_for_retrieval "" \\
         --bf16 True
 
-The output folder is a checkpoint that transformers and sentence-transformers load too. All of
-transformers' TrainingArguments are flags here.
+The output folder is a checkpoint that transformers and sentence-transformers load too. transformers'
+TrainingArguments are flags here; docs/flags.md says which have no meaning and are refused.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from embedding_finetune import jsonl
-from embedding_finetune.command_line import UserError, command, log_to_stderr
+from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
@@ -202,9 +202,12 @@ def parse_arguments(
     parser = Parser(
         (ModelArguments, DataArguments, RetrieverTrainingArguments), description=__doc__, allow_abbrev=False
     )
-    with errors_name_their_flag(parser.given):
-        # A file finetune.args beside the script would else be read as flags.
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        with errors_name_their_flag(parser.given):
+            # A file finetune.args beside the script would else be read as flags.
+            model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{first_line(error)} (--help lists the flags)") from error
     check_needs(parser.given, data_args, args)
     check_optimizer(parser.given, args)
     check_schedule(args)

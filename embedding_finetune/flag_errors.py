@@ -71,5 +71,5 @@ def _named_flag(message: str, given: Mapping[str, object]) -> str | None:
     said = re.sub(r"[^a-z0-9]+", " ", message.lower())
     named = [flag for flag in given if re.search(rf"\b{flag.replace('_', ' ')}", said)]
     words = message.lower().split()
-    quoted = [flag for flag, value in given.items() if len(str(value)) > 3 and str(value).lower() in words]
+    quoted = [flag for flag, value in given.items() if isinstance(value, str) and value.lower() in words]
     return max(named or quoted, key=len, default=None)

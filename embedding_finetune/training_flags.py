@@ -6,7 +6,7 @@ Nothing here needs torch. docs/flags.md is the same for people, and tests/test_f
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -87,18 +87,39 @@ _DESCRIBES_THIS_SUITE = dict.fromkeys(
 )
 """Where that value is not transformers' default."""
 
-_AT_LEAST_ONE = (
-    "train_group_size query_max_len passage_max_len max_example_num_per_dataset tokens_per_sub_batch lora_rank "
-    "early_stopping_patience per_device_train_batch_size gradient_accumulation_steps torch_empty_cache_steps "
-    "save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout matryoshka_dims"
-).split()
-_AT_LEAST_ZERO = "neighbours_in_batch dataloader_num_workers".split()
-_GREATER_THAN_ZERO = (
-    "temperature teacher_temperature matryoshka_weights learning_rate adam_epsilon num_train_epochs "
-    "neftune_noise_alpha logging_steps save_steps eval_steps"
-).split()
-_NOT_NEGATIVE = "distillation_weight weight_decay max_grad_norm warmup_steps eval_delay".split()
-_STEPS_OR_SHARE = "logging_steps save_steps eval_steps warmup_steps".split()
+_Rule = tuple[str, Callable[[float], bool], str]
+_RULES: tuple[_Rule, ...] = (
+    ("seed data_seed", lambda n: 0 <= n <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
+    ("max_steps", lambda n: n >= 1 or n == -1, "at least 1, or -1 for --num_train_epochs to decide"),
+    (
+        "train_group_size query_max_len passage_max_len max_example_num_per_dataset tokens_per_sub_batch lora_rank "
+        "early_stopping_patience per_device_train_batch_size gradient_accumulation_steps torch_empty_cache_steps "
+        "save_total_limit dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout matryoshka_dims",
+        lambda n: n >= 1,
+        "at least 1",
+    ),
+    (
+        "neighbours_in_batch dataloader_num_workers distillation_weight weight_decay max_grad_norm warmup_steps "
+        "eval_delay",
+        lambda n: n >= 0,
+        "at least 0",
+    ),
+    (
+        "temperature teacher_temperature matryoshka_weights learning_rate adam_epsilon num_train_epochs "
+        "neftune_noise_alpha logging_steps save_steps eval_steps",
+        lambda n: n > 0,
+        "greater than 0",
+    ),
+    (
+        "logging_steps save_steps eval_steps warmup_steps",
+        lambda n: n <= 1 or n == int(n),
+        "a whole number of steps, or a share of all steps below 1",
+    ),
+    ("adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "at least 0 and below 1"),
+    ("merge_with_base", lambda n: 0 < n < 1, "between 0 and 1"),
+)
+"""Flags, what holds for their values, and how a value has to be that does not."""
+
 _JSON_OBJECTS = "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_checkpointing_kwargs".split()
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -129,26 +150,11 @@ def _what_it_must_be(flag: str, number: float) -> str | None:
     """None where it is."""
     if not math.isfinite(number):
         return "a finite number"
-    if number > LARGEST_COUNT and flag not in ("seed", "data_seed"):
+    for flags, holds, wanted in _RULES:
+        if flag in flags.split() and not holds(number):
+            return wanted
+    if number > LARGEST_COUNT and "seed" not in flag:
         return f"at most {LARGEST_COUNT}"
-    if flag in ("seed", "data_seed") and not 0 <= number <= LARGEST_SEED:
-        return f"from 0 to {LARGEST_SEED}"
-    if flag == "max_steps" and number < 1 and number != -1:
-        return "at least 1, or -1 for --num_train_epochs to decide"
-    if flag in _AT_LEAST_ONE and number < 1:
-        return "at least 1"
-    if flag in _AT_LEAST_ZERO and number < 0:
-        return "at least 0"
-    if flag in _GREATER_THAN_ZERO and number <= 0:
-        return "greater than 0"
-    if flag in _NOT_NEGATIVE and number < 0:
-        return "at least 0"
-    if flag in ("adam_beta1", "adam_beta2") and not 0 <= number < 1:
-        return "at least 0 and below 1"
-    if flag == "merge_with_base" and not 0 < number < 1:
-        return "between 0 and 1"
-    if flag in _STEPS_OR_SHARE and number > 1 and number != int(number):
-        return "a whole number of steps, or a share of all steps below 1"
     return None
 
 

@@ -418,12 +418,14 @@ def raised_in(package, error, folder):
         (ValueError("fp16 mixed\nprecision requires a GPU"), "--fp16 True: fp16 mixed precision requires a GPU"),
         (ImportError("install it for --report_to wandb"), "install it for --report_to wandb"),
         (OSError("cannot use galore_adamw here"), "--optim galore_adamw: cannot use"),
+        (ValueError("Your assigned backend mpi is not available"), "--ddp_backend mpi: Your assigned"),
         (ImportError("something is missing"), "something is missing"),
         (NotImplementedError("fp16 is not for this device"), "--fp16 True"),
     ],
 )
 def test_what_a_framework_raises_for_a_flag_becomes_a_line_with_the_flag(tmp_path, error, line):
     given = {"gradient_checkpointing": True, "fp16": True, "optim": "galore_adamw", "report_to": "wandb", "seed": 1}
+    given["ddp_backend"] = "mpi"
     with pytest.raises(UserError, match="^" + re.escape(line)), errors_name_their_flag(given):
         raised_in("transformers", error, tmp_path)()
 
