@@ -216,6 +216,7 @@ def test_a_row_without_scores_is_named_by_its_line_when_there_is_a_teacher(tiny_
         (("--teacher_temperature", 0), "--teacher_temperature"),
         (("--merge_with_base", 1.5), "--merge_with_base"),
         (("--lora_rank", 0), "--lora_rank"),
+        (("--lora_rank", 33), "--lora_rank 33: the model's hidden states have 32"),
         (("--save_adapter_only", "True"), "--save_adapter_only"),
     ],
 )

@@ -191,7 +191,7 @@ NAMED_VALUES = {
     "save_total_limit": ("0", "-1"),
     "seed": ("-1", "4294967296"),
     "data_seed": ("-1",),
-    "dataloader_num_workers": ("-1",),
+    "dataloader_num_workers": ("-1", "1025"),
     "ddp_bucket_cap_mb": ("0",),
     "torch_empty_cache_steps": ("0", "-1"),
     "neftune_noise_alpha": ("0", "-5", "nan", "inf"),
