@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from embedding_finetune import jsonl
-from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int
+from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, repeated_model, seed
 from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
 from embedding_finetune.jsonl import Record
@@ -118,7 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output_dir", metavar="DIR", help="write a report, metrics, per-query results and TREC files there"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else on stdout")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the significance test")
+    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the significance test")
     parser.add_argument(
         "--fail_below",
         type=threshold,
@@ -141,8 +141,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
-    if len(set(args.model_name)) < len(args.model_name):
-        parser.error("argument --model_name: the same model is named twice")
+    if (repeated := repeated_model(args.model_name)) is not None:
+        parser.error(f"argument --model_name: the same model is named twice, as {repeated}")
     if args.fail_if_worse and len(args.model_name) == 1:
         parser.error("argument --fail_if_worse: there is only one --model_name, nothing to be worse than")
     measured = [f"{measure}@{cutoff}" for cutoff in args.cutoffs for measure in args.measures]
@@ -161,7 +161,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def threshold(text: str) -> tuple[str, float]:
     """`MRR@10=0.75` as ("MRR@10", 0.75)."""
-    match = re.fullmatch(r"(\w+@\d+)=(\d*\.?\d+)", text)
+    match = re.fullmatch(r"(\w+@[0-9]+)=([0-9]*\.?[0-9]+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X, for example MRR@10=0.75")
     return match[1], float(match[2])

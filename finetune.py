@@ -17,8 +17,8 @@
         --query_instruction_for_retrieval "" \\
         --bf16 True
 
-The output folder is a checkpoint that transformers and sentence-transformers load too. All of
-transformers' TrainingArguments are flags here.
+The output folder is a checkpoint that transformers and sentence-transformers load too. transformers'
+TrainingArguments are flags here; docs/flags.md says which have no meaning and are refused.
 """
 
 import dataclasses
@@ -51,11 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.allocator import keep_freed_memory
         from embedding_finetune.data import TrainDataset, check_it_can_learn
         from embedding_finetune.distributed import end_at_exit
+        from embedding_finetune.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.rows import load_rows
         from embedding_finetune.run_folder import remove_earlier_runs, resume_point, run_in
+        from embedding_finetune.training_arguments import settle_resuming
 
     checkpoint = resume_point(args)
 
+    settle_resuming(args, checkpoint)
     keep_freed_memory()
     end_at_exit()
     rows = load_rows(
@@ -74,9 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_it_can_learn(dataset, args)
     task = load_evaluation(data_args, dataset)
 
-    trainer = make_trainer(model_args, data_args, args, dataset, task)
+    given = flags_not_at_default(model_args, data_args, args)
+    with errors_name_their_flag(given):
+        trainer = make_trainer(model_args, data_args, args, dataset, task)
     with run_in(args.output_dir, checkpoint) if args.should_save else nullcontext() as trainer.run:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with errors_name_their_flag(given):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if args.should_save:
             remove_earlier_runs(args.output_dir)
@@ -188,6 +194,8 @@ def parse_arguments(
         from transformers import HfArgumentParser
 
     from embedding_finetune.arguments import OneLineErrorParser
+    from embedding_finetune.flag_errors import errors_name_their_flag
+    from embedding_finetune.optimizer_flags import check_activation_checkpointing, check_optimizer, check_schedule
     from embedding_finetune.run_folder import check_output_dir
     from embedding_finetune.training_arguments import (
         DataArguments,
@@ -198,17 +206,30 @@ def parse_arguments(
         check_neighbours,
         check_reporting,
     )
+    from embedding_finetune.training_flags import check_given, check_known, check_needs
 
     class Parser(HfArgumentParser, OneLineErrorParser):
-        """transformers' parser of dataclasses, with our one-line errors."""
+        """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""
+
+        def parse_known_args(self, args=None, namespace=None):
+            found, rest = super().parse_known_args(args, namespace)
+            check_known(rest)
+            check_given(self.given, {flag: self.get_default(flag) for flag in self.given})
+            return found, rest
 
     parser = Parser(
         (ModelArguments, DataArguments, RetrieverTrainingArguments), description=__doc__, allow_abbrev=False
     )
     try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+        with errors_name_their_flag(parser.given):
+            # A file finetune.args beside the script would else be read as flags.
+            model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
+    check_needs(parser.given, data_args, args)
+    check_optimizer(parser.given, args)
+    check_schedule(args)
+    check_activation_checkpointing(args)
     check_output_dir(model_args, data_args, args)
     check_loss_is_not_zero(data_args, args)
     check_neighbours(data_args, args)

@@ -28,6 +28,7 @@ from embedding_finetune.arguments import (
     add_mining_output_arguments,
     add_selection_arguments,
     new_parser,
+    repeated_model,
 )
 from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
 from embedding_finetune.corpus import Corpus
@@ -144,8 +145,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
     if args.max_score is not None and args.min_score is not None and args.max_score < args.min_score:
         parser.error(f"argument --max_score: {args.max_score} is below --min_score {args.min_score}")
-    if len(set(args.model_name_or_path)) < len(args.model_name_or_path):
-        parser.error("argument --model_name_or_path: the same model is named twice")
+    if (repeated := repeated_model(args.model_name_or_path)) is not None:
+        parser.error(f"argument --model_name_or_path: the same model is named twice, as {repeated}")
     jsonl.require_file("--input_file", args.input_file)
     if args.candidate_pool is not None:
         jsonl.require_file("--candidate_pool", args.candidate_pool)

@@ -57,6 +57,7 @@ class BiEncoder(nn.Module):
         self.matryoshka = matryoshka or {self.dimensions: 1.0}
         self.distillation_weight = distillation_weight
         self.teacher_temperature = teacher_temperature
+        self._token_embeddings = nn.Identity()
         # Embeddings come from the last hidden states: a pooler on top gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -107,7 +108,8 @@ class BiEncoder(nn.Module):
     def _embed_from_table(
         self, table: Tensor, positions: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None
     ) -> Tensor:
-        return self._embed(attention_mask, prompt_lengths, inputs_embeds=F.embedding(positions, table))
+        inputs = self._token_embeddings(F.embedding(positions, table))  # (n, t, H')
+        return self._embed(attention_mask, prompt_lengths, inputs_embeds=inputs)
 
     def _embed(self, attention_mask: Tensor, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
         states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H')
@@ -167,6 +169,13 @@ class BiEncoder(nn.Module):
                 teacher_temperature=self.teacher_temperature,
             )
         return {"loss": loss}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What transformers' Trainer hooks its noise to under --neftune_noise_alpha.
+
+        Not the table, of which each distinct token is looked up once: each token of each text is to have its own noise.
+        """
+        return self._token_embeddings
 
     def activation_checkpointing_enable(self, **options: object) -> None:
         """What transformers' Trainer calls under --gradient_checkpointing."""

@@ -29,6 +29,7 @@ from embedding_finetune.model import BiEncoder
 from embedding_finetune.model_folder import model_replaced
 from embedding_finetune.run_folder import write_run
 from embedding_finetune.training_arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
+from embedding_finetune.training_flags import SHARDED
 from embedding_finetune.training_queries import write_training_queries
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class RetrievalTrainer(Trainer):
             eval_dataset=task,
             processing_class=data_collator.tokenizer,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.

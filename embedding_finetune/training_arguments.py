@@ -12,9 +12,12 @@ from transformers import IntervalStrategy, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.training_flags import check_numbers
 
 EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
 EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
+
+_SCHEDULES_BY_MEASURE = ("reduce_lr_on_plateau", "greedy")
 
 
 def _flag(default: object, text: str) -> object:
@@ -65,12 +68,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
-        for flag in ("train_group_size", "query_max_len", "passage_max_len"):
-            _require_positive(flag, getattr(self, flag))
-        if self.neighbours_in_batch < 0:
-            raise UserError(f"--neighbours_in_batch {self.neighbours_in_batch}: must not be negative")
-        if self.max_example_num_per_dataset is not None:
-            _require_positive("max_example_num_per_dataset", self.max_example_num_per_dataset)
+        check_numbers(self)
 
 
 @dataclass
@@ -127,28 +125,43 @@ class RetrieverTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
         if self.early_stopping_patience is not None:
-            _require_positive("early_stopping_patience", self.early_stopping_patience)
+            if self.eval_strategy == "no":
+                raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
             self.load_best_model_at_end = True
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_MRR@10"
+        by_measure = self.lr_scheduler_type in _SCHEDULES_BY_MEASURE
+        if self.load_best_model_at_end or self.save_strategy == "best" or by_measure:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_MRR@10"
         super().__post_init__()
-        if not self.temperature > 0:
-            raise UserError(f"--temperature {self.temperature}: must be greater than 0")
-        if self.tokens_per_sub_batch is not None:
-            _require_positive("tokens_per_sub_batch", self.tokens_per_sub_batch)
+        if self.mixed_precision == "fp16" and self.use_cpu:
+            raise UserError("--fp16 needs a GPU; --bf16 True works without one")
+        if by_measure:
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
+            if self.lr_scheduler_kwargs["mode"] != "max":
+                raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
         _check_extensions(self)
-        _refuse_what_does_nothing(self)
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy}: only random and sequential are supported"
+            )
         if self.n_gpu > 1:
             # transformers would cut the batch up over them with nn.DataParallel: texts here, their indices there.
             raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process: start it with "
                 f"torchrun --nproc-per-node {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
+
+
+def settle_resuming(args: RetrieverTrainingArguments, checkpoint: str | None) -> None:
+    """Let a resumed run take over all that the checkpoint's had counted."""
+    if checkpoint is not None:
+        args.eval_on_start = False  # measured by the run that made it, and early stopping would count it twice
+        args.restore_callback_states_from_checkpoint = True
 
 
 def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> None:
@@ -165,11 +178,11 @@ def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> N
 
 def check_reporting(args: RetrieverTrainingArguments) -> None:
     """Raise UserError where --report_to names a tool that is not installed."""
-    for callback in get_reporting_integration_callbacks(args.report_to):
-        try:
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"--report_to: {first_line(error)}") from error
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise UserError(f"--report_to: {first_line(error)}") from error
 
 
 def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments) -> None:
@@ -198,40 +211,12 @@ def _check_extensions(args: RetrieverTrainingArguments) -> None:
     dims, weights = args.matryoshka_dims, args.matryoshka_weights
     if weights is not None and len(weights) != len(dims or ()):
         raise UserError("--matryoshka_weights: give as many as --matryoshka_dims")
-    if dims is not None and (min(dims) < 1 or len(set(dims)) < len(dims)):
-        raise UserError(f"--matryoshka_dims {' '.join(map(str, dims))}: different numbers of at least 1 are needed")
-    if weights is not None and not min(weights) > 0:
-        raise UserError(f"--matryoshka_weights {' '.join(map(str, weights))}: must be greater than 0")
-    if not args.distillation_weight >= 0:
-        raise UserError(f"--distillation_weight {args.distillation_weight}: must not be negative")
-    if not args.teacher_temperature > 0:
-        raise UserError(f"--teacher_temperature {args.teacher_temperature}: must be greater than 0")
-    if args.merge_with_base is not None and not 0 < args.merge_with_base < 1:
-        raise UserError(f"--merge_with_base {args.merge_with_base}: must be between 0 and 1")
+    if dims is not None and len(set(dims)) < len(dims):
+        raise UserError(f"--matryoshka_dims {' '.join(map(str, dims))}: different numbers are needed")
     if args.lora_rank is not None:
-        _require_positive("lora_rank", args.lora_rank)
         if importlib.util.find_spec("peft") is None:
             raise UserError("--lora_rank needs the package peft: pip install peft")
     elif args.save_adapter_only:
         raise UserError("--save_adapter_only: there is no adapter without --lora_rank")
     if args.save_adapter_only and args.merge_with_base is not None:
         raise UserError("--merge_with_base makes a whole model; leave out --save_adapter_only")
-
-
-def _refuse_what_does_nothing(args: RetrieverTrainingArguments) -> None:
-    if args.torch_compile:
-        raise UserError(
-            "--torch_compile: sub-batches change their shape at every step, and each shape would be compiled anew; "
-            "leave it out"
-        )
-    if args.label_smoothing_factor:
-        raise UserError("--label_smoothing_factor has no meaning for the contrastive loss; leave it out")
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise UserError(
-            f"--train_sampling_strategy {args.train_sampling_strategy}: only random and sequential are supported"
-        )
-
-
-def _require_positive(flag: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"--{flag} {value}: must be at least 1")

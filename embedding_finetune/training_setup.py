@@ -67,6 +67,10 @@ def settle_parameters(
         return backbone
     if args.save_adapter_only and config.dense:
         raise UserError("--save_adapter_only: the model's Dense modules are trained too; leave it out")
+    if args.lora_rank > backbone.config.hidden_size:
+        raise UserError(
+            f"--lora_rank {args.lora_rank}: the model's hidden states have {backbone.config.hidden_size} dimensions"
+        )
     return add_adapters(backbone, args.lora_rank, seed=args.seed)
 
 

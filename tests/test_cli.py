@@ -374,8 +374,8 @@ def test_evaluation_prints_the_returned_dict_as_the_last_stdout_line(tiny_bert, 
 
 def test_evaluating_two_models_prints_a_table_and_a_dict_of_dicts(tiny_bert, pairs, candidates, tmp_path, capsys):
     other = make_tiny_bert(tmp_path / "other", seed=5)
-    argv = evaluate_argv(index_file_jsonl_path=candidates, query_file_jsonl_path=pairs, cutoffs=3)
-    metrics = evaluate.main([*argv, "--model_name", str(tiny_bert), str(other)])
+    flags = {"index_file_jsonl_path": candidates, "query_file_jsonl_path": pairs, "cutoffs": 3}
+    metrics = evaluate.main([*evaluate_argv(model_name=tiny_bert, **flags), "--model_name", str(other)])
     assert set(metrics) == {str(tiny_bert), str(other)}
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(metrics)

@@ -33,8 +33,8 @@ def rows(tmp_path):
     )
 
 
-def train(model, rows, output, *flags):
-    argv = ["--model_name_or_path", model, "--train_data", rows, "--output_dir", output, "--max_steps", 4]
+def train(model, rows, output, *flags, steps=4):
+    argv = ["--model_name_or_path", model, "--train_data", rows, "--output_dir", output, "--max_steps", steps]
     argv += ["--per_device_train_batch_size", 5, "--train_group_size", 3, "--learning_rate", 1e-2, "--temperature", 0.1]
     finetune.main([str(part) for part in (*argv, "--save_steps", 2, *flags)])
     return output
@@ -47,7 +47,7 @@ def embeddings(folder, *flags):
 
 def test_adapters_start_from_the_seed_alone(tiny_bert, rows, tmp_path):
     def adapter(name, seed):
-        train(tiny_bert, rows, tmp_path / name, "--lora_rank", 4, "--seed", seed, "--max_steps", 1)
+        train(tiny_bert, rows, tmp_path / name, "--lora_rank", 4, "--seed", seed, steps=1)
         weights = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         return torch.cat([tensor.flatten() for name, tensor in sorted(weights.items()) if "lora_A" in name])
 
@@ -159,18 +159,10 @@ def scored(rows, tmp_path, name="scored.jsonl"):
 
 
 def test_a_teacher_makes_its_choice_the_models(tiny_bert, rows, tmp_path):
-    flags = (
-        "--distillation_weight",
-        20,
-        "--max_steps",
-        30,
-        "--save_strategy",
-        "no",
-        "--sentence_pooling_method",
-        "mean",
-    )
-    taught = train(tiny_bert, scored(rows, tmp_path), tmp_path / "taught", *flags)
-    plain = train(tiny_bert, rows, tmp_path / "plain", *flags[2:])
+    flags = ("--save_strategy", "no", "--sentence_pooling_method", "mean")
+    data = scored(rows, tmp_path)
+    taught = train(tiny_bert, data, tmp_path / "taught", "--distillation_weight", 20, *flags, steps=30)
+    plain = train(tiny_bert, rows, tmp_path / "plain", *flags, steps=30)
 
     def liked(folder):
         """How much closer queries are to their second negative than to their first."""
@@ -224,6 +216,7 @@ def test_a_row_without_scores_is_named_by_its_line_when_there_is_a_teacher(tiny_
         (("--teacher_temperature", 0), "--teacher_temperature"),
         (("--merge_with_base", 1.5), "--merge_with_base"),
         (("--lora_rank", 0), "--lora_rank"),
+        (("--lora_rank", 33), "--lora_rank 33: the model's hidden states have 32"),
         (("--save_adapter_only", "True"), "--save_adapter_only"),
     ],
 )
