@@ -141,10 +141,10 @@ def run_in(output_dir: str, checkpoint: str | None) -> Iterator[str | None]:
 
 
 def _take(lock: BinaryIO, output_dir: str) -> None:
-    """Lock a file until it is closed, however the process ends."""
+    """Lock a file until it is closed, however the process ends; workers that outlive it for a moment do not hold it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--output_dir {output_dir}: another run is writing there; give another folder") from error
     except OSError:  # some network file systems have no locks
         logger.info("%s: the file system has no locks; start no other run there", output_dir)

@@ -16,7 +16,6 @@ from transformers import AutoModel
 
 import evaluate
 import finetune
-from embedding_finetune.command_line import UserError
 from embedding_finetune.run_folder import last_checkpoint, run_in, run_of
 
 
@@ -157,10 +156,19 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tiny_bert, m
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    another = f"""
+from embedding_finetune.command_line import UserError
+from embedding_finetune.run_folder import run_in
+try:
+    with run_in({str(tmp_path)!r}, None):
+        print("took it")
+except UserError as error:
+    print(error)
+"""
     with run_in(tmp_path, None) as run:
-        with pytest.raises(UserError, match="another run is writing there"), run_in(tmp_path, None):
-            pass
+        assert run_python(another).stdout.endswith("another run is writing there; give another folder\n")
         assert run_of(tmp_path) == run
+    assert run_python(another).stdout == "took it\n"
     with run_in(tmp_path, None) as other:
         assert run_of(tmp_path) == other != run
     assert os.listdir(tmp_path) == ["training_run.json"]
