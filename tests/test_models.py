@@ -104,6 +104,18 @@ def assert_same_embeddings(folder, flags, query_instruction, passage_instruction
         assert (ours[0] * ours[1]).sum() < 0.9999
 
 
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_the_limit_of_an_old_checkpoint_is_read_as_sentence_transformers_reads_it(kind, tmp_path):
+    folder = models.make("gte-base", tmp_path / "old")
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / f"sentence_{kind}_config.json").write_text('{"max_seq_length": 24, "do_lower_case": false}')
+    assert read_config(str(folder)).max_seq_length == 24
+    assert_same_embeddings(folder, [], "", "")  # one of the texts has 120 tokens
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": false}')
+    assert read_config(str(folder)).max_seq_length == 16
+    assert_same_embeddings(folder, [], "", "")
+
+
 def test_a_decoder_gives_the_same_embeddings_whichever_side_is_padded(tmp_path):
     left, right = (models.make(name, tmp_path / name[:8], full_size=False) for name in list(models.FURTHER)[-2:])
     for one, other in zip(embeddings(left, []), embeddings(right, [])):
