@@ -137,14 +137,16 @@ def make_trainer(
 ) -> "RetrievalTrainer":
     """Load the model, settle how it embeds, and put it together with data and arguments."""
     from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.loading import load_projection
+    from embedding_finetune.loading import check_instructions, length_limit, load_projection
     from embedding_finetune.model import BiEncoder
+    from embedding_finetune.model_checks import check_training
     from embedding_finetune.trainer import RetrievalTrainer
     from embedding_finetune.training_queries import read_training_queries
     from embedding_finetune.training_setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
 
     backbone, tokenizer, config = load_base(model_args)
     saved_length = settle_lengths(backbone, tokenizer, config, data_args)
+    limit = length_limit(backbone, tokenizer)
     backbone = settle_parameters(backbone, config, args)
     config = config.with_flags(
         pooling=args.sentence_pooling_method,
@@ -152,6 +154,8 @@ def make_trainer(
         query_instruction=data_args.query_instruction_for_retrieval,
         passage_instruction=data_args.passage_instruction_for_retrieval,
     )
+    lengths = {"query_max_len": data_args.query_max_len, "passage_max_len": data_args.passage_max_len}
+    check_instructions(tokenizer, config, **lengths)
     model = BiEncoder(
         backbone,
         config,
@@ -166,12 +170,12 @@ def make_trainer(
         distillation_weight=args.distillation_weight,
         teacher_temperature=args.teacher_temperature,
     )
+    check_training(model, tokenizer, limit=limit, what=f"--model_name_or_path {model_args.model_name_or_path}")
     collator = EmbedCollator(
         tokenizer,
         config,
         group_size=dataset.group_size,
-        query_max_len=data_args.query_max_len,
-        passage_max_len=data_args.passage_max_len,
+        **lengths,
         with_teacher=args.distillation_weight > 0,
     )
     saved_config = dataclasses.replace(config, max_seq_length=saved_length, backbone_folder="")

@@ -27,6 +27,7 @@ def tokenize(
         texts = [text.lower() for text in texts]
     if not texts:
         return [], 0
+    texts = beginnings(tokenizer, texts, max_length)
     encoded = tokenizer(
         texts,
         truncation=True,
@@ -40,6 +41,72 @@ def tokenize(
     if encoded.encodings is not None:
         return token_ids, sum(bool(encoded.encodings[row].overflowing) for row in full)
     return token_ids, sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length for row in full)
+
+
+_CHARACTERS_PER_TOKEN = 16
+_FEWEST_CHARACTERS = 4096
+_TOKENS_TO_SPARE = 128
+"""More than the word at a cut becomes where it is not whole: WordPiece takes words of 100 characters apart."""
+_LONG_TEXTS_AT_ONCE = 64
+
+
+def beginnings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[str]:
+    """The texts, very long ones without an end that is not among their first `max_length` tokens.
+
+    A tokenizer takes some 200 bytes for each character that it is given. A text is cut where one of twice as many
+    characters begins with the same tokens, and there are some to spare: a token hangs on what stands near it. A text
+    without enough tokens to tell stays whole, and so do all where truncation takes the beginning away.
+    """
+    texts, characters = list(texts), max(_CHARACTERS_PER_TOKEN * max_length, _FEWEST_CHARACTERS)
+    long = [row for row, text in enumerate(texts) if len(text) > 2 * characters]
+    if tokenizer.truncation_side == "right":
+        for first in range(0, len(long), _LONG_TEXTS_AT_ONCE):
+            _cut_long_texts(tokenizer, texts, long[first : first + _LONG_TEXTS_AT_ONCE], max_length, characters)
+    return texts
+
+
+def _cut_long_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], rows: list[int], max_length: int, characters: int
+) -> None:
+    """Cut the texts of these rows, each longer than twice `characters`, as `beginnings` says."""
+    shorter = _token_ids(tokenizer, [texts[row][:characters] for row in rows])
+    while rows:
+        longer = _token_ids(tokenizer, [texts[row][: 2 * characters] for row in rows])
+        kept = []
+        for row, some, more in zip(rows, shorter, longer):
+            if len(some) >= max_length + _TOKENS_TO_SPARE and some[:max_length] == more[:max_length]:
+                texts[row] = texts[row][:characters]
+            elif len(texts[row]) > 4 * characters:
+                kept.append((row, more))
+        rows, shorter = [row for row, _ in kept], [ids for _, ids in kept]
+        characters *= 2
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Without special tokens, and not cut."""
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+def pair_beginnings(
+    tokenizer: PreTrainedTokenizerBase, queries: Sequence[str], passages: Sequence[str], max_length: int
+) -> tuple[list[str], list[str]]:
+    """Like `beginnings`, of texts that are tokenized in pairs whose longer text is cut first."""
+    queries, passages = list(queries), list(passages)
+    cut_queries, cut_passages = (beginnings(tokenizer, texts, max_length) for texts in (queries, passages))
+    for row, (query, passage) in enumerate(zip(queries, passages)):
+        if len(cut_queries[row]) == len(query) and len(cut_passages[row]) == len(passage):
+            continue
+        # Which has more tokens may decide about one of them: the text of fewer characters stays whole, and as many of
+        # its tokens and more stay of the other one.
+        fewest = max(max_length, len(_token_ids(tokenizer, [min(query, passage, key=len)])[0]))
+        if len(query) < len(passage):
+            passages[row] = beginnings(tokenizer, [passage], fewest)[0]
+        else:
+            queries[row] = beginnings(tokenizer, [query], fewest)[0]
+    return queries, passages
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower_case: bool = False) -> int:

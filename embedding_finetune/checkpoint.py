@@ -42,6 +42,9 @@ _OLD_POOLING_FLAGS = {
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 _SENTENCE = "sentence_embedding"
+_LIMITS_OF = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+"""sentence_<kind>_config.json: old checkpoints have it under the kind of their model. The order is that of
+sentence-transformers."""
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.linear.Identity": "identity",
@@ -114,7 +117,11 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     prompts = {name: text or "" for name, text in (described.get("prompts") or {}).items()}
     folders = _module_folders(name_or_path, modules or [])
     backbone_folder = folders["Transformer"][0] if modules else ""
-    tokens = load(os.path.join(backbone_folder, "sentence_bert_config.json")) or {}
+    limits = (
+        load(os.path.join(backbone_folder, f"sentence_{kind}_config.json"))
+        for kind in (_LIMITS_OF if modules else _LIMITS_OF[:1])
+    )
+    tokens = next(filter(None, limits), {})
     config = EmbeddingConfig(
         query_instruction=prompts.get("query", ""),
         passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), ""),

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from embedding_finetune.attention import attention_by_sdpa, is_plain_attention
 
 _ATTENTION = "cheap_dropout"
 
@@ -61,11 +62,9 @@ def attention_with_cheap_dropout(
     query, key, value: (n, h, t, d). Written out, it trains faster on a CPU than torch's sdpa does, with or without
     dropout; all else, inference included, is left to that.
     """
-    causal = kwargs.get("is_causal", getattr(module, "is_causal", False)) and attention_mask is None
-    if not torch.is_grad_enabled() or query.device.type != "cpu" or key.shape[1] != query.shape[1] or causal:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    plain = is_plain_attention(module, query, key, value, attention_mask, kwargs)
+    if not torch.is_grad_enabled() or query.device.type != "cpu" or not plain:
+        return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     n, h, t, d = query.shape
     bias = query.new_zeros(())
     if attention_mask is not None:
@@ -82,7 +81,7 @@ def attention_with_cheap_dropout(
     if dropout > 0:
         weights = weights * scaled_keep_mask(weights, dropout)
     context = torch.bmm(weights, value.reshape(n * h, t, d))  # (n*h, t, d)
-    return context.view(n, h, t, d).transpose(1, 2), None
+    return context.view(n, h, t, d).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION, attention_with_cheap_dropout)

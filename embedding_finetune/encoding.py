@@ -22,8 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from embedding_finetune.allocator import keep_freed_memory
 from embedding_finetune.batching import batches_of_one_length, pad, padded_length, prompt_length, tokenize
 from embedding_finetune.command_line import UserError
-from embedding_finetune.inference import choose_dtype, prepare_for_encoding
+from embedding_finetune.inference import (
+    choose_dtype,
+    free_memory,
+    is_out_of_memory,
+    leave_out_pooler,
+    prepare_for_encoding,
+    working_device,
+)
 from embedding_finetune.loading import (
+    check_instructions,
     check_max_length,
     check_truncate_dim,
     length_limit,
@@ -32,6 +40,7 @@ from embedding_finetune.loading import (
     weights_digest,
 )
 from embedding_finetune.model import BiEncoder
+from embedding_finetune.model_checks import check_encoding
 from embedding_finetune.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -41,7 +50,7 @@ T = TypeVar("T")
 TEXTS_PER_BLOCK = 8192
 """Texts that are tokenized, encoded, searched and stored together; bounds memory, changes no result."""
 
-_TOKENS_PER_BATCH = {"cpu": 4096}
+_TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192}
 _TOKENS_PER_BATCH_ELSEWHERE = 65_536
 """Where --tokens_per_batch does not say; see benchmarks/README.md."""
 
@@ -211,12 +220,12 @@ class Encoder:
                 with torch.no_grad():
                     inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
                     return self.model.encode(**inputs)[:count].cpu().numpy()
-            except torch.OutOfMemoryError:
-                if count == 1:
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
                     raise
             self.tokens_per_batch = count * length // 2
             logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
-            torch.cuda.empty_cache()
+            free_memory(self.model.backbone.device)
         half = count // 2
         return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
 
@@ -246,18 +255,25 @@ def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str, scra
         truncate_dim=args.truncate_dim,
     )
     default_length = min(config.max_seq_length or limit, limit)
+    lengths = {
+        "query_max_len": args.query_max_len or default_length,
+        "passage_max_len": args.passage_max_len or default_length,
+    }
+    check_instructions(tokenizer, config, **lengths)
     check_truncate_dim(backbone, config)
     projection = load_projection(name_or_path, config, cache_dir=args.cache_dir)
     digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = working_device()
     dtype = choose_dtype(args.dtype, device)
     logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
+    leave_out_pooler(backbone)
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    model = BiEncoder(backbone, config, projection=projection.to(device)).eval()
+    check_encoding(model, tokenizer, limit=limit, what=f"{flag} {name_or_path}")
     encoder = Encoder(
-        BiEncoder(backbone, config, projection=projection.to(device)).eval(),
+        model,
         tokenizer,
-        query_max_len=args.query_max_len or default_length,
-        passage_max_len=args.passage_max_len or default_length,
+        **lengths,
         tokens_per_batch=args.tokens_per_batch,
         weights_digest=digest,
     )

@@ -10,9 +10,9 @@ import logging
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from embedding_finetune.attention import attention_by_sdpa, is_plain_attention
 from embedding_finetune.command_line import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,25 @@ _ONE_DNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldn
 _ATTENTION = "batched_products"
 _MOST_SCORES = 2**27
 """Attention scores that are held at once: 256 MiB in bfloat16. Longer texts are left to torch's sdpa."""
+
+
+def working_device() -> torch.device:
+    """Where models run: the accelerator that is there, else the CPU.
+
+    What torch was built for is not what the machine has: PyPI's torch on Linux is a CUDA build, with or without a GPU.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has run out of memory, which torch on Apple's MPS tells in the message alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for later use back to the device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -39,21 +58,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def prepare_for_encoding(
     backbone: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, torch_compile: bool
 ) -> None:
-    """Bring a backbone to its device and dtype, in evaluation mode and without what embeddings do not need.
+    """Bring a model to its dtype and device, in evaluation mode, with the kernels that suit them.
 
     Raises UserError when --torch_compile is asked for and there is no compiler.
     """
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None
-    backbone.eval().requires_grad_(False).to(device)
+    backbone.eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
+    backbone.to(device)  # after that: float32 weights might not fit there
     if device.type == "cpu" and backbone.config._attn_implementation == "sdpa":
         backbone.set_attn_implementation(_ATTENTION)
     if torch_compile:
         _compile(backbone, device)
     elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         _pack_linear_layers(backbone)
+
+
+def leave_out_pooler(backbone: PreTrainedModel) -> None:
+    """Make nothing of the layer on top of an encoder that embeddings do not come from; some models call it always.
+
+    Not for a classifier, whose score comes through it.
+    """
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = nn.Identity()
 
 
 class PackedLinear(nn.Module):
@@ -66,11 +93,16 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    @property
+    def weight(self) -> Tensor:
+        """The plain weight, laid out anew: some models, Mamba among them, multiply with it themselves."""
+        return self.packed.to_dense()
+
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
 def _pack_linear_layers(backbone: nn.Module) -> None:
@@ -100,14 +132,11 @@ def attention_in_batched_products(
     n, h, t, d = query.shape
     if (
         query.dtype != torch.bfloat16
-        or key.shape != query.shape
-        or (attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", False)))
+        or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
         or (attention_mask is not None and attention_mask.dtype != torch.bool)
         or n * h * t * t > _MOST_SCORES
     ):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     scores = torch.baddbmm(
         query.new_empty(1, 1, 1),
         query.reshape(n * h, t, d),
@@ -118,7 +147,7 @@ def attention_in_batched_products(
     if attention_mask is not None:
         _mask(scores.view(n, h, t, t), attention_mask)
     context = torch.bmm(_softmax(scores), value.reshape(n * h, t, d))  # (n*h, t, d)
-    return context.view(n, h, t, d).transpose(1, 2), None
+    return context.view(n, h, t, d).transpose(1, 2).contiguous(), None
 
 
 def _mask(scores: Tensor, seen: Tensor) -> None:

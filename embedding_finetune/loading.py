@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from embedding_finetune.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model import Dense, embedding_dimensions
+from embedding_finetune.model_checks import check_states, check_tokenizer
 
 _SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -53,7 +54,9 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(
             tokenizer_name or name_or_path, **({**hub, "subfolder": ""} if tokenizer_name else hub)
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
         _refuse_pickle(f"{flag} {name_or_path}", name_or_path, cache_dir)
         if "custom code" in str(error) and not trust_remote_code:
             raise UserError(
@@ -71,7 +74,9 @@ def load_backbone(
             f"{flag} {name_or_path}: the weights do not fill a {type(backbone).__name__}: "
             f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
         )
-    _check_it_embeds(backbone, f"{flag} {name_or_path}")
+    what = f"{flag} {name_or_path}"
+    check_tokenizer(tokenizer, backbone, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
+    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
     gc.enable()  # command_line.command has it rest until here
     return backbone, tokenizer, config
 
@@ -87,23 +92,6 @@ def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
             f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
             'trust it, convert it: python -c "from transformers import AutoModel as M; '
             f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
-        )
-
-
-def _check_it_embeds(backbone: PreTrainedModel, what: str) -> None:
-    """Raise UserError unless the backbone gives a hidden state for each token."""
-    token = torch.zeros(1, 1, dtype=torch.int64, device=backbone.device)
-    try:
-        with torch.no_grad():
-            output = backbone(input_ids=token, attention_mask=torch.ones_like(token))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{what}: a {type(backbone).__name__} does not embed text by itself ({first_line(error)}); "
-            "give an encoder's or a decoder's checkpoint"
-        ) from error
-    if getattr(output, "last_hidden_state", None) is None:
-        raise UserError(
-            f"{what}: a {type(backbone).__name__} gives no last_hidden_state; give a text encoder's checkpoint"
         )
 
 
@@ -146,9 +134,11 @@ def weights_digest(*modules: nn.Module) -> str:
 def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens, special ones included, that tokenizer and position embeddings both take."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
-    table = _position_table(backbone)
-    if table is not None and table.padding_idx is not None:
-        positions -= table.padding_idx + 1  # RoBERTa and MPNet count positions from after the padding index
+    if positions < 1:  # as XLNet says that there is no limit
+        positions = _UNLIMITED
+    padding = getattr(_position_table(backbone), "padding_idx", None)
+    if padding is not None:
+        positions -= padding + 1  # RoBERTa and MPNet count positions from after the padding index
     return min(positions, tokenizer.model_max_length)
 
 
@@ -158,6 +148,23 @@ def check_max_length(flag: str, value: int, limit: int) -> None:
         raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
 
 
+def check_instructions(
+    tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
+) -> None:
+    """Raise UserError where an instruction alone, special tokens included, fills a length: all texts would be alike."""
+    for kind, instruction, max_length in (
+        ("query", config.query_instruction, query_max_len),
+        ("passage", config.passage_instruction, passage_max_len),
+    ):
+        ids = tokenizer(instruction.lower() if config.lower_case else instruction, verbose=False)["input_ids"]
+        if len(ids) >= max_length:
+            raise UserError(
+                f"--{kind}_max_len {max_length} leaves no token for the {kind} itself: "
+                f"--{kind}_instruction_for_retrieval takes {len(ids)} of them, special tokens included; "
+                f"raise --{kind}_max_len, or shorten the instruction"
+            )
+
+
 def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> None:
     """Raise UserError when more dimensions are to be kept than there are."""
     most = embedding_dimensions(backbone, config)
@@ -165,6 +172,6 @@ def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> No
         raise UserError(f"--truncate_dim {config.truncate_dim}: the model's embeddings have {most} dimensions")
 
 
-def _position_table(backbone: PreTrainedModel) -> nn.Embedding | None:
+def _position_table(backbone: PreTrainedModel) -> nn.Module | None:
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    return table if isinstance(table, nn.Embedding) else None
+    return table if isinstance(table, nn.Module) else None

@@ -5,12 +5,11 @@ Shapes: P pairs, T tokens of a batch's longest pair.
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -20,11 +19,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from embedding_finetune.batching import batches_of_one_length, padded_length
+from embedding_finetune.batching import batches_of_one_length, padded_length, pair_beginnings
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.encoding import default_tokens_per_batch
-from embedding_finetune.inference import choose_dtype, prepare_for_encoding
+from embedding_finetune.inference import (
+    choose_dtype,
+    free_memory,
+    is_out_of_memory,
+    prepare_for_encoding,
+    working_device,
+)
 from embedding_finetune.loading import length_limit, weights_digest
+from embedding_finetune.model_checks import check_scores, check_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +78,33 @@ class Reranker:
         return scores
 
     def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: tqdm) -> np.ndarray:
-        pairs = self.tokenizer(
-            list(queries), list(passages), truncation="longest_first", max_length=self.max_length, padding=False
-        )
+        queries, passages = pair_beginnings(self.tokenizer, queries, passages, self.max_length)
+        pairs = self.tokenizer(queries, passages, truncation="longest_first", max_length=self.max_length, padding=False)
         lengths = [len(ids) for ids in pairs["input_ids"]]
         scores = np.empty(len(lengths), dtype=np.float32)
         # One padded length a batch: a pair's score does not depend on its neighbours.
         for rows in batches_of_one_length(lengths, self.tokens_per_batch, limit=self.max_length):
-            batch = self.tokenizer.pad(
-                {name: [values[row] for row in rows] for name, values in pairs.items()},
-                padding="max_length",
-                max_length=padded_length(lengths[rows[0]], self.max_length),  # T
-                return_tensors="pt",
-            ).to(self.model.device)
-            with torch.no_grad():
-                scores[rows] = self.model(**batch).logits[:, 0].float().cpu().numpy()
+            length = padded_length(lengths[rows[0]], self.max_length)
+            scores[rows] = self._logits([{name: pairs[name][row] for name in pairs} for row in rows], length)
             progress.update(len(rows))
         return scores
+
+    def _logits(self, pairs: Sequence[Mapping[str, list[int]]], length: int) -> np.ndarray:
+        """Of pairs that are padded to this length: (n,). A GPU that runs out of memory gets halves from now on."""
+        count = len(pairs)
+        if count <= max(self.tokens_per_batch // length, 1):
+            try:
+                batch = self.tokenizer.pad(pairs, padding="max_length", max_length=length, return_tensors="pt")  # T
+                with torch.no_grad():
+                    return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu().numpy()
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+            self.tokens_per_batch = count * length // 2
+            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
+            free_memory(self.model.device)
+        half = count // 2
+        return np.concatenate([self._logits(pairs[:half], length), self._logits(pairs[half:], length)])
 
 
 def check_reranker(name_or_path: str, args: argparse.Namespace) -> None:
@@ -97,7 +113,7 @@ def check_reranker(name_or_path: str, args: argparse.Namespace) -> None:
         config = AutoConfig.from_pretrained(
             name_or_path, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of transformers and tokenizers, which share no class
         raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
     if config.num_labels != 1:
         raise UserError(
@@ -115,22 +131,26 @@ def load_reranker(name_or_path: str, args: argparse.Namespace) -> Reranker:
             name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
         )
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
         raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
         raise UserError(
             f"{_FLAG} {name_or_path}: the weights do not fill a {type(model).__name__}: "
             f"{min(loading['missing_keys'])} is missing; give a cross-encoder such as BAAI/bge-reranker-base"
         )
+    limit = min(length_limit(model.base_model, tokenizer), _MOST_TOKENS)
+    check_tokenizer(tokenizer, model, f"{_FLAG} {name_or_path}")
+    check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     digest = weights_digest(model)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = working_device()
     dtype = choose_dtype(args.dtype, device)
     logger.info("%s: rescoring in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     prepare_for_encoding(model, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     return Reranker(
         model,
         tokenizer,
-        max_length=min(length_limit(model.base_model, tokenizer), _MOST_TOKENS),
+        max_length=limit,
         tokens_per_batch=args.tokens_per_batch or default_tokens_per_batch(device),
         weights_digest=digest,
     )

@@ -70,7 +70,7 @@ def test_attention_equals_sdpa_when_the_mask_drops_nothing(monkeypatch, kind):
     query, key, value, mask = attention_inputs()
     masks = {"none": None, "bool": mask, "additive": torch.zeros(mask.shape).masked_fill(~mask, -1e9)}
     monkeypatch.setattr(dropout_module, "scaled_keep_mask", lambda like, _: torch.ones_like(like))
-    ours, _ = attention_with_cheap_dropout(nn.Module(), query, key, value, masks[kind], dropout=0.1)
+    ours, _ = attention_with_cheap_dropout(nn.Module(), query, key, value, masks[kind], dropout=0.1, is_causal=False)
     theirs, _ = sdpa_attention_forward(nn.Module(), query, key, value, masks[kind], dropout=0.0, is_causal=False)
     assert torch.allclose(ours, theirs, atol=1e-6)
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.dropout import attention_with_cheap_dropout
 from embedding_finetune.inference import (
     PackedLinear,
     attention_in_batched_products,
@@ -46,7 +47,7 @@ def test_attention_in_batched_products_is_sdpa(kind, scaling, length):
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 2, length, 8, dtype=torch.bfloat16) for _ in range(3))
     mask = masks(kind, length)
-    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, mask, scaling=scaling)
+    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, mask, scaling=scaling, is_causal=False)
     exact = (tensor.float() for tensor in (query, key, value))
     theirs, _ = sdpa_attention_forward(nn.Module(), *exact, mask, scaling=scaling, is_causal=False)
     assert torch.allclose(ours.float(), theirs, atol=0.03)
@@ -123,3 +124,36 @@ def test_bfloat16_embeddings_of_the_real_model_keep_their_direction(demo_model):
     exact = encoder_for(demo_model, "--dtype", "float32").encode_queries(texts)
     rough = encoder_for(demo_model, "--dtype", "bfloat16").encode_queries(texts)
     assert (exact * rough).sum(axis=1).min() >= 0.9998
+
+
+@pytest.mark.parametrize("attention", [attention_in_batched_products, attention_with_cheap_dropout])
+def test_a_keyword_that_changes_attention_is_never_dropped(attention):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if attention is attention_in_batched_products else torch.float32
+    query, key, value = (torch.randn(3, 2, 6, 8, dtype=dtype) for _ in range(3))
+    bias, mask = torch.randn(1, 2, 6, 6, dtype=dtype) * 3, masks("right", 6)
+    inputs = (nn.Module(), query, key, value, mask)
+    ours, _ = attention(*inputs, position_bias=bias)
+    scores = (query @ key.transpose(2, 3)).float() * 8**-0.5 + bias.float()
+    expected = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.float()).transpose(1, 2)
+    assert torch.allclose(ours.float(), expected, atol=0.05)
+    assert not torch.allclose(attention(*inputs)[0].float(), expected, atol=0.05)
+    for name in ("softcap", "s_aux", "sinks"):  # sdpa refuses the first itself, and would drop the others
+        with pytest.raises(ValueError, match=name):
+            attention(*inputs, **{name: torch.ones(2)})
+    assert torch.equal(attention(*inputs, sliding_window=3, use_cache=False)[0], attention(*inputs)[0])
+
+
+@pytest.mark.parametrize("attention", [attention_in_batched_products, attention_with_cheap_dropout])
+def test_values_of_another_size_than_keys_are_left_to_sdpa(attention):
+    dtype = torch.bfloat16 if attention is attention_in_batched_products else torch.float32
+    query, key = (torch.randn(3, 2, 6, 8, dtype=dtype) for _ in range(2))
+    value, mask = torch.randn(3, 2, 6, 4, dtype=dtype), masks("right", 6)
+    ours, _ = attention(nn.Module(), query, key, value, mask)
+    assert torch.equal(ours, sdpa_attention_forward(nn.Module(), query, key, value, mask)[0])
+    assert attention(nn.Module(), query, key, query, mask)[0].is_contiguous()
+
+
+def test_the_weight_of_a_packed_layer_can_be_read():
+    linear = nn.Linear(48, 96)
+    assert torch.equal(PackedLinear(linear).weight, linear.weight)

@@ -53,6 +53,7 @@ def go_the_whole_way(name, tmp_path, *, full_size):
     argv = ["--model_name_or_path", base, "--train_data", mined, "--output_dir", tuned, "--train_group_size", "2"]
     # A step that is too large for a large model leaves all its embeddings alike.
     training = f"--max_steps 2 --per_device_train_batch_size 4 --learning_rate {1e-5 if full_size else 1e-3}"
+    training += " --query_max_len 128"  # of a tokenizer that knows few words, instructions have many tokens
     finetune.main([*map(str, argv), *flags, *training.split(), "--save_strategy", "no"])
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
     argv = ["--index_file_jsonl_path", corpus, "--query_file_jsonl_path", data, "--model_name", tuned]
@@ -80,6 +81,7 @@ def test_adapters_are_trained_on_this_kind_and_saved_merged(name, tmp_path):
         tuned,
     ]
     training = "--max_steps 2 --per_device_train_batch_size 5 --train_group_size 1 --learning_rate 1e-2 --lora_rank 2"
+    training += " --query_max_len 128"
     finetune.main([*map(str, argv), *training.split()])
     before, after = (embeddings(folder, [])[0] for folder in (base, tuned))
     assert not np.allclose(before, after, atol=1e-4)
@@ -104,6 +106,18 @@ def assert_same_embeddings(folder, flags, query_instruction, passage_instruction
         assert (ours[0] * ours[1]).sum() < 0.9999
 
 
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_the_limit_of_an_old_checkpoint_is_read_as_sentence_transformers_reads_it(kind, tmp_path):
+    folder = models.make("gte-base", tmp_path / "old")
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / f"sentence_{kind}_config.json").write_text('{"max_seq_length": 24, "do_lower_case": false}')
+    assert read_config(str(folder)).max_seq_length == 24
+    assert_same_embeddings(folder, [], "", "")  # one of the texts has 120 tokens
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": false}')
+    assert read_config(str(folder)).max_seq_length == 16
+    assert_same_embeddings(folder, [], "", "")
+
+
 def test_a_decoder_gives_the_same_embeddings_whichever_side_is_padded(tmp_path):
     left, right = (models.make(name, tmp_path / name[:8], full_size=False) for name in list(models.FURTHER)[-2:])
     for one, other in zip(embeddings(left, []), embeddings(right, [])):
@@ -115,7 +129,7 @@ def test_a_model_that_does_not_embed_text_is_refused_by_name(tmp_path):
 
     folder = models.make("gte-base", tmp_path / "t5")
     (folder / "config.json").unlink()
-    T5Model(T5Config(vocab_size=99, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(folder)
+    T5Model(T5Config(vocab_size=200, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(folder)
     with pytest.raises(UserError, match="a T5Model does not embed text by itself"):
         load_backbone(str(folder), flag="--model")
 

@@ -1,9 +1,10 @@
 """Cross-encoders: scores equal to a plain forward pass, and models that are none are refused."""
 
+import kinds
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, encoding_arguments, make_tiny_bert, make_tiny_reranker, passage_about
+from conftest import TOPICS, encoding_arguments, make_tiny_bert, make_tiny_reranker, make_tokenizer, passage_about
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from embedding_finetune.command_line import UserError
@@ -69,3 +70,33 @@ def test_a_score_that_is_not_finite_names_its_texts(tmp_path):
         reranker.model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(UserError, match="'how are you'"):
         reranker.scores(["how are you"], ["fine"])
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "squeezebert", "xlm-roberta", "convbert"])
+def test_a_classifier_of_another_kind_keeps_its_pooler_or_is_refused_for_seeing_its_padding(kind, tmp_path):
+    config = kinds.make_config(kind)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    if kind == "convbert":
+        with pytest.raises(UserError, match=r"^--reranker_name_or_path .* sees the padding on the right .* its score"):
+            load_reranker(str(tmp_path), encoding_arguments())
+        return
+    scores = load_reranker(str(tmp_path), encoding_arguments("--dtype", "float32")).scores(["pump"] * 2, ["a", "valve"])
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path).eval(),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    with torch.no_grad():
+        for score, passage in zip(scores, ["a", "valve"]):
+            inputs = tokenizer("pump", passage, return_tensors="pt")
+            assert model(**inputs).logits.item() == pytest.approx(float(score), abs=1e-5)
+
+
+def test_a_reranker_without_tokenizer_files_is_refused(tmp_path):
+    folder = make_tiny_reranker(tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"^--reranker_name_or_path .*the tokenizer knows no words"):
+        load_reranker(str(folder), encoding_arguments())
