@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_finetune.command_line import UserError
+from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.jsonl import atomic_writer
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class EmbeddingStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_writer(self.folder / "settings.json") as file:
                 file.write(described.encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"{self._named} {root}: cannot be written: {error.strerror}") from error
+        except (OSError, UserError) as error:
+            raise UserError(f"{self._named} {root}: cannot be written: {first_line(error)}") from error
         self.refresh()
 
     def refresh(self) -> None:
@@ -94,8 +94,8 @@ class EmbeddingStore:
             with atomic_writer(self.folder / name) as file:
                 for part in (struct.pack("<I", checksum), sizes, digests, vectors):
                     file.write(part)
-        except OSError as error:
-            raise UserError(f"{self._named}: {self.folder / name} cannot be written: {error.strerror}") from error
+        except UserError as error:
+            raise UserError(f"{self._named}: {error}") from error
 
     def _is_complete(self, path: Path) -> bool:
         """Whether a segment has the size that its header tells; a shorter one is removed."""

@@ -194,14 +194,14 @@ def test_checks_that_could_never_fail_are_refused(files, tmp_path, monkeypatch, 
 
 def test_cutoffs_far_beyond_the_corpus_give_what_the_whole_ranking_gives(files, tiny_bert, tmp_path):
     folders, metrics = [tmp_path / "near", tmp_path / "far"], []
-    for folder, cutoff in zip(folders, (10, 10**10)):  # ten passages
+    for folder, cutoff in zip(folders, (10, 10**9)):  # ten passages
         flags = ("--cutoffs", cutoff, "--measures", *evaluate.MEASURES, "--output_dir", folder)
         metrics.append(run(files, tiny_bert, flags=flags))
     near, far = metrics
     for name in evaluate.MEASURES:
         expected = near[f"{name}@10"] * (1e-9 if name == "Precision" else 1)
         assert expected > 0
-        assert far[f"{name}@{10**10}"] == pytest.approx(expected)
+        assert far[f"{name}@{10**9}"] == pytest.approx(expected)
     for name in ("per_query.jsonl", "qrels.trec", f"run.{str(tiny_bert).strip('./').replace('/', '_')}.trec"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     page = (folders[1] / "report.html").read_text()
