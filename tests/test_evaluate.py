@@ -199,10 +199,10 @@ def test_cutoffs_far_beyond_the_corpus_give_what_the_whole_ranking_gives(files, 
         metrics.append(run(files, tiny_bert, flags=flags))
     near, far = metrics
     for name in evaluate.MEASURES:
-        expected = near[f"{name}@10"] * (1e-9 if name == "Precision" else 1)
+        expected = near[f"{name}@10"] * (1e-8 if name == "Precision" else 1)
         assert expected > 0
         assert far[f"{name}@{10**9}"] == pytest.approx(expected)
-    for name in ("per_query.jsonl", "qrels.trec", f"run.{str(tiny_bert).strip('./').replace('/', '_')}.trec"):
+    for name in ("per_query.jsonl", "qrels.trec", *(path.name for path in folders[0].glob("run.*.trec"))):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     page = (folders[1] / "report.html").read_text()
     assert "MRR at cutoffs from 1 to 10" in page
