@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_finetune import jsonl
 from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, repeated_model, seed
 from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
-from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
-from embedding_finetune.jsonl import Record
+from embedding_finetune.data import jsonl
+from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
+from embedding_finetune.data.jsonl import Record
 
 logger = logging.getLogger("embedding_finetune.evaluate")
 
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     # Heavy imports wait until flags and data are known to be good.
     with uninterrupted():
         from embedding_finetune.distributed import own_gpu, rank, start
-        from embedding_finetune.encoding import load_encoder
-        from embedding_finetune.evaluation import rank_corpus, values_per_query
-        from embedding_finetune.evaluation_files import SHOWN, write_evaluation
-        from embedding_finetune.report import evaluation_tables
-        from embedding_finetune.retrieval import gpus_to_search_on
-        from embedding_finetune.training_queries import read_training_queries
+        from embedding_finetune.evaluation.files import SHOWN, write_evaluation
+        from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
+        from embedding_finetune.evaluation.summary import evaluation_tables
+        from embedding_finetune.model.training_queries import read_training_queries
+        from embedding_finetune.retrieval.encoder import load_encoder
+        from embedding_finetune.retrieval.top_k import gpus_to_search_on
 
     start()
     gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
@@ -175,7 +175,7 @@ def summarize(
     seen: Mapping[str, int],
 ) -> Record:
     """The whole outcome as one JSON document: what metrics.json holds."""
-    from embedding_finetune.metrics import compare, means
+    from embedding_finetune.evaluation.metrics import compare, means
 
     base = args.model_name[0]
     groups = sorted({group for group in task.groups if group is not None})

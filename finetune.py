@@ -29,14 +29,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from embedding_finetune import jsonl
 from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr, uninterrupted
-from embedding_finetune.corpus import Corpus, RetrievalTask, load_task
+from embedding_finetune.data import jsonl
+from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
-    from embedding_finetune.data import TrainDataset
-    from embedding_finetune.trainer import RetrievalTrainer
-    from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+    from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+    from embedding_finetune.training.batches import TrainDataset
+    from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger("embedding_finetune.finetune")
 
@@ -48,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
 
     with uninterrupted():
-        from embedding_finetune.allocator import keep_freed_memory
-        from embedding_finetune.data import TrainDataset, check_it_can_learn
         from embedding_finetune.distributed import end_at_exit
-        from embedding_finetune.flag_errors import errors_name_their_flag, flags_not_at_default
-        from embedding_finetune.rows import load_rows
-        from embedding_finetune.run_folder import remove_earlier_runs, resume_point, run_in
-        from embedding_finetune.training_arguments import settle_resuming
+        from embedding_finetune.model.allocator import keep_freed_memory
+        from embedding_finetune.training.arguments import settle_resuming
+        from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
+        from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
+        from embedding_finetune.training.rows import load_rows
+        from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
 
     checkpoint = resume_point(args)
 
@@ -96,7 +96,7 @@ def write_outcome(
 ) -> None:
     """Write the merged model, where one is wanted, and the summary; tell the summary."""
     if args.merge_with_base is not None:
-        from embedding_finetune.training_setup import save_merged_with_base
+        from embedding_finetune.training.setup import save_merged_with_base
 
         save_merged_with_base(trainer, model_args, args)
     with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
@@ -136,13 +136,13 @@ def make_trainer(
     task: RetrievalTask | None,
 ) -> "RetrievalTrainer":
     """Load the model, settle how it embeds, and put it together with data and arguments."""
-    from embedding_finetune.data import EmbedCollator
-    from embedding_finetune.loading import check_instructions, length_limit, load_projection
-    from embedding_finetune.model import BiEncoder
-    from embedding_finetune.model_checks import check_training
-    from embedding_finetune.trainer import RetrievalTrainer
-    from embedding_finetune.training_queries import read_training_queries
-    from embedding_finetune.training_setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
+    from embedding_finetune.model.bi_encoder import BiEncoder
+    from embedding_finetune.model.checks import check_training
+    from embedding_finetune.model.loading import check_instructions, length_limit, load_projection
+    from embedding_finetune.model.training_queries import read_training_queries
+    from embedding_finetune.training.batches import EmbedCollator
+    from embedding_finetune.training.setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
+    from embedding_finetune.training.trainer import RetrievalTrainer
 
     backbone, tokenizer, config = load_base(model_args)
     saved_length = settle_lengths(backbone, tokenizer, config, data_args)
@@ -198,10 +198,7 @@ def parse_arguments(
         from transformers import HfArgumentParser
 
     from embedding_finetune.arguments import OneLineErrorParser
-    from embedding_finetune.flag_errors import errors_name_their_flag
-    from embedding_finetune.optimizer_flags import check_activation_checkpointing, check_optimizer, check_schedule
-    from embedding_finetune.run_folder import check_output_dir
-    from embedding_finetune.training_arguments import (
+    from embedding_finetune.training.arguments import (
         DataArguments,
         ModelArguments,
         RetrieverTrainingArguments,
@@ -210,7 +207,10 @@ def parse_arguments(
         check_neighbours,
         check_reporting,
     )
-    from embedding_finetune.training_flags import check_given, check_known, check_needs
+    from embedding_finetune.training.flag_errors import errors_name_their_flag
+    from embedding_finetune.training.flags import check_given, check_known, check_needs
+    from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
+    from embedding_finetune.training.run_folder import check_output_dir
 
     class Parser(HfArgumentParser, OneLineErrorParser):
         """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""

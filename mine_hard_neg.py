@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedding_finetune import jsonl
 from embedding_finetune.arguments import (
     add_encoding_arguments,
     add_mining_output_arguments,
@@ -31,13 +30,14 @@ from embedding_finetune.arguments import (
     repeated_model,
 )
 from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
-from embedding_finetune.corpus import Corpus
-from embedding_finetune.jsonl import Record
-from embedding_finetune.mining import Selection, lowest_scores
-from embedding_finetune.stopwatch import Stopwatch
+from embedding_finetune.data import jsonl
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.mining.choice import Selection, lowest_scores
+from embedding_finetune.mining.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from embedding_finetune.candidates import Candidates
+    from embedding_finetune.mining.ranking import Candidates
 
 logger = logging.getLogger("embedding_finetune.mine_hard_neg")
 
@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Heavy imports wait until flags and data are known to be good.
     with uninterrupted():
-        from embedding_finetune.candidates import rank_candidates
         from embedding_finetune.distributed import rank, start
-        from embedding_finetune.reranking import check_reranker
-        from embedding_finetune.selection import choose_negatives, positive_pairs, with_all_scores
+        from embedding_finetune.mining.ranking import rank_candidates
+        from embedding_finetune.mining.selection import choose_negatives, positive_pairs, with_all_scores
+        from embedding_finetune.retrieval.reranker import check_reranker
 
     start()
     if args.reranker_name_or_path is not None:
@@ -83,7 +83,7 @@ def write_outcome(
     stopwatch: Stopwatch,
 ) -> None:
     """Write the rows and the audit, and tell it."""
-    from embedding_finetune.mining_audit import audit_text, examples, mining_audit
+    from embedding_finetune.mining.audit import audit_text, examples, mining_audit
 
     written = [n for n, own in enumerate(selections) if own.negatives or not args.drop_rows_without_negatives]
     if not written:

@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 if TYPE_CHECKING:
-    from embedding_finetune.encoding import Encoder
+    from embedding_finetune.retrieval.encoder import Encoder
 
 RUNS = (
     *(f"st:{dtype}:{batch}" for dtype in ("float32", "bfloat16") for batch in (8, 16, 32)),
@@ -102,7 +102,7 @@ def sentence_transformers(model: str, options: str) -> Callable[[Sequence[str]],
 def load(model: str, options: str) -> "Encoder":
     """Our encoder under `--dtype` and what other flags there are."""
     from embedding_finetune.arguments import add_encoding_arguments
-    from embedding_finetune.encoding import load_encoder
+    from embedding_finetune.retrieval.encoder import load_encoder
 
     parser = argparse.ArgumentParser()
     add_encoding_arguments(parser)
@@ -119,9 +119,9 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
     from openvino import Core, convert_model
 
-    from embedding_finetune.encoding import Encoder
-    from embedding_finetune.loading import load_backbone
-    from embedding_finetune.model import BiEncoder
+    from embedding_finetune.model.bi_encoder import BiEncoder
+    from embedding_finetune.model.loading import load_backbone
+    from embedding_finetune.retrieval.encoder import Encoder
 
     backbone, tokenizer, config = load_backbone(model, flag="--model")
     embedder = BiEncoder(backbone, config).eval()
@@ -143,9 +143,9 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
 def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
 
-    from embedding_finetune.batching import tokenize
-    from embedding_finetune.encoding import default_tokens_per_batch
-    from embedding_finetune.inference import PackedLinear
+    from embedding_finetune.model.encoding_kernels import PackedLinear
+    from embedding_finetune.model.tokens import tokenize
+    from embedding_finetune.retrieval.encoder import default_tokens_per_batch
 
     encoder = load(model, dtype)
     tokens = default_tokens_per_batch(torch.device("cpu"))  # in a batch

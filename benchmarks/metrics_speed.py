@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embedding_finetune.metrics import MEASURES, per_query, relevance_of
+from embedding_finetune.evaluation.metrics import MEASURES, per_query, relevance_of
 
 QUERIES, RANKS, PASSAGES = 100_000, 100, 1_000_000
 

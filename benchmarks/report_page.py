@@ -47,10 +47,10 @@ def main() -> None:
 
 def report(count: int, depth: int) -> str:
     import evaluate
-    from embedding_finetune.corpus import Corpus, RetrievalTask
-    from embedding_finetune.evaluation import values_per_query
-    from embedding_finetune.html_report import html_report
-    from embedding_finetune.retrieval import Ranking
+    from embedding_finetune.data.corpus import Corpus, RetrievalTask
+    from embedding_finetune.evaluation.page import html_report
+    from embedding_finetune.evaluation.ranking import values_per_query
+    from embedding_finetune.retrieval.top_k import Ranking
 
     rows = [row for _, row in zip(range(count), records("train"))]
     corpus = Corpus(record["text"] for record in records("pool"))

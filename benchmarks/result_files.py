@@ -13,10 +13,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from embedding_finetune.corpus import Corpus, RetrievalTask
-from embedding_finetune.evaluation_files import per_query_records, run_lines, write_lines
-from embedding_finetune.jsonl import write
-from embedding_finetune.retrieval import Ranking
+from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.data.jsonl import write
+from embedding_finetune.evaluation.files import per_query_records, run_lines, write_lines
+from embedding_finetune.retrieval.top_k import Ranking
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ def main() -> None:
     args = parser.parse_args()
 
     import mine_hard_neg
-    from embedding_finetune.candidates import Candidates, Pairs
-    from embedding_finetune.corpus import Corpus
-    from embedding_finetune.selection import choose_negatives
-    from embedding_finetune.stopwatch import Stopwatch
+    from embedding_finetune.data.corpus import Corpus
+    from embedding_finetune.mining.ranking import Candidates, Pairs
+    from embedding_finetune.mining.selection import choose_negatives
+    from embedding_finetune.mining.stopwatch import Stopwatch
 
     flags = ["--model_name_or_path", "none", "--input_file", __file__, "--output_file", "none.jsonl"]
     mining = mine_hard_neg.parse_arguments([*flags, "--relative_margin", "0.05"])

@@ -23,7 +23,7 @@ import mine_hard_neg
 parse_arguments = mine_hard_neg.parse_arguments
 
 def watched(argv):
-    import embedding_finetune.encoding as encoding  # the import that the run itself makes next
+    import embedding_finetune.retrieval.encoder as encoding  # the import that the run itself makes next
     forward = encoding.Encoder._forward
     def stop(*args):
         forward(*args)

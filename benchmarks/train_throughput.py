@@ -92,7 +92,7 @@ def step_clock():
 
 def run_ours(args: argparse.Namespace) -> dict:
     import finetune
-    from embedding_finetune import trainer
+    from embedding_finetune.training import trainer
 
     clock = step_clock()
 

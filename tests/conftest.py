@@ -117,7 +117,7 @@ def passage_about(topic: str) -> str:
 
 def search(queries, passages, top_k, *, ties="first"):
     """Scores and positions of the top k of one array of passages."""
-    from embedding_finetune.retrieval import TopK
+    from embedding_finetune.retrieval.top_k import TopK
 
     top = TopK(queries, top_k, ties=ties)
     top.add(0, passages)

@@ -10,12 +10,12 @@ from conftest import encoding_arguments, make_tiny_bert, read_jsonl
 from transformers import AutoModel, AutoTokenizer
 
 import finetune
-from embedding_finetune.batching import tokenize
-from embedding_finetune.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.command_line import UserError
-from embedding_finetune.encoding import load_encoder
-from embedding_finetune.loading import load_backbone, load_projection
-from embedding_finetune.model_folder import model_replaced
+from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
+from embedding_finetune.model.folder import model_replaced
+from embedding_finetune.model.loading import load_backbone, load_projection
+from embedding_finetune.model.tokens import tokenize
+from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
 

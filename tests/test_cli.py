@@ -14,7 +14,9 @@ from conftest import REPOSITORY, TOPICS, make_tiny_bert, read_jsonl, write_jsonl
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune import command_line, encoding, loading
+from embedding_finetune import command_line
+from embedding_finetune.model import loading
+from embedding_finetune.retrieval import encoder as encoding
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {
@@ -47,8 +49,8 @@ def folder(tmp_path, monkeypatch):
         raise AssertionError("a model was loaded before the input was found to be bad")
 
     # encoding first: were it imported while loading is patched, it would keep the patch.
-    monkeypatch.setattr("embedding_finetune.encoding.load_backbone", no_model)
-    monkeypatch.setattr("embedding_finetune.loading.load_backbone", no_model)
+    monkeypatch.setattr("embedding_finetune.retrieval.encoder.load_backbone", no_model)
+    monkeypatch.setattr("embedding_finetune.model.loading.load_backbone", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
     (tmp_path / "mined.jsonl").write_bytes(b'{"query": "q", "pos": ["p"], "neg": ["n"]}\n')
     (tmp_path / "candidates.jsonl").write_bytes(b'{"context": ["p"]}\n')

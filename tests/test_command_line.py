@@ -12,7 +12,7 @@ import evaluate
 import mine_hard_neg
 from embedding_finetune import command_line
 from embedding_finetune.command_line import UserError
-from embedding_finetune.jsonl import atomic_writer, require_apart, require_folder, require_writable
+from embedding_finetune.data.jsonl import atomic_writer, require_apart, require_folder, require_writable
 
 PYTHON = sys.executable
 
@@ -110,7 +110,8 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_no_file(tmp_path):
     path.write_text("old")
     program = f"""
 import resource
-from embedding_finetune import command_line, jsonl
+from embedding_finetune import command_line
+from embedding_finetune.data import jsonl
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 @command_line.command
 def main():

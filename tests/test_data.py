@@ -4,12 +4,12 @@ import torch
 from conftest import make_tokenizer, write_jsonl
 from torch.utils.data import DataLoader
 
-from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
-from embedding_finetune.jsonl import text_id
-from embedding_finetune.loss import PADDING_ID
-from embedding_finetune.rows import load_rows
+from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.loss import PADDING_ID
+from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
+from embedding_finetune.training.rows import load_rows
 
 
 def rows_of(tmp_path, records):

@@ -9,10 +9,10 @@ from test_encoding import TEXTS, encoder_for, passages
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune.encoding import default_tokens_per_batch
-from embedding_finetune.inference import is_out_of_memory, prepare_for_encoding, working_device
-from embedding_finetune.loading import load_backbone
-from embedding_finetune.reranking import load_reranker
+from embedding_finetune.model.encoding_kernels import is_out_of_memory, prepare_for_encoding, working_device
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.retrieval.encoder import default_tokens_per_batch
+from embedding_finetune.retrieval.reranker import load_reranker
 
 
 @pytest.fixture

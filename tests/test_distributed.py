@@ -148,7 +148,7 @@ def test_a_failing_process_ends_the_run_with_its_own_error(data, tmp_path):
     flags = training_flags(model, data, tmp_path / "out", 2)
     program = f"""
 import os, finetune
-from embedding_finetune.data import TrainDataset
+from embedding_finetune.training.batches import TrainDataset
 if os.environ["RANK"] == "1":
     def broken(self, key):
         raise OSError("the disk of rank 1 is gone")
@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_run_with_an_error(data, tmp_path):
     flags = ["--model_name_or_path", model, "--input_file", data, "--candidate_pool", pool, "--output_file", out]
     program = f"""
 import os, signal, mine_hard_neg
-from embedding_finetune.encoding import Encoder
+from embedding_finetune.retrieval.encoder import Encoder
 if os.environ["RANK"] == "1":
     Encoder.encode_passages = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 mine_hard_neg.main({list(map(str, flags))!r})

@@ -3,14 +3,14 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from embedding_finetune import dropout as dropout_module
-from embedding_finetune.dropout import (
+from embedding_finetune.model import training_kernels as dropout_module
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.training_kernels import (
     CheapDropout,
     attention_with_cheap_dropout,
     scaled_keep_mask,
     use_cheap_dropout,
 )
-from embedding_finetune.loading import load_backbone
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune import encoding
-from embedding_finetune.jsonl import canonical
-from embedding_finetune.loading import load_backbone
+from embedding_finetune.data.jsonl import canonical
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.retrieval import encoder as encoding
 
 
 def mine(model, source, target, *flags):

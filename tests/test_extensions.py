@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune.batching import pad, tokenize
-from embedding_finetune.encoding import load_encoder
-from embedding_finetune.loading import load_backbone
-from embedding_finetune.loss import contrastive_loss
-from embedding_finetune.model import BiEncoder
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.loss import contrastive_loss
+from embedding_finetune.model.tokens import pad, tokenize
+from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "red green blue " * 30]
 
@@ -176,8 +176,8 @@ def test_a_teacher_makes_its_choice_the_models(tiny_bert, rows, tmp_path):
 
 
 def test_teacher_scores_follow_the_sampled_negatives(rows, tmp_path):
-    from embedding_finetune.data import TrainDataset
-    from embedding_finetune.rows import load_rows
+    from embedding_finetune.training.batches import TrainDataset
+    from embedding_finetune.training.rows import load_rows
 
     records = [
         {**row, "neg": [f"{n} of {row['query']}" for n in range(6)], "neg_scores": list(range(6)), "pos_scores": [9]}

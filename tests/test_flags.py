@@ -16,13 +16,13 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.arguments import new_parser, repeated_model
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import TrainDataset
-from embedding_finetune.flag_errors import errors_name_their_flag, flags_not_at_default
-from embedding_finetune.loading import load_backbone
-from embedding_finetune.model import BiEncoder
-from embedding_finetune.rows import load_rows
-from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
-from embedding_finetune.training_flags import REFUSED
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training.batches import TrainDataset
+from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
+from embedding_finetune.training.flags import REFUSED
+from embedding_finetune.training.rows import load_rows
 
 PAGE = (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8")
 TABLE = dict(re.findall(r"^\| `--(\w+)` \| (\w[\w ]*) \|", PAGE, re.MULTILINE))

@@ -8,10 +8,10 @@ import pytest
 from conftest import TOPICS, make_tiny_bert, passage_about, write_jsonl
 
 import evaluate
-from embedding_finetune.corpus import Corpus, load_task
-from embedding_finetune.evaluation import values_per_query
-from embedding_finetune.html_report import first_ranks, html_report
-from embedding_finetune.retrieval import Ranking
+from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.evaluation.page import first_ranks, html_report
+from embedding_finetune.evaluation.ranking import values_per_query
+from embedding_finetune.retrieval.top_k import Ranking
 
 HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\"><!--data-->"
 

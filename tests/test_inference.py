@@ -7,14 +7,14 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.dropout import attention_with_cheap_dropout
-from embedding_finetune.inference import (
+from embedding_finetune.model.encoding_kernels import (
     PackedLinear,
     attention_in_batched_products,
     choose_dtype,
     prepare_for_encoding,
 )
-from embedding_finetune.loading import load_backbone
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.training_kernels import attention_with_cheap_dropout
 
 CPU = torch.device("cpu")
 

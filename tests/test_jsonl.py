@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from embedding_finetune import jsonl
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data import jsonl
 
 GOOD = b'{"query": "q", "pos": ["p"]}\n'
 
@@ -135,7 +135,7 @@ def test_kill_9_while_writing_leaves_the_old_file(tmp_path):
     path.write_text("old")
     program = f"""
 import time
-from embedding_finetune import jsonl
+from embedding_finetune.data import jsonl
 def records():
     for number in range(10**9):
         if number == 50_000:

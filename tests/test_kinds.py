@@ -8,12 +8,12 @@ from conftest import TOPICS, encoding_arguments, make_tokenizer, passage_about, 
 from transformers import AutoModel, AutoTokenizer
 
 import finetune
-from embedding_finetune import model_checks
-from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
-from embedding_finetune.encoding import load_encoder
-from embedding_finetune.loading import length_limit, load_backbone
-from embedding_finetune.model import BiEncoder
+from embedding_finetune.model import checks as model_checks
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.loading import length_limit, load_backbone
+from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["reset the pump", "a", passage_about("pump"), "who do i call?", passage_about("desk") + " red green blue"]
 MENDED = ["deepseek_v3", "jetmoe", "layoutlm", "mamba", "squeezebert", "xlnet"]

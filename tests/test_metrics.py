@@ -6,7 +6,7 @@ from conftest import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.metrics import MEASURES, compare, means, per_query, relevance_of
+from embedding_finetune.evaluation.metrics import MEASURES, compare, means, per_query, relevance_of
 
 # Four queries over a corpus of five passages; the last one's second answer is not in the corpus.
 POSITIONS = np.array([[3, 1, 0], [2, 4, 1], [0, 1, 2], [4, -1, -1]])

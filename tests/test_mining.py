@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.mining import FILTERS, ScoreFilters, lowest_scores, row_rng, select_negatives
+from embedding_finetune.mining.choice import FILTERS, ScoreFilters, lowest_scores, row_rng, select_negatives
 
 
 def select(

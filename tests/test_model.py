@@ -5,10 +5,10 @@ import torch
 from conftest import make_rotary_model, make_tiny_bert
 from transformers import MPNetConfig, MPNetModel
 
-from embedding_finetune.checkpoint import EmbeddingConfig
 from embedding_finetune.command_line import UserError
-from embedding_finetune.loading import freeze_position_embeddings, length_limit, load_backbone
-from embedding_finetune.model import BiEncoder, pool
+from embedding_finetune.model.bi_encoder import BiEncoder, pool
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.loading import freeze_position_embeddings, length_limit, load_backbone
 
 STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
 RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])

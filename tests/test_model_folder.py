@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model_folder import is_model_file, model_replaced, remove_unfinished
+from embedding_finetune.model.folder import is_model_file, model_replaced, remove_unfinished
 
 OLD = {
     "config.json": "old",
@@ -71,7 +71,7 @@ def test_a_kill_while_files_are_renamed_leaves_no_folder_that_loads_as_a_mix(tmp
     program = f"""
 import os, signal
 from pathlib import Path
-from embedding_finetune import model_folder
+from embedding_finetune.model import folder as model_folder
 rename, left = os.replace, [{renames}]
 def replace(*paths):
     if not left[0]:

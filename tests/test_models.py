@@ -12,10 +12,10 @@ from conftest import TOPICS, encoding_arguments, passage_about, read_jsonl, writ
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune.checkpoint import read_config
 from embedding_finetune.command_line import UserError
-from embedding_finetune.encoding import load_encoder
-from embedding_finetune.loading import load_backbone
+from embedding_finetune.model.checkpoint import read_config
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.retrieval.encoder import load_encoder
 
 QUERIES = ["how do i reset the pump?", "who", "My motor is red. " * 30]
 

@@ -5,9 +5,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import EpochSampler, TrainDataset
-from embedding_finetune.neighbours import Neighbours
-from embedding_finetune.rows import load_rows
+from embedding_finetune.training.batches import EpochSampler, TrainDataset
+from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.rows import load_rows
 
 
 def rows_of(tmp_path, positives, negatives):

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune import jsonl
-from embedding_finetune.training_arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.data import jsonl
+from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -34,7 +34,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch):
     check = jsonl.require_file
     monkeypatch.setattr(jsonl, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(jsonl, "require_writable", lambda *_: None)
-    monkeypatch.setattr("embedding_finetune.run_folder.check_output_dir", lambda *_: None)
+    monkeypatch.setattr("embedding_finetune.training.run_folder.check_output_dir", lambda *_: None)
     assert SCRIPTS[script].parse_arguments(argv)
 
 

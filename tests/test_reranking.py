@@ -8,7 +8,7 @@ from conftest import TOPICS, encoding_arguments, make_tiny_bert, make_tiny_reran
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.reranking import check_reranker, load_reranker
+from embedding_finetune.retrieval.reranker import check_reranker, load_reranker
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from conftest import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune import retrieval
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import (
+from embedding_finetune.retrieval import top_k as retrieval
+from embedding_finetune.retrieval.top_k import (
     NearDuplicates,
     PairScores,
     TopK,

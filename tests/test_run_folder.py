@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 import evaluate
 import finetune
-from embedding_finetune.run_folder import last_checkpoint, run_in, run_of
+from embedding_finetune.training.run_folder import last_checkpoint, run_in, run_of
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def kill_after_checkpoint(argv, step):
     """Run finetune.py, and kill -9 it once checkpoint-`step` is written."""
     program = f"""
 import os, signal, finetune
-from embedding_finetune import trainer
+from embedding_finetune.training import trainer
 save = trainer.RetrievalTrainer._save_checkpoint
 def save_and_die(self, *args):
     save(self, *args)
@@ -158,7 +158,7 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tiny_bert, m
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     another = f"""
 from embedding_finetune.command_line import UserError
-from embedding_finetune.run_folder import run_in
+from embedding_finetune.training.run_folder import run_in
 try:
     with run_in({str(tmp_path)!r}, None):
         print("took it")

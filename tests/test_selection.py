@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.candidates import Candidates, Pairs
-from embedding_finetune.corpus import Corpus
-from embedding_finetune.mining import lowest_scores
-from embedding_finetune.mining_audit import audit_text, mining_audit
-from embedding_finetune.selection import ExcludedTexts, choose_negatives, positive_pairs
-from embedding_finetune.stopwatch import Stopwatch
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.mining.audit import audit_text, mining_audit
+from embedding_finetune.mining.choice import lowest_scores
+from embedding_finetune.mining.ranking import Candidates, Pairs
+from embedding_finetune.mining.selection import ExcludedTexts, choose_negatives, positive_pairs
+from embedding_finetune.mining.stopwatch import Stopwatch
 
 NOT_NEAR = np.empty((0, 2), dtype=np.int64)
 

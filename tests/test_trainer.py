@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 import evaluate
 import finetune
 from embedding_finetune.command_line import UserError
-from embedding_finetune.corpus import Corpus, load_task
-from embedding_finetune.data import EmbedCollator, TrainDataset
-from embedding_finetune.dropout import use_cheap_dropout
-from embedding_finetune.loading import load_backbone
-from embedding_finetune.model import BiEncoder
-from embedding_finetune.rows import load_rows
-from embedding_finetune.run_folder import last_checkpoint
-from embedding_finetune.trainer import RetrievalTrainer
-from embedding_finetune.training_arguments import RetrieverTrainingArguments
+from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.training_kernels import use_cheap_dropout
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
+from embedding_finetune.training.batches import EmbedCollator, TrainDataset
+from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.run_folder import last_checkpoint
+from embedding_finetune.training.trainer import RetrievalTrainer
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_evaluating_while_training_changes_neither_weights_nor_mode(make_trainer
 
 def test_the_best_weights_are_loaded_and_patience_stops_the_run(make_trainer, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr("embedding_finetune.trainer.measure", lambda *_, **__: {"MRR@10": next(scores)})
+    monkeypatch.setattr("embedding_finetune.training.trainer.measure", lambda *_, **__: {"MRR@10": next(scores)})
     trainer = make_trainer(
         evaluate=True,
         max_steps=20,
@@ -289,7 +289,7 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp
     flags |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
     slow = f"""
 import sys, time, finetune
-from embedding_finetune import trainer
+from embedding_finetune.training import trainer
 compute = trainer.RetrievalTrainer.compute_loss
 def slowly(self, *args, **kwargs):
     time.sleep(0.15)

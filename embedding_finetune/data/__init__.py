@@ -1,0 +1,1 @@
+"""Rows, texts and judgements: read, validated, known by their identity."""

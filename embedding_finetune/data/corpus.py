@@ -1,0 +1,169 @@
+"""What can be retrieved, the distinct texts known by their positions, and what should be."""
+
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+
+from embedding_finetune.data.jsonl import canonical, read_queries, text_id
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_BYTES = 2**20
+_DIGEST_BYTES = 16
+
+
+class TextsOnDisk(Sequence[str]):
+    """Texts in a temporary file that goes with the process; memory holds 16 bytes for each.
+
+    Read by offset rather than mapped, so that its pages do not count as this process's memory.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
+        self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
+        ends = array("q", [0])
+        for text in texts:
+            ends.append(ends[-1] + self._file.write(text.encode()))
+        self._file.flush()
+        self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Forget all texts but those at `rows`, in that order."""
+        self._starts, self._ends = self._starts[rows], self._ends[rows]
+
+    def at(self, rows: np.ndarray) -> "TextsOnDisk":
+        """The texts at `rows`, in the same file."""
+        part = copy.copy(self)
+        part.keep(rows)
+        return part
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            start, end = int(self._starts[index]), int(self._ends[index])
+            return self._read(start, end).decode()
+        starts, ends = self._starts[index].tolist(), self._ends[index].tolist()
+        if not starts:
+            return []
+        first, last = min(starts), max(ends)
+        if last - first > _BUFFER_BYTES + 2 * (sum(ends) - sum(starts)):  # far apart
+            return [self._read(start, end).decode() for start, end in zip(starts, ends)]
+        span = self._read(first, last)
+        return [span[start - first : end - first].decode() for start, end in zip(starts, ends)]
+
+    def _read(self, start: int, end: int) -> bytes:
+        parts = []
+        while start < end:  # one read gives 2 GiB at most
+            parts.append(os.pread(self._file.fileno(), end - start, start))
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class Corpus:
+    """Texts in first-seen order; texts that are equal in canonical form are one.
+
+    `texts[p]` is the text at position p as it was first written; `duplicates` counts the others. Texts stay on disk:
+    equality is that of 128-bit digests, of which memory holds one for each text. Texts that only `beyond` holds get
+    positions from len(corpus) on: they are known, but not to be retrieved.
+    """
+
+    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()):
+        digests = bytearray()
+        sizes = []
+
+        def digested() -> Iterable[str]:
+            for part in (texts, beyond):
+                for text in part:
+                    digests.extend(_digest(text))
+                    yield text
+                sizes.append(len(digests) // _DIGEST_BYTES)
+
+        self.texts = TextsOnDisk(digested())
+        self._digests, first_seen = np.unique(np.frombuffer(digests, dtype="S16"), return_index=True)
+        self._size = int((first_seen < sizes[0]).sum())
+        self.duplicates = sizes[0] - self._size
+        order = np.argsort(first_seen)
+        self.texts.keep(first_seen[order])
+        self._positions = np.empty_like(order)  # of the sorted digests
+        self._positions[order] = np.arange(len(order))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def positions(self, texts: Sequence[str]) -> np.ndarray:
+        """Where each text stands, -1 where it is not known: (len(texts),) int64."""
+        wanted = np.array([_digest(text) for text in texts], dtype="S16")
+        if not len(self._digests) or not len(wanted):
+            return np.full(len(wanted), -1, dtype=np.int64)
+        places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
+        return np.where(self._digests[places] == wanted, self._positions[places], -1)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(canonical(text).encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+class RetrievalTask(NamedTuple):
+    """Queries, the corpus to search, and what answers each query.
+
+    relevant: the positions of its answers in the corpus; relevant_counts: how many distinct answers it has, those that
+    the corpus does not hold included. ids name the queries in TREC files; groups are None where a query has none.
+    """
+
+    queries: list[str]
+    corpus: Corpus
+    relevant: list[set[int]]
+    relevant_counts: list[int]
+    ids: list[str]
+    groups: list[str | None]
+
+    @property
+    def missing(self) -> int:
+        """How many answers the corpus does not hold."""
+        return sum(self.relevant_counts) - sum(map(len, self.relevant))
+
+    @property
+    def unanswerable(self) -> int:
+        """How many queries have no answer in the corpus."""
+        return sum(not positions for positions in self.relevant)
+
+    def count_queries_among(self, ids: np.ndarray) -> int:
+        """How many queries have their jsonl.text_id in ids (any,)."""
+        return int(np.isin([text_id(query) for query in self.queries], ids).sum())
+
+
+def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:
+    """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
+    rows = list(read_queries(query_file))
+    answers = [corpus.positions(row["pos"]) for row in rows]
+    digits = len(str(len(rows)))
+    task = RetrievalTask(
+        queries=[row["query"] for row in rows],
+        corpus=corpus,
+        relevant=[set(positions[positions >= 0].tolist()) for positions in answers],
+        relevant_counts=[len({canonical(text) for text in row["pos"]}) for row in rows],
+        ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
+        groups=[row.get("group") for row in rows],
+    )
+    logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
+    if task.missing:
+        logger.warning(
+            "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
+            "and count as misses",
+            task.missing,
+            task.unanswerable,
+        )
+    return task

@@ -1,0 +1,1 @@
+"""Rankings to measures, and measures to what people read."""

@@ -1,0 +1,265 @@
+"""The evaluation as one HTML page that needs nothing else: no network, no server.
+
+Tables and charts are written here; the table of queries is made in the browser, from JSON, by the script in
+report_template.html. Charts are plain SVG: they follow the page's light or dark colours, and a plotting library's
+script alone would be nearly the 5 MB that 10,000 queries may take.
+
+Shapes: Q queries, K ranks.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.evaluation.metrics import relevance_of
+from embedding_finetune.retrieval.top_k import Ranking
+
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+_QUERY_CHARACTERS, _PASSAGE_CHARACTERS = 200, 300
+_SHOWN_ABOVE = 3
+"""Passages per query, of those that were ranked above the right one."""
+_QUERY_BYTES = 4_000_000
+"""For the table of queries; those that matter most come first, and the page says when others are left out."""
+_ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+_COLOURS = 6
+
+
+def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
+    """The page for what evaluate.summarize gave, the task and each model's ranking (at least one model)."""
+    ranks = {name: first_ranks(ranking, task) for name, ranking in rankings.items()}
+    depth = next(iter(rankings.values())).positions.shape[1]
+    parts = {
+        "title": "Retrieval: " + escape(" and ".join(rankings)),
+        "facts": f"{len(task.queries):,} queries, {len(task.corpus):,} passages",
+        "legend": "".join(f'<li class="m{i % _COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
+        "warnings": "".join(f"<li>{escape(text)}</li>" for text in warnings(document)),
+        "measures": _measures(document),
+        "charts": "".join(_chart(measure, document, ranks, depth) for measure in ("MRR", "Hit")),
+        "distribution": _distribution(ranks, depth),
+        "outcomes": "".join(_outcomes(name, ranks) for name in list(ranks)[1:]),
+        "groups": _groups(document),
+        "data": _embedded(_query_table(task, rankings, ranks, depth)),
+    }
+    # One pass: what a part holds is never taken for a place to fill.
+    return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:
+    """The rank, from 1, of each query's best relevant passage, 0 where none is in the ranking: (Q,)."""
+    relevance = relevance_of(ranking.positions, task.relevant)  # (Q, K)
+    return np.where(relevance.any(axis=1), relevance.argmax(axis=1) + 1, 0)
+
+
+def warnings(document: Record) -> Iterator[str]:
+    """What a reader has to know before believing the numbers."""
+    for name, count in document["queries_in_training_data"].items():
+        if count:
+            yield (
+                f"{count:,} of {document['queries']:,} queries are in the training data of {name}: "
+                "it has seen their answers, and new queries will do worse"
+            )
+    if document["positives_not_in_corpus"]:
+        yield (
+            f"{document['positives_not_in_corpus']:,} right passages are not in the corpus and cannot be found; "
+            f"{document['queries_without_findable_positive']:,} queries have no other and count as misses"
+        )
+
+
+def _measures(document: Record) -> str:
+    """Measure by measure, one model's values or every other model beside the first."""
+    metrics, differences = document["metrics"], document["differences"]
+    base = next(iter(metrics))
+    if not differences:
+        rows = [[name, _number(value)] for name, value in metrics[base].items()]
+        return _table(["", base], rows)
+    tables = []
+    for model, own in differences.items():
+        rows = [
+            [
+                name,
+                _number(metrics[base][name]),
+                _number(metrics[model][name]),
+                f"{d['mean']:+.4f}",
+                f"{d['low']:+.4f} .. {d['high']:+.4f}",
+                f"{d['p_value']:.4f}",
+            ]
+            for name, d in own.items()
+        ]
+        tables.append(_table(["", base, model, "difference", "95% interval", "p"], rows))
+    return "".join(tables)
+
+
+def _groups(document: Record) -> str:
+    if not document["groups"]:
+        return ""
+    measures = list(next(iter(document["metrics"].values())))
+    rows = [
+        [group, f"{outcome['queries']:,}", model, *(_number(values[name]) for name in measures)]
+        for group, outcome in document["groups"].items()
+        for model, values in outcome["metrics"].items()
+    ]
+    return "<section><h2>By group</h2>" + _table(["group", "queries", "model", *measures], rows) + "</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column names the rows; texts are escaped here."""
+    lines = ["<tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr>"]
+    for first, *others in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], depth: int) -> str:
+    """MRR or Hit at every cutoff up to `depth`, a line per model; dots where metrics.json gives the value."""
+    width, height, left, bottom = 340, 220, 34, 24
+
+    def x(cutoff: int) -> float:
+        return left + (width - left - 10) * (math.log(cutoff) / math.log(depth) if depth > 1 else 0.5)
+
+    def y(value: float) -> float:
+        return 10 + (height - bottom - 10) * (1 - value)
+
+    marks = [
+        f'<line x1="{left}" x2="{width}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+        f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
+        for value in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    marks += [
+        f'<text x="{x(cutoff):.1f}" y="{height - 6}" text-anchor="middle">{cutoff}</text>'
+        for cutoff in _ROUND_RANKS
+        if cutoff <= depth
+    ]
+    cutoffs = np.arange(1, depth + 1)
+    for number, (name, own) in enumerate(ranks.items()):
+        found_at = np.bincount(own, minlength=depth + 1)[1:] / len(own)  # (K,): share of queries
+        values = np.cumsum(found_at / cutoffs if measure == "MRR" else found_at)  # (K,)
+        path = " ".join(f"{x(k):.1f},{y(value):.1f}" for k, value in zip(cutoffs.tolist(), values.tolist()))
+        marks.append(f'<polyline class="m{number % _COLOURS}" points="{path}"/>')
+        measured = {k: document["metrics"][name].get(f"{measure}@{k}") for k in document["settings"]["cutoffs"]}
+        marks += [
+            f'<circle class="m{number % _COLOURS}" cx="{x(min(k, depth)):.1f}" cy="{y(value):.1f}" r="3.5">'
+            f"<title>{escape(name)}: {measure}@{k} {_number(value)}</title></circle>"
+            for k, value in measured.items()
+            if value is not None
+        ]
+    label = f"{measure} at cutoffs from 1 to {depth}"
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+        f"<figcaption>{measure} by cutoff</figcaption></figure>"
+    )
+
+
+def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
+    """How many queries have their best right passage at which rank, a bar per model."""
+    ends = [0, *(end for end in _ROUND_RANKS if end < depth), depth]
+    rows = []
+    for low, high in [*pairwise(ends), (depth, None)]:
+        cells = []
+        for number, own in enumerate(ranks.values()):
+            count = int((own == 0).sum() if high is None else ((own > low) & (own <= high)).sum())
+            cells.append(
+                f'<div class="bar m{number % _COLOURS}"><i style="width:{85 * count / max(len(own), 1):.2f}%"></i>'
+                f"<span>{count:,}</span></div>"
+            )
+        label = f"beyond {low}" if high is None else str(high) if high == low + 1 else f"{low + 1}-{high}"
+        rows.append(f'<tr><th scope="row">{label}</th><td>{"".join(cells)}</td></tr>')
+    return f'<table class="bars"><tr><th>rank</th><th>queries</th></tr>{"".join(rows)}</table>'
+
+
+def _outcomes(model: str, ranks: Mapping[str, np.ndarray]) -> str:
+    """How many queries got better, stayed and got worse under a model, by the rank of the best right passage."""
+    base = next(iter(ranks))
+    change = _beyond_all(ranks[model]) - _beyond_all(ranks[base])
+    counts = {"better": int((change < 0).sum()), "same": int((change == 0).sum()), "worse": int((change > 0).sum())}
+    segments = "".join(f'<i class="{name}" style="flex-grow:{count}"></i>' for name, count in counts.items())
+    words = ", ".join(f'<b class="{name}">{count:,}</b> {name}' for name, count in counts.items())
+    return f'<p>{escape(model)} against {escape(base)}: {words}</p><div class="outcome">{segments}</div>'
+
+
+def _beyond_all(ranks: np.ndarray) -> np.ndarray:
+    """Ranks with "not found", which is 0, as the largest."""
+    return np.where(ranks == 0, np.iinfo(np.int64).max // 2, ranks)
+
+
+def _query_table(
+    task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int
+) -> Record:
+    """What the browser makes the table of queries from.
+
+    `queries` holds [id, query, group, [rank per model], [right passages], [[passage, rank, score] above them]]; the
+    last two name places in `passages`, and are those of the last model.
+    """
+    model = list(rankings)[-1]
+    positions, scores = rankings[model]
+    place_of: dict[int, int] = {}
+    passages: list[str] = []
+    queries: list[list] = []
+    used = 0
+
+    def place(position: int) -> int:
+        if position not in place_of:
+            place_of[position] = len(passages)
+            passages.append(_cut(task.corpus.texts[position], _PASSAGE_CHARACTERS))
+        return place_of[position]
+
+    for number in _most_telling_first(ranks):
+        known = len(passages)
+        rank = int(ranks[model][number])
+        right, above = [], []
+        if rank != 1:
+            right = [place(position) for position in sorted(task.relevant[number])[:_SHOWN_ABOVE]]
+            above = [
+                [place(int(positions[number, other])), other + 1, round(float(scores[number, other]), 4)]
+                for other in range(min(rank - 1 if rank else depth, _SHOWN_ABOVE))
+                if positions[number, other] >= 0
+            ]
+        own = [int(values[number]) or None for values in ranks.values()]
+        query = [
+            task.ids[number],
+            _cut(task.queries[number], _QUERY_CHARACTERS),
+            task.groups[number],
+            own,
+            right,
+            above,
+        ]
+        used += len(_json([query, passages[known:]]).encode())
+        if used > _QUERY_BYTES:
+            del passages[known:]
+            break
+        queries.append(query)
+    total = len(task.queries)
+    return {"models": list(rankings), "depth": depth, "total": total, "passages": passages, "queries": queries}
+
+
+def _most_telling_first(ranks: Mapping[str, np.ndarray]) -> list[int]:
+    """Query numbers: those that got worse from the first to the last model, most so first, then those that fail."""
+    every = [_beyond_all(own) for own in ranks.values()]
+    first, last = every[0], every[-1]
+    lost = np.maximum(1 / first - 1 / last, 0)  # in reciprocal rank: from 1 to 2 is worse than from 50 to 60
+    return np.lexsort((-last, -lost)).tolist()
+
+
+def _cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _embedded(value: object) -> str:
+    """JSON that can stand in a script element: no text in it can end the element."""
+    return _json(value).replace("<", "\\u003c")

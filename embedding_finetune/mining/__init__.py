@@ -1,0 +1,1 @@
+"""Hard negatives: ranked, chosen, accounted for."""

@@ -1,0 +1,132 @@
+"""The account of a mining run: what was chosen, what was left out and why, as JSON and as text.
+
+Shapes: P pairs of a row and one of its positives; n negatives.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.mining.choice import Selection
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_MANY_ABOVE = 0.1
+"""Share of negatives that score above their positive from which on the account warns."""
+_MANY_AT_RANDOM = 0.1
+"""Share of negatives drawn at random from which on it does."""
+_SHOWN_CHARACTERS = 160
+
+
+def mining_audit(
+    selections: Sequence[Selection], positive_scores: np.ndarray, lowest_positive: np.ndarray, *, wanted: int
+) -> Record:
+    """Counts and score quantiles of a run; scores are those that are known.
+
+    positive_scores: (P,). lowest_positive: (Q,), of each row's lowest-scoring positive.
+    """
+    dropped: Counter[str] = Counter()
+    for selection in selections:
+        dropped.update(selection.dropped)
+    scores = np.array([score for selection in selections for score in selection.scores], dtype=np.float32)
+    above = np.repeat(lowest_positive, [len(selection.negatives) for selection in selections]) - scores
+    known = ~np.isnan(scores)
+    return {
+        "rows": len(selections),
+        "negatives": len(scores),
+        "negatives_kept": sum(selection.kept for selection in selections),
+        "negatives_drawn_at_random": sum(selection.random_fills for selection in selections),
+        "rows_short_of_negatives": sum(len(selection.negatives) < wanted for selection in selections),
+        "rows_without_negatives": sum(not selection.negatives for selection in selections),
+        "left_out": dict(sorted(dropped.items())),
+        "scores": {
+            "positives": quantiles(positive_scores),
+            "negatives": quantiles(scores[known]),
+            "positive - negative": quantiles(above[known]),
+        },
+        "negatives_above_their_positive": float((above[known] < 0).mean()) if known.any() else None,
+    }
+
+
+def quantiles(scores: np.ndarray) -> dict[str, float]:
+    """`{"p05": ..., "p25": ..., "p50": ..., "p75": ..., "p95": ...}`, empty when there are no scores."""
+    if not len(scores):
+        return {}
+    return {f"p{int(100 * q):02d}": float(value) for q, value in zip(QUANTILES, np.quantile(scores, QUANTILES))}
+
+
+def audit_text(audit: Mapping[str, object], *, wanted: int) -> str:
+    """What `mining_audit` gave, with the run's "seconds", as lines to read, warnings last."""
+    share = audit["negatives_above_their_positive"]
+    rows = [
+        ("rows", audit["rows"]),
+        ("candidates", audit["candidates"]),
+        ("negatives", audit["negatives"]),
+        ("of them kept from the input", audit["negatives_kept"]),
+        ("of them drawn at random", audit["negatives_drawn_at_random"]),
+        (f"rows with fewer than {wanted}", audit["rows_short_of_negatives"]),
+        ("rows dropped", audit["rows_dropped"]),
+        *((f"left out: {reason}", count) for reason, count in audit["left_out"].items()),
+        *((f"scores: {name}", _quantile_line(values)) for name, values in audit["scores"].items()),
+        ("negatives above their positive", "unknown" if share is None else f"{share:.1%}"),
+        ("seconds", "  ".join(f"{name} {value:.1f}" for name, value in audit["seconds"].items())),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name.ljust(width)}  {value}" for name, value in rows), *_warnings(audit, wanted)])
+
+
+def _quantile_line(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in values.items()) or "none"
+
+
+def _warnings(audit: Mapping[str, object], wanted: int) -> list[str]:
+    warnings = []
+    if short := audit["rows_short_of_negatives"]:
+        start = audit["settings"]["range_for_sampling"][0]
+        if start >= audit["candidates"]:
+            why = f"--range_for_sampling starts at rank {start} of {audit['candidates']} candidates; start it lower"
+        elif any(reason.startswith("--") for reason in audit["left_out"]):
+            why = (
+                "filters refuse many, and too few candidates are outside the retrieved ranks; relax the filters, lower "
+                "--range_for_sampling or give a larger --candidate_pool"
+            )
+        else:
+            why = (
+                "too few candidates are outside the retrieved ranks; lower --range_for_sampling or give a larger "
+                "--candidate_pool"
+            )
+        warnings.append(f"warning: {short} rows have fewer than {wanted} negatives: {why}")
+    if audit["negatives_drawn_at_random"] > _MANY_AT_RANDOM * audit["negatives"]:
+        share = audit["negatives_drawn_at_random"] / audit["negatives"]
+        warnings.append(
+            f"warning: {share:.0%} of the negatives were drawn at random, which makes them easy ones: the ranks to "
+            "sample from gave too few; widen --range_for_sampling, lower --negative_number or relax the filters"
+        )
+    share = audit["negatives_above_their_positive"]
+    if share is not None and share > _MANY_ABOVE:
+        warnings.append(
+            f"warning: {share:.0%} of the negatives score above their positive: many may be answers that nobody "
+            "labelled; --relative_margin 0.05 leaves out what comes too close, a later --range_for_sampling does too"
+        )
+    return warnings
+
+
+def examples(rows: Mapping[int, Record]) -> str:
+    """Mined rows by their number from 0, to read."""
+    blocks = []
+    for number, row in rows.items():
+        lines = [f"row {number + 1}  {_cut(row['query'])}"]
+        for sign, field in (("+", "pos"), ("-", "neg")):
+            scores = row.get(f"{field}_scores") or [None] * len(row[field])
+            lines += [
+                f"  {sign} {'' if score is None else f'{score:.3f}  '}{_cut(text)}"
+                for text, score in zip(row[field], scores)
+            ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"

@@ -1,0 +1,1 @@
+"""Checkpoints, the bi-encoder they become, and what makes it fast."""

@@ -1,0 +1,203 @@
+"""What a model and its tokenizer are tried on before anything is computed with them: what fails here fails in one line.
+
+Shapes: N texts, T tokens, H dimensions.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.tokens import pad
+
+_TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
+_TRIED_TOKENS = 13
+"""Of the text that is tried; padding brings it to 16."""
+
+_TOLERANCE = 1e-3
+_COARSE_TOLERANCE = 0.25
+"""How far padding may move a result, as a part of its length: in float32, and in bfloat16 and float16.
+
+Measured on tiny random models of 110 kinds of transformers 5.24: at most 7e-7 in float32, but 0.11 with ConvBERT, 0.22
+with Nystromformer and 0.94 with FNet; in bfloat16 at most 0.01, but 0.08 in mixtures of experts, whose choice of an
+expert may hang on a rounding. all-MiniLM-L6-v2: 8e-7 in float32, 8e-4 in float16, 0 in bfloat16. So the first tells
+what sees its padding, on every model before its weights are rounded; the second only what goes wrong altogether.
+"""
+
+Inputs = Mapping[str, Tensor]
+"""input_ids and attention_mask, (N, T) each."""
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
+    """Raise UserError for a tokenizer without a vocabulary, and for one whose tokens the model has no embedding for.
+
+    Where a folder has no tokenizer files transformers makes an empty tokenizer, to which all texts are alike.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
+    if not any(token.strip("▁") for token in vocabulary.keys() - added):
+        raise UserError(
+            f"{what}: the tokenizer knows no words, only {len(vocabulary)} special tokens; the folder lacks its "
+            "tokenizer's files (tokenizer.json, or vocab.txt and the like)"
+        )
+    rows, largest = _embedding_rows(model), max(vocabulary.values())
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"{what}: the tokenizer numbers its tokens up to {largest}, but the model has {rows} token embeddings, "
+            f"for the numbers up to {rows - 1}; give the tokenizer that belongs to the model"
+        )
+
+
+def _embedding_rows(model: PreTrainedModel) -> int | None:
+    """How many tokens have an embedding; None where the model does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
+
+
+def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
+    """Raise UserError unless a backbone, as it was loaded, gives a state (H,) for each token that padding leaves alone.
+
+    limit: the most tokens that the model takes.
+    """
+    name = type(backbone).__name__
+
+    @torch.no_grad()
+    def states(inputs: Inputs) -> Tensor | None:
+        return getattr(backbone(**inputs), "last_hidden_state", None)
+
+    try:
+        found = states(_inputs_to_try(tokenizer, limit)[0])  # (1, T, H)
+    except Exception as error:
+        raise UserError(
+            f"{what}: a {name} does not embed text by itself ({first_line(error)}); "
+            "give an encoder's or a decoder's checkpoint"
+        ) from error
+    if found is None:
+        raise UserError(f"{what}: a {name} gives no last_hidden_state; give a text encoder's checkpoint")
+    hidden_size = getattr(backbone.config, "hidden_size", None)
+    if found.shape[-1] != hidden_size:
+        raise UserError(
+            f"{what}: the states of a {name} have {found.shape[-1]} dimensions, where its config has a hidden_size of "
+            f"{hidden_size}; such models are not supported"
+        )
+
+    def states_of_text(inputs: Inputs) -> Tensor:
+        return states(inputs)[0][inputs["attention_mask"][0].bool()]
+
+    check_padding([states_of_text], backbone, tokenizer, limit=limit, what=what)
+
+
+def check_encoding(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
+    """Raise UserError unless a model, made ready for encoding, gives a text one embedding, alone and padded."""
+
+    @torch.no_grad()
+    def embedding(inputs: Inputs) -> Tensor:
+        return model.encode(**inputs)[0]
+
+    check_padding([embedding], model.backbone, tokenizer, limit=limit, what=what)
+
+
+def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
+    """Raise UserError unless a model, made ready for training, gives a text one embedding, alone, padded, and by table.
+
+    Training looks the embeddings of tokens up itself and hands them to the model, which not every model takes.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        paths = [lambda inputs: model.encode(**inputs)[0], lambda inputs: model.encode_in_sub_batches(**inputs)[0]]
+        with torch.enable_grad():  # in training, attention is computed in another way
+            check_padding(paths, model.backbone, tokenizer, limit=limit, what=f"{what}, in training")
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
+    """Raise UserError unless a classifier gives a text one score, alone and padded."""
+
+    @torch.no_grad()
+    def score(inputs: Inputs) -> Tensor:
+        logit = model(**inputs).logits[0, 0]
+        return torch.stack([logit, torch.ones_like(logit)])  # a score near 0 need not be the same to a part of itself
+
+    check_padding([score], model, tokenizer, limit=limit, what=what, result="score")
+
+
+def check_padding(
+    paths: Sequence[Callable[[Inputs], Tensor]],
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int,
+    what: str,
+    result: str = "embedding",
+) -> None:
+    """Raise UserError unless all paths give the first of some texts one result, in a batch of its own and padded.
+
+    A path takes Inputs and gives the result of their first text, of any shape. No random numbers are consumed.
+    """
+    name, dtype = type(model).__name__, next(model.parameters()).dtype
+    try:
+        moved = _largest_difference(paths, model, tokenizer, limit)
+    except Exception as error:
+        remedy = (
+            "such models are not supported" if dtype == torch.float32 else f"give --dtype float32 instead of {dtype}"
+        )
+        raise UserError(f"{what}: a {name} fails on a text to try it on: {first_line(error)}; {remedy}") from error
+    if not math.isfinite(moved):
+        raise UserError(
+            f"{what}: a {name} gives a text no {result} but NaN, infinity or 0; "
+            "the model's weights are damaged, or they need --dtype float32"
+        )
+    if moved > _tolerance(dtype):
+        raise UserError(
+            f"{what}: a {name} sees the padding on the {tokenizer.padding_side} of a text, which changes its {result} "
+            f"by {moved:.1%}, and so with the other texts of a batch; {_remedy(paths, model, tokenizer, limit)}"
+        )
+
+
+def _largest_difference(
+    paths: Sequence[Callable[[Inputs], Tensor]], model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> float:
+    """Between the first path's result for a text alone and all other results, as a part of its length."""
+    alone, padded = (
+        {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        for inputs in _inputs_to_try(tokenizer, limit)
+    )
+    with torch.random.fork_rng(devices=[]):
+        results = [path(inputs).detach().float() for inputs in (alone, padded) for path in paths]
+    return max(float((result - results[0]).norm() / results[0].norm()) for result in results)
+
+
+def _remedy(
+    paths: Sequence[Callable[[Inputs], Tensor]], model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> str:
+    """What to do about a result that padding changes: pad on the other side where that helps."""
+    side = tokenizer.padding_side
+    other = tokenizer.padding_side = {"left": "right", "right": "left"}[side]
+    try:
+        helps = _largest_difference(paths, model, tokenizer, limit) <= _tolerance(next(model.parameters()).dtype)
+    finally:
+        tokenizer.padding_side = side
+    if helps:
+        return f'write "padding_side": "{other}" into its tokenizer_config.json'
+    return "such models are not supported"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE if dtype == torch.float32 else _COARSE_TOLERANCE
+
+
+def _inputs_to_try(tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Inputs, Inputs]:
+    """A text alone, and the same text before a shorter one, both padded to the next multiple of 8."""
+    ids = tokenizer(_TRIED_TEXT)["input_ids"]
+    ids = ids[: max(min(_TRIED_TOKENS, limit - 1), 1)]
+    shorter = ids[: max(len(ids) - 4, 1)]
+    return pad(tokenizer, [ids], limit=len(ids)), pad(tokenizer, [ids, shorter], limit=max(limit, len(ids)))

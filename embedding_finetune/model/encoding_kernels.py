@@ -1,0 +1,192 @@
+"""A backbone made ready for encoding: its precision, and kernels that reach what a CPU can do.
+
+What each part gives, measured, is in benchmarks/README.md.
+
+Shapes: n texts, t tokens, h heads, d dimensions of a head.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.attention import attention_by_sdpa, is_plain_attention
+
+logger = logging.getLogger(__name__)
+
+_ONE_DNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ATTENTION = "batched_products"
+_MOST_SCORES = 2**27
+"""Attention scores that are held at once: 256 MiB in bfloat16. Longer texts are left to torch's sdpa."""
+
+
+def working_device() -> torch.device:
+    """Where models run: the accelerator that is there, else the CPU.
+
+    What torch was built for is not what the machine has: PyPI's torch on Linux is a CUDA build, with or without a GPU.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has run out of memory, which torch on Apple's MPS tells in the message alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that torch keeps for later use back to the device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `--dtype` means on a device: "auto" is bfloat16 where the hardware computes it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def prepare_for_encoding(
+    backbone: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, torch_compile: bool
+) -> None:
+    """Bring a model to its dtype and device, in evaluation mode, with the kernels that suit them.
+
+    Raises UserError when --torch_compile is asked for and there is no compiler.
+    """
+    backbone.eval().requires_grad_(False)
+    for parameter in backbone.parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
+    backbone.to(device)  # after that: float32 weights might not fit there
+    if device.type == "cpu" and backbone.config._attn_implementation == "sdpa":
+        backbone.set_attn_implementation(_ATTENTION)
+    if torch_compile:
+        _compile(backbone, device)
+    elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        _pack_linear_layers(backbone)
+
+
+def leave_out_pooler(backbone: PreTrainedModel) -> None:
+    """Make nothing of the layer on top of an encoder that embeddings do not come from; some models call it always.
+
+    Not for a classifier, whose score comes through it.
+    """
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = nn.Identity()
+
+
+class PackedLinear(nn.Module):
+    """An nn.Linear for inference on a CPU, its weight laid out once in the blocks that oneDNN multiplies.
+
+    torch hands float32 products to MKL, which on AMD reaches four fifths of what oneDNN does, and lays a bfloat16
+    weight out anew for every call.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """The plain weight, laid out anew: some models, Mamba among them, multiply with it themselves."""
+        return self.packed.to_dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+
+def _pack_linear_layers(backbone: nn.Module) -> None:
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in list(backbone.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
+
+
+def attention_in_batched_products(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Softmax attention as transformers' attention functions give it: (n, t, h, d), None.
+
+    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products
+    and a softmax take half the time of torch's sdpa at head sizes of 32 to 64; all else is left to that.
+    """
+    n, h, t, d = query.shape
+    if (
+        query.dtype != torch.bfloat16
+        or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
+        or (attention_mask is not None and attention_mask.dtype != torch.bool)
+        or n * h * t * t > _MOST_SCORES
+    ):
+        return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    scores = torch.baddbmm(
+        query.new_empty(1, 1, 1),
+        query.reshape(n * h, t, d),
+        key.reshape(n * h, t, d).transpose(1, 2),
+        beta=0,
+        alpha=d**-0.5 if scaling is None else scaling,
+    )  # (n*h, t, t)
+    if attention_mask is not None:
+        _mask(scores.view(n, h, t, t), attention_mask)
+    context = torch.bmm(_softmax(scores), value.reshape(n * h, t, d))  # (n*h, t, d)
+    return context.view(n, h, t, d).transpose(1, 2).contiguous(), None
+
+
+def _mask(scores: Tensor, seen: Tensor) -> None:
+    """Make the scores (n, h, t, t) lowest where seen (n, 1, t, t) is False, in place."""
+    lowest = torch.finfo(scores.dtype).min
+    if torch.compiler.is_compiling():  # which fuses this with the softmax
+        scores.masked_fill_(~seen, lowest)
+        return
+    # Only columns that someone may not see: padding, the few at the end. Reducing bytes is faster than bools.
+    columns = (seen.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
+    if len(columns):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        scores[..., part].masked_fill_(~seen[..., part], lowest)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension of bfloat16 scores, by oneDNN where torch is slow: rows that end within a vector."""
+    if torch.compiler.is_compiling() or scores.shape[-1] % 32 == 0 or not _ONE_DNN_HAS_BFLOAT16:
+        return scores.softmax(dim=-1)
+    return scores.to_mkldnn().softmax(dim=-1).to_dense()
+
+
+AttentionInterface.register(_ATTENTION, attention_in_batched_products)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+def _compile(backbone: PreTrainedModel, device: torch.device) -> None:
+    if device.type == "cpu":
+        from torch._inductor import config as inductor
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise UserError(
+                f"--torch_compile: there is no C++ compiler ({first_line(error)}); install g++, or drop the flag"
+            ) from error
+        inductor.freezing = True  # weights become constants, which are packed as PackedLinear does
+    # Lengths and batch sizes are symbols: one graph serves them all.
+    backbone.compile(dynamic=True)
+    logger.info("compiling the model: the first texts take about half a minute longer")

@@ -1,0 +1,177 @@
+"""Checkpoints -> modules: the backbone with its tokenizer, the layers after pooling, and what limits them."""
+
+import gc
+import hashlib
+import os
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.bi_encoder import Dense, embedding_dimensions
+from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
+from embedding_finetune.model.checks import check_states, check_tokenizer
+
+_SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_UNLIMITED = 10**9
+"""Tokenizers without a limit say 10^30."""
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    flag: str,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
+    """Load a folder's or hub model's weights (as float32), tokenizer and embedding config.
+
+    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded or
+    the weights do not fill the backbone.
+    """
+    transformers.logging.disable_progress_bar()  # ours are enough
+    hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    try:
+        config = read_config(name_or_path, cache_dir=cache_dir)
+        hub["subfolder"] = config.backbone_folder
+        model_config = AutoConfig.from_pretrained(config_name, **{**hub, "subfolder": ""}) if config_name else None
+        backbone, loading = AutoModel.from_pretrained(
+            name_or_path,
+            config=model_config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_name or name_or_path, **({**hub, "subfolder": ""} if tokenizer_name else hub)
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
+        _refuse_pickle(f"{flag} {name_or_path}", name_or_path, cache_dir)
+        if "custom code" in str(error) and not trust_remote_code:
+            raise UserError(
+                f"{flag} {name_or_path}: the model comes with code of its own; read it, and give "
+                "--trust_remote_code True if you trust it"
+            ) from error
+        kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"
+        raise UserError(
+            f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "
+            "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(
+            f"{flag} {name_or_path}: the weights do not fill a {type(backbone).__name__}: "
+            f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
+        )
+    what = f"{flag} {name_or_path}"
+    check_tokenizer(tokenizer, backbone, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
+    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
+    gc.enable()  # command_line.command has it rest until here
+    return backbone, tokenizer, config
+
+
+def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
+    """Raise UserError where weights are there, but only as a pickle."""
+    try:
+        found = [name for name in (*_PICKLES, *_SAFE) if find_file(name_or_path, name, cache_dir) is not None]
+    except OSError:  # neither a folder nor a hub name
+        return
+    if found and not set(found) & set(_SAFE):
+        raise UserError(
+            f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
+            'trust it, convert it: python -c "from transformers import AutoModel as M; '
+            f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
+        )
+
+
+def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
+    """The layers that config.dense describes, with their weights as float32; empty where there are none.
+
+    Raises UserError when weights are missing or are not those of the described layers.
+    """
+    layers = nn.Sequential(*map(Dense, config.dense))
+    for layer, described in zip(layers, config.dense):
+        name = os.path.join(described.folder, SAFE_WEIGHTS_NAME)
+        path = find_file(name_or_path, name, cache_dir)
+        if path is None:
+            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
+        try:
+            layer.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: {first_line(error)}; these are not the weights of a Dense module") from error
+    return layers.float()
+
+
+def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
+    """Keep the learned position embeddings as they are; UserError where the backbone has none."""
+    table = _position_table(backbone)
+    if table is None:
+        raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
+    table.requires_grad_(False)
+
+
+def weights_digest(*modules: nn.Module) -> str:
+    """SHA-256 over names, shapes and contents of all weights: what a model is, whatever its folder is called."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens, special ones included, that tokenizer and position embeddings both take."""
+    positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
+    if positions < 1:  # as XLNet says that there is no limit
+        positions = _UNLIMITED
+    padding = getattr(_position_table(backbone), "padding_idx", None)
+    if padding is not None:
+        positions -= padding + 1  # RoBERTa and MPNet count positions from after the padding index
+    return min(positions, tokenizer.model_max_length)
+
+
+def check_max_length(flag: str, value: int, limit: int) -> None:
+    """Raise UserError when a length flag asks for more tokens than the model takes."""
+    if value > limit:
+        raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
+
+
+def check_instructions(
+    tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
+) -> None:
+    """Raise UserError where an instruction alone, special tokens included, fills a length: all texts would be alike."""
+    for kind, instruction, max_length in (
+        ("query", config.query_instruction, query_max_len),
+        ("passage", config.passage_instruction, passage_max_len),
+    ):
+        ids = tokenizer(instruction.lower() if config.lower_case else instruction, verbose=False)["input_ids"]
+        if len(ids) >= max_length:
+            raise UserError(
+                f"--{kind}_max_len {max_length} leaves no token for the {kind} itself: "
+                f"--{kind}_instruction_for_retrieval takes {len(ids)} of them, special tokens included; "
+                f"raise --{kind}_max_len, or shorten the instruction"
+            )
+
+
+def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> None:
+    """Raise UserError when more dimensions are to be kept than there are."""
+    most = embedding_dimensions(backbone, config)
+    if config.truncate_dim is not None and config.truncate_dim > most:
+        raise UserError(f"--truncate_dim {config.truncate_dim}: the model's embeddings have {most} dimensions")
+
+
+def _position_table(backbone: PreTrainedModel) -> nn.Module | None:
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Module) else None

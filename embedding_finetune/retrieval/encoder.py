@@ -1,0 +1,321 @@
+"""Texts -> embeddings: block by block, in batches of one length and a bounded number of tokens.
+
+While a block is encoded, the next one is read and tokenized in a thread. What the store already holds is not
+encoded again.
+
+Shapes: N texts, H dimensions.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model.allocator import keep_freed_memory
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checks import check_encoding
+from embedding_finetune.model.encoding_kernels import (
+    choose_dtype,
+    free_memory,
+    is_out_of_memory,
+    leave_out_pooler,
+    prepare_for_encoding,
+    working_device,
+)
+from embedding_finetune.model.loading import (
+    check_instructions,
+    check_max_length,
+    check_truncate_dim,
+    length_limit,
+    load_backbone,
+    load_projection,
+    weights_digest,
+)
+from embedding_finetune.model.tokens import batches_of_one_length, pad, padded_length, prompt_length, tokenize
+from embedding_finetune.retrieval.store import EmbeddingStore
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TEXTS_PER_BLOCK = 8192
+"""Texts that are tokenized, encoded, searched and stored together; bounds memory, changes no result."""
+
+_TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192}
+_TOKENS_PER_BATCH_ELSEWHERE = 65_536
+"""Where --tokens_per_batch does not say; see benchmarks/README.md."""
+
+_TOKENS_STEP = 256
+"""Batches are filled up to about a multiple of this with copies of a text: kernels are kept for each shape, and memory
+would grow with their number."""
+
+_SHOWN = 60
+
+
+class TextKind(NamedTuple):
+    """How one kind of text is embedded: "query" or "passage", with its instruction and lengths in tokens."""
+
+    name: str
+    instruction: str
+    max_length: int
+    prompt_length: int | None = None  # tokens that pooling leaves out; None for none
+    store: EmbeddingStore | None = None
+
+
+class Block(NamedTuple):
+    """Texts ready for the model: what the store gave, and the token ids of what it did not."""
+
+    start: int
+    texts: Sequence[str]
+    embeddings: np.ndarray  # (n, H), rows of `missing` not yet filled
+    missing: np.ndarray  # (m,)
+    token_ids: list[list[int]]  # of the missing texts
+    cut: int  # how many of these were longer than max_length
+
+
+class Encoder:
+    """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
+
+    tokens_per_batch: padded tokens at once, by default what suits the device. weights_digest: what
+    loading.weights_digest gave for the weights as they are stored; `keep_embeddings` needs it.
+    """
+
+    def __init__(
+        self,
+        model: BiEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        query_max_len: int,
+        passage_max_len: int,
+        tokens_per_batch: int | None = None,
+        weights_digest: str = "",
+    ):
+        config = model.embedding_config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tokens_per_batch = tokens_per_batch
+        self.weights_digest = weights_digest
+        self.query = self._kind("query", config.query_instruction, query_max_len)
+        self.passage = self._kind("passage", config.passage_instruction, passage_max_len)
+
+    def _kind(self, name: str, instruction: str, max_length: int) -> TextKind:
+        config = self.model.embedding_config
+        if config.include_prompt:
+            return TextKind(name, instruction, max_length)
+        left_out = prompt_length(self.tokenizer, instruction, lower_case=config.lower_case)
+        return TextKind(name, instruction, max_length, left_out)
+
+    def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
+        """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on.
+
+        is_scratch: the folder serves this run alone, and nobody asked for it.
+        """
+        config, dimensions = self.model.embedding_config, self.model.dimensions
+        shared = {
+            "weights": self.weights_digest,
+            "architecture": _digest(self.model.backbone.config.to_diff_dict()),
+            "tokenizer": _tokenizer_digest(self.tokenizer),
+            "pooling": config.pooling,
+            "include_prompt": config.include_prompt,
+            "truncate_dim": config.truncate_dim,
+            "dense": [dense.activation for dense in config.dense],
+            "normalized": config.normalized,
+            "lower_case": config.lower_case,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        for name in ("query", "passage"):
+            kind: TextKind = getattr(self, name)
+            settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
+            store = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
+            setattr(self, name, kind._replace(store=store))
+
+    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
+        blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
+        return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
+
+    def encode_passages(self, passages: Sequence[str], share: slice = slice(None)) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position of its first passage, embeddings (n, H) float32) block by block, of passages[share] only.
+
+        Raises UserError like encode_queries.
+        """
+        yield from self._encode(passages, self.passage, share)
+
+    def _encode(self, texts: Sequence[str], kind: TextKind, share: slice) -> Iterator[tuple[int, np.ndarray]]:
+        if kind.store is not None:
+            kind.store.refresh()
+        first, stop, _ = share.indices(len(texts))
+        starts = range(first, stop, TEXTS_PER_BLOCK)
+        blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
+        cut = encoded = 0
+        with tqdm(total=stop - first, desc=f"Encoding {kind.name} texts", unit="text", disable=not starts) as progress:
+            for block in _one_ahead(blocks):
+                progress.update(len(block.texts) - len(block.missing))
+                if len(block.missing):
+                    block.embeddings[block.missing] = self._embed(block, kind, progress)
+                    _check_directions(block, kind)
+                    if kind.store is not None:
+                        kind.store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
+                cut, encoded = cut + block.cut, encoded + len(block.missing)
+                yield block.start, block.embeddings
+        if kind.store is not None and not kind.store.is_scratch and starts:
+            logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
+        if cut:
+            logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
+
+    def _prepare(self, start: int, texts: Sequence[str], kind: TextKind) -> Block:
+        if kind.store is None:
+            embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
+            missing = np.arange(len(texts))
+        else:
+            embeddings, found = kind.store.get(texts)
+            missing = np.flatnonzero(~found)
+        token_ids, cut = tokenize(
+            self.tokenizer,
+            [texts[row] for row in missing],
+            instruction=kind.instruction,
+            max_length=kind.max_length,
+            lower_case=self.model.embedding_config.lower_case,
+        )
+        return Block(start, texts, embeddings, missing, token_ids, cut)
+
+    def _embed(self, block: Block, kind: TextKind, progress: tqdm) -> np.ndarray:
+        """Embeddings of a block's missing texts: (m, H)."""
+        # Texts with the same tokens are encoded once.
+        rows_of: dict[tuple[int, ...], int] = {}
+        rows = np.array([rows_of.setdefault(tuple(ids), len(rows_of)) for ids in block.token_ids], dtype=np.int64)
+        distinct = list(rows_of)
+        copies = np.bincount(rows, minlength=len(distinct))
+        embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
+        for batch in batches_of_one_length([len(ids) for ids in distinct], self._budget, limit=kind.max_length):
+            embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
+            progress.update(int(copies[batch].sum()))
+        return embeddings[rows]
+
+    @property
+    def _budget(self) -> int:
+        """Padded tokens at once."""
+        return self.tokens_per_batch or default_tokens_per_batch(self.model.backbone.device)
+
+    def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
+        """Embeddings of texts of one padded length: (n, H). A GPU that runs out of memory gets halves from now on."""
+        length = padded_length(len(token_ids[0]), kind.max_length)
+        count, most = len(token_ids), max(self._budget // length, 1)
+        if count <= most:
+            step = max(_TOKENS_STEP // length, 1)
+            copies = [token_ids[0]] * (min(-(-count // step) * step, most) - count)
+            batch = pad(self.tokenizer, [*token_ids, *copies], limit=kind.max_length)
+            if kind.prompt_length is not None:
+                batch["prompt_lengths"] = torch.full((len(batch["input_ids"]),), kind.prompt_length)
+            try:
+                with torch.no_grad():
+                    inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
+                    return self.model.encode(**inputs)[:count].cpu().numpy()
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+            self.tokens_per_batch = count * length // 2
+            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
+            free_memory(self.model.backbone.device)
+        half = count // 2
+        return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
+
+
+def default_tokens_per_batch(device: torch.device) -> int:
+    """Padded tokens at once where --tokens_per_batch does not say."""
+    return _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+
+
+def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str, scratch: str | None = None) -> Encoder:
+    """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say.
+
+    scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
+    """
+    keep_freed_memory()
+    backbone, tokenizer, config = load_backbone(
+        name_or_path, flag=flag, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    )
+    limit = length_limit(backbone, tokenizer)
+    check_max_length("--query_max_len", args.query_max_len or 0, limit)
+    check_max_length("--passage_max_len", args.passage_max_len or 0, limit)
+    config = config.with_flags(
+        pooling=args.sentence_pooling_method,
+        normalized=args.normalized,
+        query_instruction=args.query_instruction_for_retrieval,
+        passage_instruction=args.passage_instruction_for_retrieval,
+        truncate_dim=args.truncate_dim,
+    )
+    default_length = min(config.max_seq_length or limit, limit)
+    lengths = {
+        "query_max_len": args.query_max_len or default_length,
+        "passage_max_len": args.passage_max_len or default_length,
+    }
+    check_instructions(tokenizer, config, **lengths)
+    check_truncate_dim(backbone, config)
+    projection = load_projection(name_or_path, config, cache_dir=args.cache_dir)
+    digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
+    device = working_device()
+    dtype = choose_dtype(args.dtype, device)
+    logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
+    leave_out_pooler(backbone)
+    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    model = BiEncoder(backbone, config, projection=projection.to(device)).eval()
+    check_encoding(model, tokenizer, limit=limit, what=f"{flag} {name_or_path}")
+    encoder = Encoder(
+        model,
+        tokenizer,
+        **lengths,
+        tokens_per_batch=args.tokens_per_batch,
+        weights_digest=digest,
+    )
+    if args.embeddings_dir is not None:
+        encoder.keep_embeddings(args.embeddings_dir, dtype)
+    elif scratch is not None:
+        encoder.keep_embeddings(scratch, dtype, is_scratch=True)
+    return encoder
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def _check_directions(block: Block, kind: TextKind) -> None:
+    good = np.isfinite(block.embeddings).all(axis=1) & block.embeddings.any(axis=1)
+    if good.all():
+        return
+    row = int(np.argmin(good))
+    what = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
+    text = block.texts[row]
+    raise UserError(
+        f"{kind.name} {block.start + row + 1} has an embedding that is {what}: {text[:_SHOWN]!r}; "
+        "the model's weights are damaged, or they need --dtype float32"
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that decides about token ids: the fast tokenizer's own description, else vocabulary and settings."""
+    if tokenizer.is_fast:
+        described: object = json.loads(tokenizer.backend_tokenizer.to_str())
+        described.update(padding=None, truncation=None)  # set anew with each call
+    else:
+        described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+    return _digest([described, tokenizer.padding_side])

@@ -1,0 +1,156 @@
+"""Scores of query/passage pairs by a cross-encoder, which reads both at once.
+
+Shapes: P pairs, T tokens of a batch's longest pair.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.checks import check_scores, check_tokenizer
+from embedding_finetune.model.encoding_kernels import (
+    choose_dtype,
+    free_memory,
+    is_out_of_memory,
+    prepare_for_encoding,
+    working_device,
+)
+from embedding_finetune.model.loading import length_limit, weights_digest
+from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
+from embedding_finetune.retrieval.encoder import default_tokens_per_batch
+
+logger = logging.getLogger(__name__)
+
+_FLAG = "--reranker_name_or_path"
+_MOST_TOKENS = 512
+"""Of a pair: rerankers are trained on no more, and the time of one grows with it."""
+_PAIRS_PER_BLOCK = 8192
+"""Pairs that are tokenized and sorted by length together; bounds memory, changes no score."""
+
+
+class Reranker:
+    """A sequence classifier with one logit; `scores` gives that logit for pairs of texts."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        tokens_per_batch: int,
+        weights_digest: str = "",
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.tokens_per_batch = tokens_per_batch
+        self.weights_digest = weights_digest
+
+    def scores(self, queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
+        """The logit of each pair, not squashed: (P,) float32. The longer text of a pair that is too long is cut.
+
+        Raises UserError when a score is not a finite number.
+        """
+        scores = np.empty(len(queries), dtype=np.float32)
+        with tqdm(total=len(scores), desc="Rescoring", unit="pair", disable=not len(scores)) as progress:
+            for first in range(0, len(scores), _PAIRS_PER_BLOCK):
+                part = slice(first, first + _PAIRS_PER_BLOCK)
+                scores[part] = self._scores_of_block(queries[part], passages[part], progress)
+        if not np.isfinite(scores).all():
+            pair = int(np.argmin(np.isfinite(scores)))
+            raise UserError(
+                f"{_FLAG}: the score of {queries[pair][:60]!r} and {passages[pair][:60]!r} is {scores[pair]}; "
+                "the model's weights are damaged, or they need --dtype float32"
+            )
+        return scores
+
+    def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: tqdm) -> np.ndarray:
+        queries, passages = pair_beginnings(self.tokenizer, queries, passages, self.max_length)
+        pairs = self.tokenizer(queries, passages, truncation="longest_first", max_length=self.max_length, padding=False)
+        lengths = [len(ids) for ids in pairs["input_ids"]]
+        scores = np.empty(len(lengths), dtype=np.float32)
+        # One padded length a batch: a pair's score does not depend on its neighbours.
+        for rows in batches_of_one_length(lengths, self.tokens_per_batch, limit=self.max_length):
+            length = padded_length(lengths[rows[0]], self.max_length)
+            scores[rows] = self._logits([{name: pairs[name][row] for name in pairs} for row in rows], length)
+            progress.update(len(rows))
+        return scores
+
+    def _logits(self, pairs: Sequence[Mapping[str, list[int]]], length: int) -> np.ndarray:
+        """Of pairs that are padded to this length: (n,). A GPU that runs out of memory gets halves from now on."""
+        count = len(pairs)
+        if count <= max(self.tokens_per_batch // length, 1):
+            try:
+                batch = self.tokenizer.pad(pairs, padding="max_length", max_length=length, return_tensors="pt")  # T
+                with torch.no_grad():
+                    return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu().numpy()
+            except RuntimeError as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+            self.tokens_per_batch = count * length // 2
+            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
+            free_memory(self.model.device)
+        half = count // 2
+        return np.concatenate([self._logits(pairs[:half], length), self._logits(pairs[half:], length)])
+
+
+def check_reranker(name_or_path: str, args: argparse.Namespace) -> None:
+    """Raise UserError, before any weights are read, unless the model's config says that it has one logit."""
+    try:
+        config = AutoConfig.from_pretrained(
+            name_or_path, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:  # of transformers and tokenizers, which share no class
+        raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    if config.num_labels != 1:
+        raise UserError(
+            f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, a reranker has one; "
+            "give a cross-encoder such as BAAI/bge-reranker-base"
+        )
+
+
+def load_reranker(name_or_path: str, args: argparse.Namespace) -> Reranker:
+    """Load a cross-encoder, with what the flags of arguments.add_encoding_arguments say about dtype and batches."""
+    transformers.logging.disable_progress_bar()
+    hub = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
+        raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    if loading["missing_keys"]:
+        raise UserError(
+            f"{_FLAG} {name_or_path}: the weights do not fill a {type(model).__name__}: "
+            f"{min(loading['missing_keys'])} is missing; give a cross-encoder such as BAAI/bge-reranker-base"
+        )
+    limit = min(length_limit(model.base_model, tokenizer), _MOST_TOKENS)
+    check_tokenizer(tokenizer, model, f"{_FLAG} {name_or_path}")
+    check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
+    digest = weights_digest(model)
+    device = working_device()
+    dtype = choose_dtype(args.dtype, device)
+    logger.info("%s: rescoring in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
+    prepare_for_encoding(model, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
+    return Reranker(
+        model,
+        tokenizer,
+        max_length=limit,
+        tokens_per_batch=args.tokens_per_batch or default_tokens_per_batch(device),
+        weights_digest=digest,
+    )

@@ -1,0 +1,50 @@
+"""Queries and passages -> rankings, shared among the processes of a torchrun run.
+
+Every process encodes its share of the queries and of the passages, searches its passages for all queries, and gets
+the merged result: the same as one process alone gives.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from embedding_finetune.distributed import gather_objects, own_share
+from embedding_finetune.retrieval.encoder import Encoder
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK
+
+_QUERIES_PER_GATHER = 8192
+
+
+def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
+    """Embeddings of all queries: (Q, H)."""
+    return np.concatenate(gather_objects(encoder.encode_queries(queries[own_share(len(queries))])))
+
+
+def encode_own_passages(encoder: Encoder, passages: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (position, embeddings (n, H)) of this process's share, block by block."""
+    return encoder.encode_passages(passages, own_share(len(passages)))
+
+
+def encode_passages(encoder: Encoder, passages: Sequence[str], share: slice) -> np.ndarray:
+    """Embeddings of all passages, in every process: (N, H); `share` is the part of them that this process encodes."""
+    own = [block for _, block in encoder.encode_passages(passages, share)]
+    return np.concatenate([block for blocks in gather_objects(own) for block in blocks])
+
+
+def merge_rankings(ranking: TopK) -> None:
+    """Take in what the other processes found; afterwards all have the same ranking."""
+    for first in range(0, len(ranking.queries), _QUERIES_PER_GATHER):
+        part = slice(first, first + _QUERIES_PER_GATHER)
+        ranking.best[part] = ranking.merged(gather_objects(ranking.best[part]))
+
+
+def merge_near_duplicates(near: NearDuplicates) -> None:
+    """Take in the pairs that the other processes found."""
+    near.pairs = np.concatenate(gather_objects(near.pairs))
+
+
+def merge_scores(pairs: PairScores) -> None:
+    """Take in the pairs that the other processes scored."""
+    for scores in gather_objects(pairs.scores):
+        scored = ~np.isnan(scores)
+        pairs.scores[scored] = scores[scored]

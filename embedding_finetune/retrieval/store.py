@@ -1,0 +1,164 @@
+"""Embeddings kept on disk from run to run, found again by what they were made of.
+
+A store is a folder for one model under one set of settings, in segments of a few thousand texts. A segment is
+
+    checksum (4 bytes) | texts n (8) | dimensions H (8) | digests (n * 16) | embeddings (n * H float32)
+
+and appears whole, by renaming. Its name is a digest of its texts: two processes that encode the same texts write
+the same file. The checksum covers everything after it and is checked before the first embedding is taken.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.data.jsonl import atomic_writer
+
+logger = logging.getLogger(__name__)
+
+_HEADER = struct.Struct("<IQQ")
+_DIGEST_BYTES = 16
+_FORMAT = 1
+
+
+class EmbeddingStore:
+    """The embeddings of one model, pooling, dtype, length and instruction, by text.
+
+    root: the folder of --embeddings_dir, or one in TMPDIR where is_scratch. settings: all that makes an embedding what
+    it is, the weights' digest included; another value anywhere is another store. Raises UserError where the folder
+    cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        settings: Mapping[str, object],
+        *,
+        dimensions: int,
+        is_scratch: bool = False,
+    ):
+        described = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
+        self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:32]
+        self.dimensions = dimensions
+        self.is_scratch = is_scratch
+        self._named = "TMPDIR" if is_scratch else "--embeddings_dir"  # what a user has to change
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_writer(self.folder / "settings.json") as file:
+                file.write(described.encode() + b"\n")
+        except (OSError, UserError) as error:
+            raise UserError(f"{self._named} {root}: cannot be written: {first_line(error)}") from error
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what was kept since, by this process or another."""
+        self._segments = [path for path in sorted(self.folder.glob("*.segment")) if self._is_complete(path)]
+        self._checked: set[int] = set()
+        self._index()
+
+    def get(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (N, H) of texts, and which of them were found: (N,) bool."""
+        embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        found = np.zeros(len(texts), dtype=bool)
+        if not len(self._digests):
+            return embeddings, found
+        wanted = _digests_of(texts)
+        places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
+        matches = np.flatnonzero(self._digests[places] == wanted)
+        segments, rows = self._segment_of[places[matches]], self._row_of[places[matches]]
+        for segment in np.unique(segments):
+            here = segments == segment
+            if self._is_sound(segment):
+                embeddings[matches[here]] = self._read(segment, rows[here])
+                found[matches[here]] = True
+        return embeddings, found
+
+    def put(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
+        """Keep the embeddings (n, H) of texts as one segment. Raises UserError when they cannot be written."""
+        if not len(texts):
+            return
+        digests = _digests_of(texts).tobytes()
+        sizes = _HEADER.pack(0, len(texts), embeddings.shape[1])[4:]
+        vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
+        checksum = zlib.crc32(vectors, zlib.crc32(digests, zlib.crc32(sizes)))
+        name = hashlib.blake2b(digests, digest_size=16).hexdigest() + ".segment"
+        try:
+            with atomic_writer(self.folder / name) as file:
+                for part in (struct.pack("<I", checksum), sizes, digests, vectors):
+                    file.write(part)
+        except UserError as error:
+            raise UserError(f"{self._named}: {error}") from error
+
+    def _is_complete(self, path: Path) -> bool:
+        """Whether a segment has the size that its header tells; a shorter one is removed."""
+        try:
+            with path.open("rb") as file:
+                _, count, dimensions = _HEADER.unpack(file.read(_HEADER.size))
+            expected = _HEADER.size + count * (_DIGEST_BYTES + 4 * dimensions)
+            complete = dimensions == self.dimensions and path.stat().st_size == expected
+        except (OSError, struct.error):
+            complete = False
+        if not complete:
+            self._discard(path)
+        return complete
+
+    def _index(self) -> None:
+        """Sort the digests of all segments: places to search, and the segment and row that each stands for."""
+        digests, segments, rows = [np.empty(0, "S16")], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        for number, path in enumerate(self._segments):
+            with path.open("rb") as file:
+                _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
+                digests.append(np.frombuffer(file.read(count * _DIGEST_BYTES), dtype="S16"))
+            segments.append(np.full(count, number, dtype=np.int32))
+            rows.append(np.arange(count, dtype=np.int32))
+        together = np.concatenate(digests)
+        order = np.argsort(together, kind="stable")
+        self._digests = together[order]
+        self._segment_of, self._row_of = np.concatenate(segments)[order], np.concatenate(rows)[order]
+
+    def _is_sound(self, segment: int) -> bool:
+        """Check a segment's checksum when it is first used; a damaged one is removed and never asked again."""
+        path = self._segments[segment]
+        if segment in self._checked:
+            return path is not None
+        self._checked.add(segment)
+        try:
+            with path.open("rb") as file:
+                expected, checksum = struct.unpack("<I", file.read(4))[0], 0
+                while part := file.read(2**20):
+                    checksum = zlib.crc32(part, checksum)
+        except (OSError, struct.error):
+            expected, checksum = 0, None  # gone since it was listed
+        if checksum != expected:
+            self._discard(path)
+            self._segments[segment] = None
+        return checksum == expected
+
+    def _read(self, segment: int, rows: np.ndarray) -> np.ndarray:
+        """Rows of a segment: (len(rows), H). Neighbours are read together."""
+        order = np.argsort(rows, kind="stable")
+        result = np.empty((len(rows), self.dimensions), dtype=np.float32)
+        with self._segments[segment].open("rb") as file:
+            _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
+            vectors_at, row_bytes = _HEADER.size + count * _DIGEST_BYTES, 4 * self.dimensions
+            for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
+                raw = os.pread(file.fileno(), len(run) * row_bytes, vectors_at + int(rows[run[0]]) * row_bytes)
+                result[run] = np.frombuffer(raw, dtype="<f4").reshape(len(run), self.dimensions)
+        return result
+
+    def _discard(self, path: Path) -> None:
+        logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._named, path)
+        path.unlink(missing_ok=True)
+
+
+def _digests_of(texts: Sequence[str]) -> np.ndarray:
+    """(N,) 16 bytes each, of the texts as they are written: what a tokenizer makes of other spellings may differ."""
+    return np.array([hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest() for text in texts], dtype="S16")

@@ -1,0 +1,1 @@
+"""Rows to batches to a tuned model."""

@@ -1,0 +1,222 @@
+"""Flags of finetune.py: three dataclasses, of which the last passes transformers' own flags through.
+
+The flags of the other two scripts are in arguments.py, which imports nothing heavy.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import IntervalStrategy, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.training.flags import check_numbers
+
+EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
+EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
+
+_SCHEDULES_BY_MEASURE = ("reduce_lr_on_plateau", "greedy")
+
+
+def _flag(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """What to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "model folder or hub name"})
+    config_name: str | None = _flag(None, "folder or hub name of another config.json")
+    tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer")
+    cache_dir: str | None = _flag(None, "where models from the hub are kept")
+    trust_remote_code: bool = _flag(False, "run code that comes with the model")
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
+    train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
+    neighbours_in_batch: int = _flag(
+        0,
+        "draw up to this many rows into a row's batch whose positives are among its negatives: hard negatives "
+        "that cost nothing to encode",
+    )
+    query_max_len: int = _flag(32, "queries are cut to this many tokens")
+    passage_max_len: int = _flag(128, "passages are cut to this many tokens")
+    max_example_num_per_dataset: int | None = _flag(
+        None, "at most this many rows of each file, drawn with --seed (default: all)"
+    )
+    query_instruction_for_retrieval: str | None = _flag(
+        None, 'put before each query (default: what the checkpoint says, else "")'
+    )
+    passage_instruction_for_retrieval: str | None = _flag(
+        None, 'put before each passage (default: what the checkpoint says, else "")'
+    )
+
+    eval_query_file_jsonl_path: str | None = _flag(
+        None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
+    )
+    eval_index_file_jsonl_path: str | None = _flag(
+        None, "the passages they are searched among (default: every positive of training and evaluation rows)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
+            raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
+        check_numbers(self)
+
+
+@dataclass
+class RetrieverTrainingArguments(TrainingArguments):
+    """How to train: transformers' TrainingArguments and what is particular to a bi-encoder."""
+
+    temperature: float = _flag(0.02, "scores are divided by it before the softmax")
+    normalized: bool | None = _flag(None, "scale embeddings to length 1 (default: what the checkpoint says, else True)")
+    sentence_pooling_method: Literal["cls", "mean", "lasttoken"] | None = _flag(
+        None, "how token states become one vector (default: what the checkpoint says, else cls)"
+    )
+    use_inbatch_neg: bool = _flag(True, "the other passages of the batch are negatives too")
+    mask_known_positives: bool = _flag(
+        True, "a text known to answer a query is never its negative, nor is a text counted twice"
+    )
+    negatives_cross_device: bool = _flag(
+        False, "under torchrun, the passages of all processes are negatives, not only this one's"
+    )
+    tokens_per_sub_batch: int | None = _flag(
+        None,
+        "padded tokens that go through the model at once, sorted by length; changes speed and memory, "
+        "not the result (default: 1024 on CPU, 65536 elsewhere)",
+    )
+    recompute_sub_batches: bool = _flag(
+        False,
+        "keep no activations of a sub-batch, compute them again for the backward pass: memory that does "
+        "not grow with the batch, for about a third more time",
+    )
+    early_stopping_patience: int | None = _flag(
+        None, "stop after this many evaluations without a better --metric_for_best_model"
+    )
+    matryoshka_dims: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "train embeddings cut to these dimensions too, such as 256 64; then --truncate_dim cuts them"
+        },
+    )
+    matryoshka_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the loss at each of --matryoshka_dims (default: 1 each, as whole embeddings have)"
+        },
+    )
+    distillation_weight: float = _flag(
+        0.0, "weight of the divergence from a teacher, whose pos_scores and neg_scores every row must carry"
+    )
+    teacher_temperature: float = _flag(1.0, "the teacher's scores are divided by it before the softmax")
+    merge_with_base: float | None = _flag(
+        None, "also save W * tuned + (1 - W) * base weights, in the folder merged of the output folder"
+    )
+    lora_rank: int | None = _flag(None, "train low-rank adapters of this rank instead of all weights; needs peft")
+    save_adapter_only: bool = _flag(False, "with --lora_rank: save the adapter alone, not the merged model")
+    fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
+    overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
+        if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no":
+                raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
+            self.load_best_model_at_end = True
+        by_measure = self.lr_scheduler_type in _SCHEDULES_BY_MEASURE
+        if self.load_best_model_at_end or self.save_strategy == "best" or by_measure:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_MRR@10"
+        super().__post_init__()
+        if self.mixed_precision == "fp16" and self.use_cpu:
+            raise UserError("--fp16 needs a GPU; --bf16 True works without one")
+        if by_measure:
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
+            if self.lr_scheduler_kwargs["mode"] != "max":
+                raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
+        _check_extensions(self)
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy}: only random and sequential are supported"
+            )
+        if self.n_gpu > 1:
+            # transformers would cut the batch up over them with nn.DataParallel: texts here, their indices there.
+            raise UserError(
+                f"{self.n_gpu} GPUs are visible to one process: start it with "
+                f"torchrun --nproc-per-node {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
+            )
+
+
+def settle_resuming(args: RetrieverTrainingArguments, checkpoint: str | None) -> None:
+    """Let a resumed run take over all that the checkpoint's had counted."""
+    if checkpoint is not None:
+        args.eval_on_start = False  # measured by the run that made it, and early stopping would count it twice
+        args.restore_callback_states_from_checkpoint = True
+
+
+def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where evaluation is asked for without queries, or would not be used; settle its defaults."""
+    if data.eval_query_file_jsonl_path is None:
+        if args.eval_strategy != IntervalStrategy.NO:
+            raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
+        return
+    args.eval_on_start = True
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVAL_METRICS:
+        raise UserError(f"--metric_for_best_model {metric}: must be one of {', '.join(sorted(EVAL_METRICS))}")
+
+
+def check_reporting(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where --report_to names a tool that is not installed."""
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise UserError(f"--report_to: {first_line(error)}") from error
+
+
+def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where every query would have only its positive to be compared with."""
+    if data.train_group_size > 1:
+        return
+    if not args.use_inbatch_neg:
+        raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
+    if args.per_device_train_batch_size == 1:
+        raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
+
+
+def check_neighbours(data: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where neighbours are asked for that would not come together, or not count."""
+    if not data.neighbours_in_batch:
+        return
+    if not args.use_inbatch_neg:
+        raise UserError("--neighbours_in_batch needs --use_inbatch_neg True: they are negatives of one another")
+    if args.per_device_train_batch_size == 1:
+        raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
+    if args.train_sampling_strategy != "random":
+        raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
+
+
+def _check_extensions(args: RetrieverTrainingArguments) -> None:
+    dims, weights = args.matryoshka_dims, args.matryoshka_weights
+    if weights is not None and len(weights) != len(dims or ()):
+        raise UserError("--matryoshka_weights: give as many as --matryoshka_dims")
+    if dims is not None and len(set(dims)) < len(dims):
+        raise UserError(f"--matryoshka_dims {' '.join(map(str, dims))}: different numbers are needed")
+    if args.lora_rank is not None:
+        if importlib.util.find_spec("peft") is None:
+            raise UserError("--lora_rank needs the package peft: pip install peft")
+    elif args.save_adapter_only:
+        raise UserError("--save_adapter_only: there is no adapter without --lora_rank")
+    if args.save_adapter_only and args.merge_with_base is not None:
+        raise UserError("--merge_with_base makes a whole model; leave out --save_adapter_only")

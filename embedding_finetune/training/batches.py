@@ -1,0 +1,217 @@
+"""Training rows -> examples -> batches.
+
+Which positive and which negatives an example holds is a pure function of (seed, epoch, index):
+workers, resuming and the number of ranks cannot change it. The epoch therefore travels with the index.
+
+Shapes: B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.loss import PADDING_ID
+from embedding_finetune.model.tokens import pad, prompt_length, tokenize
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
+from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.rows import end_to_end, list_lengths
+
+EpochIndex = tuple[int, int]
+
+
+class TrainExample(NamedTuple):
+    """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it.
+
+    teacher_scores stand beside the passages; there are none where the row has none.
+    """
+
+    row: int
+    query: str
+    passages: list[str]
+    known_ids: np.ndarray
+    teacher_scores: list[float]
+
+
+class KnownPositives:
+    """Query -> the ids of every text that any row gives as an answer to it."""
+
+    def __init__(self, rows: datasets.Dataset):
+        owners, answers = end_to_end(rows, "pos_ids")
+        queries = rows.select_columns(["query_id"]).with_format("arrow")[:]["query_id"].to_numpy()[owners]
+        order = np.lexsort((answers, queries))
+        self.query_ids, self.answer_ids = queries[order], answers[order]  # (pairs,) each, sorted by query
+
+    def of(self, query: str) -> np.ndarray:
+        """Ids of the query's answers and of the query itself: (P,) int64."""
+        own = text_id(query)
+        first, last = np.searchsorted(self.query_ids, [own, own + 1])
+        return np.append(np.unique(self.answer_ids[first:last]), own)
+
+    def overlap(self, task: RetrievalTask) -> tuple[int, int]:
+        """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
+        passages = [text_id(task.corpus.texts[position]) for position in set().union(*task.relevant)]
+        return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
+
+
+class TrainDataset(Dataset):
+    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
+
+    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py. `group_size` is that of the
+    longest group that the rows can fill, where this is smaller: no batch is wider than it needs to be.
+    """
+
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
+        self.rows = rows
+        self.neighbours = Neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
+        self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
+        self.seed = seed
+        self.known_positives = KnownPositives(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: EpochIndex) -> TrainExample:
+        epoch, index = key
+        row = self.rows[index]
+        rng = random.Random(f"{self.seed}:{epoch}:{index}")
+        positive = rng.choice(range(len(row["pos"])))
+        negatives = rng.sample(range(len(row["neg"])), min(self.group_size - 1, len(row["neg"])))
+        passages = [row["pos"][positive], *(row["neg"][place] for place in negatives)]
+        scores = []
+        if row["pos_scores"] and len(row["neg_scores"]) == len(row["neg"]):
+            scores = [row["pos_scores"][positive], *(row["neg_scores"][place] for place in negatives)]
+        return TrainExample(index, row["query"], passages, self.known_positives.of(row["query"]), scores)
+
+
+def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where no batch would be made, or none could hold a negative."""
+    together = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < together:
+        raise UserError(
+            f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
+            f"{together}; lower --per_device_train_batch_size, or leave the flag out"
+        )
+    negatives_of_others = (
+        args.use_inbatch_neg
+        and len(dataset) > 1
+        and (args.per_device_train_batch_size > 1 or (args.negatives_cross_device and args.world_size > 1))
+    )
+    if not negatives_of_others and dataset.group_size == 1:
+        raise UserError(
+            "no query would have a negative: no row has any, and none shares a batch with another row; "
+            'mine "neg" with mine_hard_neg.py, or give a --per_device_train_batch_size of 32 or more'
+        )
+
+
+class EpochSampler(Sampler[EpochIndex]):
+    """Yields (epoch, index) over all rows: shuffled by (seed, epoch), neighbours together if given, or in order."""
+
+    def __init__(self, length: int, *, seed: int, shuffle: bool = True, neighbours: Neighbours | None = None):
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.neighbours = neighbours
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[EpochIndex]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(self.length) if self.neighbours is None else self.neighbours.order(rng)
+        return ((self.epoch, index) for index in order.tolist())
+
+
+class EmbedCollator:
+    """Examples -> the arguments of BiEncoder.forward, and `rows` and `cut_texts`; a repeated text is in a batch once.
+
+    rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EmbeddingConfig,
+        *,
+        group_size: int,
+        query_max_len: int,
+        passage_max_len: int,
+        with_teacher: bool = False,
+    ):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.group_size = group_size
+        self.query_max_len = query_max_len
+        self.passage_max_len = passage_max_len
+        self.with_teacher = with_teacher
+        self.prompt_lengths = (0, 0)
+        if not config.include_prompt:
+            instructions = config.query_instruction, config.passage_instruction
+            self.prompt_lengths = tuple(prompt_length(tokenizer, i, lower_case=config.lower_case) for i in instructions)
+
+    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
+        passages = [passage for example in examples for passage in example.passages]
+        config = self.config
+        queries, cut_queries = tokenize(
+            self.tokenizer,
+            [example.query for example in examples],
+            instruction=config.query_instruction,
+            max_length=self.query_max_len,
+            lower_case=config.lower_case,
+        )
+        passages, cut_passages = tokenize(
+            self.tokenizer,
+            passages,
+            instruction=config.passage_instruction,
+            max_length=self.passage_max_len,
+            lower_case=config.lower_case,
+        )
+        # A text is known by its tokens and by how many of them pooling leaves out.
+        left_out = [self.prompt_lengths[0]] * len(queries) + [self.prompt_lengths[1]] * len(passages)
+        rows: dict[tuple[tuple[int, ...], int], int] = {}
+        texts = iter([rows.setdefault((tuple(ids), n), len(rows)) for ids, n in zip(queries + passages, left_out)])
+        query_index = [next(texts) for _ in examples]
+        passage_index = [[next(texts) for _ in example.passages] for example in examples]
+        passage_ids = [list(map(text_id, example.passages)) for example in examples]
+        most = max(len(example.known_ids) for example in examples)
+        token_ids, prompt_lengths = zip(*rows)
+        optional = {}
+        if not config.include_prompt:
+            optional["prompt_lengths"] = torch.tensor(prompt_lengths)  # (N,)
+        if self.with_teacher:
+            scores = [example.teacher_scores for example in examples]
+            optional["teacher_scores"] = _filled(scores, self.group_size, float("-inf"))  # (B, G)
+        return {
+            **pad(self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
+            **optional,
+            "rows": torch.tensor([example.row for example in examples]),  # (B,)
+            "cut_texts": torch.tensor([[cut_queries, len(queries)], [cut_passages, len(passages)]]),  # (2, 2)
+            "query_index": torch.tensor(query_index),  # (B,)
+            # A group short of negatives is filled with columns of no text, which the loss masks.
+            "passage_index": _filled(passage_index, self.group_size, 0),  # (B, G)
+            "passage_ids": _filled(passage_ids, self.group_size, PADDING_ID),  # (B, G)
+            "known_ids": _filled([example.known_ids for example in examples], most, PADDING_ID),  # (B, P)
+        }
+
+
+def _filled(lists: Sequence[Sequence[float]], width: int, value: float) -> torch.Tensor:
+    """Lists of at most `width` numbers as one matrix, int64 or float32 as `value` is, filled up with it."""
+    matrix = torch.full((len(lists), width), value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+    for row, values in enumerate(lists):
+        matrix[row, : len(values)] = torch.as_tensor(values, dtype=matrix.dtype)
+    return matrix

@@ -1,0 +1,75 @@
+"""What the frameworks raise for a flag becomes one line that names the flag."""
+
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from embedding_finetune.command_line import UserError
+
+_FRAMEWORKS = {"transformers", "accelerate", "peft"}
+_FLAGS_OF_PACKAGE = {"peft": "lora_rank"}
+_OURS = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
+    """Raise UserError with the flag where a framework refuses a flag, by a ValueError, ImportError or OSError.
+
+    Everything else keeps its traceback: what this package raised, or what numpy or torch raised when it called them,
+    and what cannot be laid to a flag. given: flag -> value, of the flags that may be the cause.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, NotImplementedError) as error:
+        package = _raised_for(error)
+        if package is None or getattr(error, "errno", None) is not None:
+            raise  # an errno is the system's: a file, a disk
+        message = " ".join(str(error).split()) or type(error).__name__
+        flag = _named_flag(message, given) or _FLAGS_OF_PACKAGE.get(package)
+        if flag not in given:
+            if isinstance(error, ImportError):
+                raise UserError(message) from error
+            raise
+        raise UserError(message if f"--{flag}" in message else f"--{flag} {given[flag]}: {message}") from error
+
+
+def flags_not_at_default(*arguments: object) -> dict[str, object]:
+    """flag -> value of every field of these dataclasses that is not at its default."""
+    found = {}
+    for group in arguments:
+        for field in fields(group):
+            value = getattr(group, field.name)
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            if value != default:
+                found[field.name] = value
+    return found
+
+
+def _raised_for(error: Exception) -> str | None:
+    """The framework that raised it, itself or by way of other libraries; None where this package did.
+
+    Whose call it was is told by the innermost frame that is a framework's or our own. What a worker process raised
+    comes through torch's DataLoader and was our collator's.
+    """
+    if "in DataLoader worker process" in str(error):
+        return None
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename).resolve()
+        package = next((part for part in reversed(path.parts) if part in _FRAMEWORKS), None)
+        if path.is_relative_to(_OURS):
+            return None
+        if package is not None and "site-packages" in path.parts:
+            return package
+    return None
+
+
+def _named_flag(message: str, given: Mapping[str, object]) -> str | None:
+    """The longest of these flags that the message names, else the one whose value it quotes."""
+    said = re.sub(r"[^a-z0-9]+", " ", message.lower())
+    named = [flag for flag in given if re.search(rf"\b{flag.replace('_', ' ')}", said)]
+    words = message.lower().split()
+    quoted = [flag for flag, value in given.items() if isinstance(value, str) and value.lower() in words]
+    return max(named or quoted, key=len, default=None)

@@ -1,0 +1,71 @@
+"""Rows whose positives are one another's mined negatives, put into one batch.
+
+In a batch of such rows the negatives that come for nothing, the other rows' positives, are hard ones: what topic-aware
+sampling (TAS-B, arXiv:2104.06967) does with clusters of queries, done with what mining found.
+
+Shapes: R rows, P positives of all rows, N neighbours of all rows.
+"""
+
+import logging
+
+import datasets
+import numpy as np
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.training.rows import end_to_end
+
+logger = logging.getLogger(__name__)
+
+
+class Neighbours:
+    """Row -> the rows whose positives are among its negatives, in the order of these; a positive is its first row's.
+
+    rows: as rows.load_rows gives them. most: how many neighbours may follow a row into its batch.
+    Raises UserError when no row has any.
+    """
+
+    def __init__(self, rows: datasets.Dataset, *, most: int):
+        self.most = most
+        own_rows, own_ids = end_to_end(rows, "pos_ids")
+        positives, first = np.unique(own_ids, return_index=True)  # (P,) each
+        owners = own_rows[first]  # (P,), the first row that has it
+        found, counts = [], []
+        for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
+            negatives = table["neg"].combine_chunks()
+            ids = np.fromiter(map(text_id, negatives.flatten().to_pylist()), np.int64)
+            row = np.repeat(np.arange(len(negatives)), negatives.value_lengths().to_numpy())
+            places = np.searchsorted(positives, ids).clip(max=len(positives) - 1)
+            known = positives[places] == ids
+            found.append(owners[places[known]])
+            counts.append(np.bincount(row[known], minlength=len(negatives)))
+        self.rows = np.concatenate(found)  # (N,), those of the first row, then those of the second, ...
+        self.starts = np.concatenate([[0], np.concatenate(counts).cumsum()])  # (R + 1,), where each row's begin
+        having = np.count_nonzero(np.diff(self.starts))
+        if not having:
+            raise UserError(
+                "--neighbours_in_batch: no row's negatives are positives of other rows; mine them with "
+                "mine_hard_neg.py among the rows' own passages, or leave the flag out"
+            )
+        logger.info("%d of %d rows have negatives that are positives of other rows", having, len(rows))
+
+    def of(self, row: int) -> list[int]:
+        """The neighbours of a row, each once."""
+        return list(dict.fromkeys(self.rows[self.starts[row] : self.starts[row + 1]].tolist()))
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """All rows once, in groups of a row and up to `most` of its neighbours, the groups shuffled: (R,) int64.
+
+        Rows are drawn at random, each takes the first of its neighbours that no row has taken yet. Groups that are
+        drawn late find few left, so that the groups are shuffled again in the end.
+        """
+        taken = np.zeros(len(self.starts) - 1, dtype=bool)
+        groups = []
+        for row in rng.permutation(len(taken)).tolist():
+            if taken[row]:
+                continue
+            taken[row] = True
+            near = [other for other in self.of(row) if not taken[other]][: self.most]
+            taken[near] = True
+            groups.append([row, *near])
+        return np.array([row for place in rng.permutation(len(groups)) for row in groups[place]], dtype=np.int64)

@@ -1,0 +1,279 @@
+"""transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
+
+import logging
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.distributed import gather_objects
+from embedding_finetune.evaluation.ranking import measure
+from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
+from embedding_finetune.model.folder import model_replaced
+from embedding_finetune.model.loading import load_projection
+from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.retrieval.encoder import Encoder
+from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
+from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
+from embedding_finetune.training.flags import SHARDED
+from embedding_finetune.training.run_folder import write_run
+
+logger = logging.getLogger(__name__)
+
+_TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
+"""What torch.save says, as a RuntimeError, when the disk is full."""
+
+
+class RetrievalTrainer(Trainer):
+    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
+
+    trained_before: what read_training_queries gave for the weights that training starts from. `run`: the identity that
+    checkpoints carry, see run_folder.py.
+    """
+
+    run: str | None = None
+
+    def __init__(
+        self,
+        model: BiEncoder,
+        args: RetrieverTrainingArguments,
+        *,
+        train_dataset: TrainDataset,
+        data_collator: EmbedCollator,
+        saved_config: EmbeddingConfig,
+        trained_before: np.ndarray,
+        task: RetrievalTask | None = None,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            eval_dataset=task,
+            processing_class=data_collator.tokenizer,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
+        self.saved_config = saved_config
+        self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
+        # Measured as evaluate.py will measure the finished model.
+        self.encoder = Encoder(
+            model,
+            data_collator.tokenizer,
+            query_max_len=saved_config.max_seq_length,
+            passage_max_len=saved_config.max_seq_length,
+        )
+        # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
+        self.loss_is_scaled_for_ga = False
+        self.cut_texts = np.zeros((2, 2), dtype=np.int64)  # of the first epoch, as EmbedCollator counts
+        self.weights_before = _trained_weights(model)
+        self.largest_loss: float | None = None  # of this process's micro-batches
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StderrProgress(disabled=args.disable_tqdm))
+        self.add_callback(CutTexts(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def train(self, *args: object, **kwargs: object) -> TrainOutput:
+        """Train as transformers does. Raises UserError when nothing was learned, whatever the cause."""
+        result = super().train(*args, **kwargs)
+        largest_losses = [loss for loss in gather_objects(self.largest_loss) if loss is not None]
+        if not self.state.global_step:
+            reason = "no step was made; give more rows, or a smaller batch"
+        elif largest_losses and max(largest_losses) == 0:
+            reason = "the loss was 0 at every step: no query had a negative; mine some, or enlarge the batch"
+        elif _trained_weights(self.model) == self.weights_before:
+            reason = "no weight has moved; raise --learning_rate, or leave --fp16 out"
+        else:
+            return result
+        raise UserError(f"nothing was learned, and no model is saved: {reason}")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ):
+        """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
+        rows = inputs["rows"]
+        if self.model.training and (self.state.epoch or 0) < 1:
+            self.cut_texts += inputs["cut_texts"].cpu().numpy()
+        inputs = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "cut_texts")}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the rows "
+                f"{', '.join(str(row + 1) for row in rows.tolist())} (counted from 1); "
+                "lower --learning_rate, raise --temperature, or look at these rows"
+            )
+        self.largest_loss = max(self.largest_loss or 0.0, loss.item())
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: RetrievalTask | None = None,
+        ignore_keys: list | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval measures on the whole candidate set, logged as `eval_MRR@10` and so on."""
+        began, was_training = time.monotonic(), self.model.training
+        self.model.eval()
+        try:
+            values = measure(self.encoder, self.eval_dataset, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
+        finally:
+            self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def metrics_at(self, step: int) -> dict[str, float] | None:
+        """The measures that were logged at a step, without their prefix; None when there was no evaluation."""
+        for entry in self.state.log_history:
+            if entry["step"] == step and "eval_MRR@10" in entry:
+                return {name.removeprefix("eval_"): entry[name] for name in entry if "@" in name}
+        return None
+
+    def summary(self, train_metrics: dict[str, float]) -> dict:
+        """What the run did, for people and for training_summary.json; evaluates the final weights if need be.
+
+        train_metrics: those of train()'s result; time and rate are of this process, also in a resumed run.
+        """
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        final = best or self.state.global_step
+        if self.eval_dataset is not None and self.metrics_at(final) is None:
+            self.evaluate()
+        return {
+            "rows": len(self.train_dataset),
+            "steps": self.state.global_step,
+            "epochs": self.state.epoch,
+            "seconds": train_metrics["train_runtime"],
+            "samples_per_second": train_metrics["train_samples_per_second"],
+            "best_step": best,
+            "metrics_before": self.metrics_at(0),
+            "metrics_after": self.metrics_at(final),
+            "checkpoint": self.args.output_dir,
+        }
+
+    def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        shuffle = self.args.train_sampling_strategy == "random"
+        neighbours = self.train_dataset.neighbours
+        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=neighbours)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder, model = output_dir or self.args.output_dir, self.model
+        with model_replaced(folder) as staging:
+            if self.args.lora_rank is not None:
+                save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
+            if not self.args.save_adapter_only:
+                backbone = merged(model.backbone)
+                save_checkpoint(staging, backbone, self.processing_class, self.saved_config, model.projection)
+                write_training_queries(staging, self.training_queries)
+            if self.run is not None:
+                write_run(staging, self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk
+            if isinstance(error, OSError) or _TORCH_CANNOT_WRITE.search(str(error)):
+                raise UserError(f"{folder}: cannot be written: {first_line(error)}") from error
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            if self.args.lora_rank is not None:
+                load_adapter(self.model.backbone, resume_from_checkpoint)
+            else:
+                self.model.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
+            ) from error
+        if self.saved_config.dense:
+            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
+            self.model.projection.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _trained_weights(model: nn.Module) -> dict[str, str]:
+    """A hash of each parameter that is trained."""
+    return {
+        name: str(torch.hash_tensor(parameter.detach().cpu()).numpy())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _saved_weights(folder: str) -> dict[str, torch.Tensor]:
+    """The backbone's weights of a checkpoint, which large models have in several files."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+class CutTexts(TrainerCallback):
+    """Says after the first epoch how many texts were longer than the lengths they are trained with."""
+
+    def __init__(self, trainer: RetrievalTrainer):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.trainer.cut_texts.any():
+            return
+        counts = sum(gather_objects(self.trainer.cut_texts)).tolist()
+        self.trainer.cut_texts[:] = 0
+        collator = self.trainer.data_collator
+        lengths = {"query": collator.query_max_len, "passage": collator.passage_max_len}
+        for (kind, length), (cut, texts) in zip(lengths.items(), counts):
+            if cut:
+                logger.info(
+                    "%d of %d %s texts of the first epoch were cut to --%s_max_len %d", cut, texts, kind, kind, length
+                )
+
+
+class StderrProgress(ProgressCallback):
+    """A progress bar and log lines, all on stderr: stdout carries results only."""
+
+    def __init__(self, *, disabled: bool):
+        super().__init__()
+        self.disabled = disabled
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and self.disabled:
+            self.training_bar.disable = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs is not None:
+            line = "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in logs.items()
+                if name != "total_flos"
+            )
+            tqdm.write(f"step {state.global_step}  {line}", file=sys.stderr)
