@@ -1,4 +1,4 @@
-"""Documents per second of encoding, side by side with sentence-transformers, on ../shared/data/debian.
+"""Documents per second of encoding, side by side with sentence-transformers, on the passages of make_debian.py.
 
     python benchmarks/encode_throughput.py
     python benchmarks/encode_throughput.py --rounds 1 --texts 4000 --runs ours:auto "ours:auto --torch_compile"
@@ -19,14 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from debian import passages
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from common import new_parser, passages
 
 if TYPE_CHECKING:
     from embedding_finetune.retrieval.encoder import Encoder
@@ -39,8 +35,7 @@ RUNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(REPOSITORY / ".demo" / "model"))
+    parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", nargs="+", default=RUNS)
@@ -55,8 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             for number, run in enumerate(args.runs):
-                command = [sys.executable, __file__, "--model", args.model, "--texts", str(args.texts)]
-                command += ["--measure", run, "--save", f"{folder}/{number}.npy"]
+                command = [sys.executable, __file__, "--model", args.model, "--data", str(args.data)]
+                command += ["--texts", str(args.texts), "--measure", run, "--save", f"{folder}/{number}.npy"]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 rate, first_passes[run] = json.loads(output.splitlines()[-1])
                 rates[run].append(rate)
@@ -75,7 +70,7 @@ def measure(args: argparse.Namespace) -> tuple[float, float]:
     kind, _, rest = args.measure.partition(":")
     engines = {"st": sentence_transformers, "ours": ours, "openvino": openvino, "limit": limit}
     encode = engines[kind](args.model, rest)
-    texts = passages(args.texts)
+    texts = passages(args.data, args.texts)
     began = time.perf_counter()
     encode(texts[::8])
     first_pass = time.perf_counter() - began

@@ -9,27 +9,14 @@ Passages are 40 random words, 270 bytes on average. Every run is a process of it
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-
-PROGRAM = """
-import sys, time
-sys.path.insert(0, {repository!r})
-import mine_hard_neg
-began = time.monotonic()
-mine_hard_neg.main({flags!r})
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(int(peak.split()[1]) // 1024, round(time.monotonic() - began, 1))
-"""
+from common import new_parser, peak_memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--passages", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of mine_hard_neg.py")
@@ -49,9 +36,7 @@ def main() -> None:
                         questions.write(json.dumps({"query": text[:60], "pos": [text]}) + "\n")
             flags = ["--model_name_or_path", str(model), "--input_file", str(rows), "--candidate_pool", str(pool)]
             flags += ["--output_file", f"{folder}/mined.jsonl", *args.flags]
-            program = PROGRAM.format(repository=str(REPOSITORY), flags=flags)
-            output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-            peak, seconds = output.split()
+            peak, seconds = peak_memory("mine_hard_neg", flags)
             print(f"{count} passages of {pool.stat().st_size // count} bytes: peak {peak} MiB, {seconds} s", flush=True)
 
 

@@ -4,13 +4,10 @@ python benchmarks/metrics_speed.py
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import new_parser
 
 from embedding_finetune.evaluation.metrics import MEASURES, per_query, relevance_of
 
@@ -18,6 +15,7 @@ QUERIES, RANKS, PASSAGES = 100_000, 100, 1_000_000
 
 
 def main() -> None:
+    new_parser(__doc__).parse_args()
     rng = np.random.default_rng(0)
     positions = rng.integers(0, PASSAGES, (QUERIES, RANKS))
     found = positions[np.arange(QUERIES), rng.integers(0, RANKS, QUERIES)]

@@ -3,7 +3,7 @@
     python benchmarks/mining_job.py
     PYTHONPATH=/folder/with/FlagEmbedding python benchmarks/mining_job.py --engines ours flagembedding
 
-500 queries, a pool of 4,000 passages, 15 negatives from the ranks 10-210, on ../shared/data/debian.
+500 queries, a pool of 4,000 passages, 15 negatives from the ranks 10-210, on the rows and passages of make_debian.py.
 sentence-transformers runs its mine_hard_negatives; FlagEmbedding what its hn_mine script does (its model,
 encode_queries, encode_corpus, a flat faiss index, sampling), with the pooling and the length (256) of the checkpoint,
 which it does not read.
@@ -19,9 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from debian import passages, records
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common import REPOSITORY, new_parser, passages, records
 
 ENGINES = {
     "ours": """
@@ -63,8 +61,7 @@ open({output!r}, "w").writelines(json.dumps(row) + "\\n" for row in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(REPOSITORY / ".demo" / "model"))
+    parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -74,9 +71,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {engine: [] for engine in args.engines}
     with tempfile.TemporaryDirectory() as folder:
         rows, pool = Path(folder) / "rows.jsonl", Path(folder) / "pool.jsonl"
-        chosen = random.Random(0).sample(list(records("train")), args.queries)
+        chosen = random.Random(0).sample(list(records(args.data, "train")), args.queries)
         texts = [text for row in chosen for text in row["pos"]]
-        texts += [text for text in passages(args.pool) if text not in set(texts)][: args.pool - len(texts)]
+        texts += [text for text in passages(args.data, args.pool) if text not in set(texts)][: args.pool - len(texts)]
         rows.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
         pool.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         for _ in range(args.rounds):

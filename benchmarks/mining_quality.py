@@ -1,14 +1,13 @@
-"""What mining settings are worth after training, on ../shared/data/debian: MRR@10 and Hit@1 before and after.
+"""What mining settings are worth after training, on the data of make_debian.py: MRR@10 and Hit@1 before and after.
 
     python benchmarks/mining_quality.py
     python benchmarks/mining_quality.py --split test --recipes "mined twice"
 
 Recipes are tuned on a split of the training rows (`dev`): 2,000 of them serve as queries, the others are trained on.
 `test` trains on all training rows and measures the 2,000 test queries; it is for reporting what was chosen on dev.
-Either way all 28,028 passages are searched. Models and mined files stay in --folder.
+Either way all passages are searched. Models and mined files stay in --folder.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -19,9 +18,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from debian import FOLDER, records
+from common import REPOSITORY, data_file, new_parser, records
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DEV_QUERIES = 2000
 
 TRAINING = (
@@ -45,26 +43,25 @@ RECIPES: dict[str, list[tuple[str | None, str]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(REPOSITORY / ".demo" / "model"))
+    parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--folder", type=Path, default=Path("mining_quality"))
     args = parser.parse_args()
+    passages = data_file(args.data, "candidates")
     folder = args.folder / args.split
     folder.mkdir(parents=True, exist_ok=True)
     write_config_without_dropout(args.model, args.folder / "no_dropout")
-    passages = FOLDER / "candidates.jsonl.gz"
     if args.split == "dev":
-        rows, queries = split_train(folder)
+        rows, queries = split_train(args.data, folder)
     else:
-        rows, queries = FOLDER / "train.jsonl.gz", FOLDER / "test.jsonl.gz"
+        rows, queries = data_file(args.data, "train"), data_file(args.data, "test")
     report("base", None, measure(args.model, queries, passages, folder / "embeddings"))
     for name in args.recipes:
         model, seconds = args.model, 0.0
         for number, (mining, training) in enumerate(RECIPES[name], start=1):
             output = folder / f"{name.replace(', ', '-').replace(' ', '-')}.{number}"
-            seconds += train(model, rows, output, mining, training.format(folder=args.folder))
+            seconds += train(model, args.data, rows, output, mining, training.format(folder=args.folder))
             model = str(output)
         report(name, seconds, measure(model, queries, passages, folder / "embeddings"))
 
@@ -77,9 +74,9 @@ def write_config_without_dropout(model: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def split_train(folder: Path) -> tuple[Path, Path]:
+def split_train(data: Path, folder: Path) -> tuple[Path, Path]:
     """Files of the rows to train on and of the dev queries."""
-    rows = list(records("train"))
+    rows = list(records(data, "train"))
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
     dev, rest = ([rows[n] for n in sorted(part)] for part in (order[:DEV_QUERIES], order[DEV_QUERIES:]))
@@ -91,14 +88,14 @@ def write(path: Path, lines: Iterable[dict]) -> Path:
     return path
 
 
-def train(model: str, rows: Path, output: Path, mining: str | None, training: str) -> float:
-    """Mine if asked for, finetune, and return the seconds that finetune.py took, its start included."""
+def train(model: str, data: Path, rows: Path, output: Path, mining: str | None, training: str) -> float:
+    """Mine where there are flags for it, finetune, and return the seconds that finetune.py took, its start included."""
     if mining is not None:
         mined = Path(f"{output}.jsonl")
         run(
             "mine_hard_neg.py",
             f"--model_name_or_path {model} --input_file {rows} --output_file {mined} {mining}",
-            f"--candidate_pool {FOLDER}/pool.jsonl.gz --embeddings_dir {output.parent}/embeddings",
+            f"--candidate_pool {data_file(data, 'pool')} --embeddings_dir {output.parent}/embeddings",
         )
         rows = mined
     began = time.monotonic()

@@ -2,26 +2,21 @@
 
     python benchmarks/report_page.py
 
-Queries and passages are those of ../shared/data/debian; the ranks are drawn, two thirds of them at 1, so that every
+Queries and passages are those of make_debian.py; the ranks are drawn, two thirds of them at 1, so that every
 other query has passages to show. Needs chromium and chromedriver, as the tests of the page do.
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from debian import records
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+from common import new_parser, records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, data=True)
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--depth", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
@@ -32,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         began = time.perf_counter()
-        page.write_text(report(args.queries, args.depth), encoding="utf-8")
+        page.write_text(report(args.data, args.queries, args.depth), encoding="utf-8")
         print(f"{args.queries} queries, {args.depth} ranks, 2 models: written in {time.perf_counter() - began:.1f} s")
         seconds = []
         with browser.open_browser() as driver:
@@ -45,15 +40,15 @@ def main() -> None:
     print(f"{size:.2f} MB, opens in {statistics.median(seconds):.2f} s ({max(seconds):.2f} at most), {rows} rows drawn")
 
 
-def report(count: int, depth: int) -> str:
+def report(data: Path, count: int, depth: int) -> str:
     import evaluate
     from embedding_finetune.data.corpus import Corpus, RetrievalTask
     from embedding_finetune.evaluation.page import html_report
     from embedding_finetune.evaluation.ranking import values_per_query
     from embedding_finetune.retrieval.top_k import Ranking
 
-    rows = [row for _, row in zip(range(count), records("train"))]
-    corpus = Corpus(record["text"] for record in records("pool"))
+    rows = [row for _, row in zip(range(count), records(data, "train"))]
+    corpus = Corpus(record["text"] for record in records(data, "pool"))
     answers = [corpus.positions(row["pos"]) for row in rows]
     task = RetrievalTask(
         [row["query"] for row in rows],

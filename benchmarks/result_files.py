@@ -3,15 +3,12 @@
 python benchmarks/result_files.py --queries 100000 --ranks 100
 """
 
-import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import new_parser
 
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
 from embedding_finetune.data.jsonl import write
@@ -20,7 +17,7 @@ from embedding_finetune.retrieval.top_k import Ranking
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--queries", type=int, default=100_000)
     parser.add_argument("--ranks", type=int, default=100)
     args = parser.parse_args()

@@ -5,19 +5,15 @@
 20,000 queries with 210 ranks in a pool of 100,000, a relative margin, 15 negatives of the ranks 10-210.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import new_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--pool", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)

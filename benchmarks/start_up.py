@@ -3,7 +3,6 @@
 python benchmarks/start_up.py
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -13,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from common import REPOSITORY, new_parser
 
 PROGRAM = """
 import os, sys, time
@@ -38,8 +37,7 @@ mine_hard_neg.main({flags!r})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(REPOSITORY / ".demo" / "model"))
+    parser = new_parser(__doc__, model=True)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     seconds = []

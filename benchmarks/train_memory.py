@@ -1,38 +1,22 @@
 """Peak resident memory of finetune.py: large batches with recomputed sub-batches, and many rows.
 
-    python benchmarks/train_memory.py --data ../shared/data/debian --model .demo/model
+    python benchmarks/train_memory.py
     python benchmarks/train_memory.py --rows 1000000
 
 Every run is a process of its own; the peak is its VmHWM, which counts mapped file pages too.
 """
 
-import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from common import new_parser, peak_memory
 from train_throughput import triplets
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-PROGRAM = """
-import sys, time
-sys.path.insert(0, {repository!r})
-import finetune
-began = time.monotonic()
-finetune.main({flags!r})
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(int(peak.split()[1]) // 1024, round(time.monotonic() - began, 1))
-"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/debian"))
-    parser.add_argument("--model", default=".demo/model")
+    parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 512])
     parser.add_argument("--rows", type=int, help="instead: this many rows with five negatives of 100 words each")
     args = parser.parse_args()
@@ -88,10 +72,7 @@ def run(model: str, data: Path, folder: str, **flags: object) -> tuple[int, floa
         **flags,
     }
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    program = PROGRAM.format(repository=str(REPOSITORY), flags=argv)
-    result = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
-    peak, seconds = result.stdout.split()[-2:]
-    return int(peak), float(seconds)
+    return peak_memory("finetune", argv)
 
 
 if __name__ == "__main__":

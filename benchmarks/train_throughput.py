@@ -1,13 +1,12 @@
-"""Training samples per second and loss, side by side with sentence-transformers, on ../shared/data/debian.
+"""Training samples per second and loss, side by side with sentence-transformers, on the rows of make_debian.py.
 
-    python benchmarks/train_throughput.py --data ../shared/data/debian --model .demo/model
+    python benchmarks/train_throughput.py
 
 Same model, rows, order, batch, lengths, dropout, temperature and optimizer (fused AdamW) for both; each engine runs in
 a process of its own, one after the other, as often as --rounds says. The figure is batch size over the median step.
 """
 
 import argparse
-import gzip
 import json
 import random
 import statistics
@@ -17,15 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import new_parser, records
 
 MAX_LENGTH, TEMPERATURE, LEARNING_RATE = 256, 0.05, 2e-5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/debian"))
-    parser.add_argument("--model", default=".demo/model")
+    parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
@@ -46,8 +43,7 @@ def main() -> None:
 
 def triplets(data: Path, count: int) -> list[dict]:
     """The first training rows, each with one other row's passage as its negative."""
-    with gzip.open(data / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for _, line in zip(range(20_000), file)]
+    rows = [row for _, row in zip(range(20_000), records(data, "train"))]
     rng = random.Random(0)
     return [{**row, "neg": rng.choice(rows)["pos"]} for row in rows[:count]]
 
@@ -57,7 +53,16 @@ def compare(args: argparse.Namespace, dtype: str) -> None:
     for _ in range(args.rounds):
         for engine in args.engines:
             command = [sys.executable, __file__, "--run", engine, "--rows", str(args.rows), "--model", args.model]
-            command += ["--batch", str(args.batch), "--steps", str(args.steps), "--dtypes", dtype]
+            command += [
+                "--data",
+                str(args.data),
+                "--batch",
+                str(args.batch),
+                "--steps",
+                str(args.steps),
+                "--dtypes",
+                dtype,
+            ]
             result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
             rates[engine].append(args.batch / statistics.median(result["seconds"][1:]))
             losses = " ".join(f"{loss:.3f}" for loss in result["losses"])

@@ -16,7 +16,7 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.data.jsonl import canonical
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.retrieval import encoder as encoding
+from embedding_finetune.retrieval.top_k import encoder as encoding
 
 
 def mine(model, source, target, *flags):
@@ -179,8 +179,9 @@ def test_the_mining_command_of_the_readme_reproduces_the_sample_file(demo_model,
 
 @pytest.mark.demo_model
 @pytest.mark.slow
-def test_the_commands_of_the_seed_page_work_as_printed(demo_model, tmp_path):
-    outputs = run_as_printed(SEED_COMMANDS, tmp_path)
+def test_the_commands_of_the_original_example_work_as_printed(demo_model, tmp_path):
+    assert commands_of("differences.md", "# What differs from Intel Extension for Transformers") == ORIGINAL_COMMANDS
+    outputs = run_as_printed(ORIGINAL_COMMANDS, tmp_path)
     assert outputs[:2] == ["", ""]
     for output in outputs[2:]:
         assert output.splitlines()[-1].startswith("{'MRR@1': ")
@@ -189,18 +190,24 @@ def test_the_commands_of_the_seed_page_work_as_printed(demo_model, tmp_path):
 
 @pytest.mark.demo_model
 @pytest.mark.slow
-def test_the_recipe_for_negatives_that_help_works_as_printed(demo_model, tmp_path):
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Negatives that help")[1].split("\n## ")[0]
-    commands = re.findall(r"^```\n(.*?)\n```$", section, flags=re.MULTILINE | re.DOTALL)
+def test_the_recipe_that_mines_twice_works_as_printed(demo_model, tmp_path):
+    commands = commands_of("recipes.md", "## Hard negatives in each batch, mined twice")
     assert run_as_printed(commands, tmp_path) == [""] * 4
     assert (tmp_path / "stage2" / "model.safetensors").exists()
 
 
+def commands_of(page, heading):
+    """The commands of a section of a page in docs/, or of the page where the heading is its title."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    section = text.split(f"{heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```\n(.*?)\n```$", section, flags=re.MULTILINE | re.DOTALL)
+
+
 def run_as_printed(commands, tmp_path):
-    """What commands print in a folder where BAAI/bge-base-en-v1.5 is a local model, on part of the sample data."""
-    (tmp_path / "BAAI").mkdir()
-    (tmp_path / "BAAI" / "bge-base-en-v1.5").symlink_to(DEMO_MODEL)
+    """What commands print in a folder where the models they name are local ones, on part of the sample data."""
+    for name in ("BAAI/bge-base-en-v1.5", "sentence-transformers/all-MiniLM-L6-v2"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(DEMO_MODEL)
     for name in ("example.jsonl", "candidate_context.jsonl"):
         lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:24] if name == "example.jsonl" else lines), encoding="utf-8")
@@ -213,7 +220,7 @@ def run_as_printed(commands, tmp_path):
     ]
 
 
-SEED_COMMANDS = [
+ORIGINAL_COMMANDS = [
     """python mine_hard_neg.py \\
 --model_name_or_path BAAI/bge-base-en-v1.5 \\
 --input_file example.jsonl \\

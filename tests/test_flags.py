@@ -24,7 +24,7 @@ from embedding_finetune.training.flag_errors import errors_name_their_flag, flag
 from embedding_finetune.training.flags import REFUSED
 from embedding_finetune.training.rows import load_rows
 
-PAGE = (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8").split("## Every flag of finetune.py")[1]
 TABLE = dict(re.findall(r"^\| `--(\w+)` \| (\w[\w ]*) \|", PAGE, re.MULTILINE))
 DEFAULTS = {field.name: field.default for field in fields(TrainingArguments)}
 ONLY_ONE_VALUE = {  # refused for the value that is given here alone

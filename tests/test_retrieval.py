@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import top_k as retrieval
 from embedding_finetune.retrieval.top_k import (
     NearDuplicates,
     PairScores,
@@ -16,6 +15,7 @@ from embedding_finetune.retrieval.top_k import (
     positions_of,
     scores_of,
 )
+from embedding_finetune.retrieval.top_k import top_k as retrieval
 
 
 def reference_search(queries, passages, top_k, ties):

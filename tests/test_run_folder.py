@@ -364,6 +364,19 @@ def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoi
         assert weights(checkpoint)
 
 
+def test_a_signal_after_a_checkpoint_was_finished_leaves_it(tiny_bert, mined, tmp_path, monkeypatch):
+    """Old checkpoints are removed after the new one is whole; a run may be ended there too."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(flags(tiny_bert, mined, tmp_path / "out", save_strategy="steps", save_steps=2))
+    assert stop.value.code == 130
+    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+
+
 def test_an_adapter_that_lay_in_the_folder_changes_no_measure(tiny_bert, mined, candidates, tmp_path):
     """The report that this came from: MRR@10 of the old adapter over the new weights."""
     pytest.importorskip("peft")

@@ -112,7 +112,7 @@ def _check_is_checkpoint(folder: str) -> None:
     what = f"--resume_from_checkpoint {folder}"
     if not os.path.isdir(folder):
         raise UserError(f"{what}: there is no such folder")
-    if _state(Path(folder)) is None:
+    if not is_finished(folder):
         inside = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
         remedy = f"give one of those in it: {', '.join(inside)}" if inside else "give a checkpoint-N folder, or True"
         raise UserError(f"{what}: is no finished checkpoint ({_TRAINER_STATE} is missing or damaged); {remedy}")
@@ -188,8 +188,13 @@ def write_run(folder: str | os.PathLike, run: str) -> None:
 def last_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint of the folder's run that was written to its end, None when there is none."""
     run = run_of(output_dir)
-    own = [path for path in _checkpoints(Path(output_dir)) if run_of(path) == run and _state(path) is not None]
+    own = [path for path in _checkpoints(Path(output_dir)) if run_of(path) == run and is_finished(path)]
     return str(max(own, key=_step)) if own else None
+
+
+def is_finished(checkpoint: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint that was written to its end."""
+    return _state(Path(checkpoint)) is not None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.flags import SHARDED
-from embedding_finetune.training.run_folder import write_run
+from embedding_finetune.training.run_folder import is_finished, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class RetrievalTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except BaseException as error:
-            if self.args.should_save:
+            if self.args.should_save and not is_finished(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk
             if isinstance(error, OSError) or _TORCH_CANNOT_WRITE.search(str(error)):
                 raise UserError(f"{folder}: cannot be written: {first_line(error)}") from error

@@ -1,0 +1,94 @@
+"""The benchmarks' data can be made, and what the benchmarks import is there. Their numbers are not measured here."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, read_jsonl, write_jsonl
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data import jsonl
+
+BENCHMARKS = REPOSITORY / "benchmarks"
+OURS = {"embedding_finetune", "mine_hard_neg", "finetune", "evaluate", "conftest", "browser"}
+
+
+@pytest.fixture
+def make_debian(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # common.py adds to it
+    return importlib.import_module("make_debian")
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+def test_every_name_of_ours_that_a_benchmark_imports_exists(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                assert name.name.split(".")[0] not in OURS or importlib.import_module(name.name)
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.name)
+def test_no_benchmark_reads_a_folder_outside_the_repository(path):
+    texts = [n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant)]
+    assert not [text for text in texts if isinstance(text, str) and "../" in text]
+
+
+def test_a_description_becomes_one_line_and_short_ones_are_left_out(make_debian):
+    long = "word " * 29 + "end."  # 149 characters
+    paragraph = "Package: a\nDescription-md5: 0\nDescription-en: a  tool\n {}\n .\n  * {}"
+    assert list(make_debian.parse_description(paragraph.format(long, "x"))) == [
+        {"query": "a  tool", "pos": [f"{long} * x"]}
+    ]
+    assert list(make_debian.parse_description(paragraph.format("short", "x"))) == []
+    assert list(make_debian.parse_description("Package: a\nDescription-md5: 0")) == []
+
+
+def test_packages_that_begin_alike_are_taken_for_one(make_debian):
+    opening = "o" * make_debian.OPENING
+    rows = [{"query": q, "pos": [p]} for q, p in [("a", opening + "1"), ("b", opening + "2"), ("a", "x"), ("c", "x")]]
+    assert list(make_debian.distinct(rows)) == [rows[0], rows[3]]
+
+
+def make(make_debian, monkeypatch, rows, folder, *flags):
+    argv = ["make_debian.py", "--rows", str(rows), "--output_dir", str(folder), *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    make_debian.main()
+    return [read(folder / f"{name}.jsonl.gz") for name in ("train", "test", "candidates", "pool")]
+
+
+def read(path: Path) -> list[dict]:
+    return [record for _, record in jsonl.read(path)]
+
+
+def test_test_queries_share_no_text_with_training_and_their_choice_does_not_depend_on_the_order_of_rows(
+    make_debian, monkeypatch, tmp_path
+):
+    rows = read_jsonl(REPOSITORY / "example.jsonl")
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, test, candidates, pool = make(make_debian, monkeypatch, data, tmp_path / "a", "--test_queries", "50")
+    assert len(test) == 50
+    assert not {text for row in train for text in row["pos"]} & {text for row in test for text in row["pos"]}
+    texts = [record["text"] for record in pool]
+    assert len(texts) == len(set(texts)) == len({text for row in train + test for text in row["pos"]})
+    assert [record["context"] for record in candidates] == [[text] for text in texts]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows[::-1])
+    assert make(make_debian, monkeypatch, data, tmp_path / "b", "--test_queries", "50")[:2] == [train, test]
+
+
+def test_a_split_without_training_rows_is_refused(make_debian):
+    rows = [{"query": "a", "pos": ["x"]}, {"query": "b", "pos": ["x"]}]
+    with pytest.raises(UserError, match=r"--test_queries 1: of 2 rows none"):
+        make_debian.split(rows, 1)
+
+
+def test_a_benchmark_without_its_data_names_the_command_that_makes_it(make_debian, tmp_path):
+    common = importlib.import_module("common")
+    with pytest.raises(SystemExit, match=r"train\.jsonl\.gz does not exist: run python benchmarks/make_debian\.py"):
+        next(common.records(tmp_path, "train"))
