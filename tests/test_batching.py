@@ -3,13 +3,7 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.model.tokens import (
-    batches_by_length,
-    batches_of_one_length,
-    pad,
-    padded_length,
-    tokenize,
-)
+from embedding_finetune.model.tokens import batches_by_length, batches_of_one_length, pad, padded_length, tokenize
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))

@@ -15,8 +15,8 @@ import evaluate
 import finetune
 import mine_hard_neg
 from embedding_finetune import command_line
-from embedding_finetune.model.bi_encoder import loading
-from embedding_finetune.retrieval.top_k import encoder as encoding
+from embedding_finetune.model import loading
+from embedding_finetune.retrieval import encoder as encoding
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {

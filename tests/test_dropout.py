@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from embedding_finetune.model.bi_encoder import training_kernels as dropout_module
+from embedding_finetune.model import training_kernels as dropout_module
 from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.model.training_kernels import (
     CheapDropout,

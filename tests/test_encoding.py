@@ -6,8 +6,8 @@ import torch
 from conftest import TOPICS, encoding_arguments, passage_about
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval.encoder import load_encoder
-from embedding_finetune.retrieval.top_k import encoder as encoding
 
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
 

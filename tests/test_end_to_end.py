@@ -16,7 +16,7 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.data.jsonl import canonical
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.retrieval.top_k import encoder as encoding
+from embedding_finetune.retrieval import encoder as encoding
 
 
 def mine(model, source, target, *flags):

@@ -9,8 +9,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import finetune
 from embedding_finetune.command_line import UserError
+from embedding_finetune.model import checks as model_checks
 from embedding_finetune.model.bi_encoder import BiEncoder
-from embedding_finetune.model.bi_encoder import checks as model_checks
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import length_limit, load_backbone
 from embedding_finetune.retrieval.encoder import load_encoder

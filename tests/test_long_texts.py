@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from embedding_finetune.model.bi_encoder import tokens as batching
+from embedding_finetune.model import tokens as batching
 from embedding_finetune.model.tokens import beginnings, pair_beginnings, tokenize
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -167,7 +167,7 @@ def test_the_real_tokenizer_gives_the_beginning_of_a_long_text_the_ids_of_the_wh
 def test_a_reranker_scores_a_text_of_megabytes_by_its_beginning(tmp_path, monkeypatch):
     from conftest import encoding_arguments
 
-    from embedding_finetune.retrieval.top_k import reranker as reranking
+    from embedding_finetune.retrieval import reranker as reranking
 
     reranker = reranking.load_reranker(str(make_tiny_reranker(tmp_path / "reranker")), encoding_arguments())
     text = "press the red handle and hold it " * 10_000

@@ -251,7 +251,7 @@ def test_the_audit_counts_what_is_in_the_file_and_warns_of_false_negatives(tiny_
 
 
 def test_the_same_file_whatever_batch_block_or_hash_seed(tiny_bert, other_bert, data, tmp_path, monkeypatch):
-    from embedding_finetune.retrieval.top_k import encoder as encoding
+    from embedding_finetune.retrieval import encoder as encoding
 
     flags = (
         "--range_for_sampling",
@@ -334,10 +334,10 @@ def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
     """On a clock that only encoding, loading and rescoring move."""
     from types import SimpleNamespace
 
-    from embedding_finetune.mining.choice import ranking as candidates
-    from embedding_finetune.mining.choice import stopwatch
-    from embedding_finetune.retrieval.top_k import encoder as encoding
-    from embedding_finetune.retrieval.top_k import reranker as reranking
+    from embedding_finetune.mining import ranking as candidates
+    from embedding_finetune.mining import stopwatch
+    from embedding_finetune.retrieval import encoder as encoding
+    from embedding_finetune.retrieval import reranker as reranking
 
     now = [0.0]
     monkeypatch.setattr(stopwatch, "time", SimpleNamespace(monotonic=lambda: now[0]))

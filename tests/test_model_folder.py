@@ -71,7 +71,7 @@ def test_a_kill_while_files_are_renamed_leaves_no_folder_that_loads_as_a_mix(tmp
     program = f"""
 import os, signal
 from pathlib import Path
-from embedding_finetune.model.bi_encoder import folder as model_folder
+from embedding_finetune.model import folder as model_folder
 rename, left = os.replace, [{renames}]
 def replace(*paths):
     if not left[0]:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.retrieval import top_k as retrieval
 from embedding_finetune.retrieval.top_k import (
     NearDuplicates,
     PairScores,
@@ -15,7 +16,6 @@ from embedding_finetune.retrieval.top_k import (
     positions_of,
     scores_of,
 )
-from embedding_finetune.retrieval.top_k import top_k as retrieval
 
 
 def reference_search(queries, passages, top_k, ties):

@@ -11,8 +11,8 @@ from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, write_js
 from test_encoding import encoder_for, passages
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval.store import EmbeddingStore
-from embedding_finetune.retrieval.top_k import encoder as encoding
 
 TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
 
@@ -152,7 +152,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
 import mine_hard_neg
-from embedding_finetune.retrieval.top_k import encoder as encoding, store
+from embedding_finetune.retrieval import encoder as encoding, store
 encoding.TEXTS_PER_BLOCK = 5
 put, blocks = store.EmbeddingStore.put, []
 def put_and_die(self, texts, embeddings):
