@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of mine_hard_neg.py")
     args = parser.parse_args()
-    from conftest import WORDS, make_tiny_bert
+    from helpers.tiny import WORDS, make_tiny_bert
 
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    import browser
+    from helpers import browser
 
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"

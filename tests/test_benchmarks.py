@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, read_jsonl, write_jsonl
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
 
 BENCHMARKS = REPOSITORY / "benchmarks"
-OURS = {"embedding_finetune", "mine_hard_neg", "finetune", "evaluate", "conftest", "browser"}
+OURS = {"embedding_finetune", "mine_hard_neg", "finetune", "evaluate", "helpers"}
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import encoding_arguments, make_tiny_bert, read_jsonl
+from helpers.data import read_jsonl
+from helpers.running import encoding_arguments
+from helpers.tiny import make_tiny_bert
 from transformers import AutoModel, AutoTokenizer
 
 import finetune

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TOPICS, make_tiny_bert, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert
 
 import evaluate
 import finetune

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, read_jsonl, write_jsonl
 
 import evaluate
 import mine_hard_neg

@@ -1,7 +1,7 @@
 import unicodedata
 
 import numpy as np
-from conftest import write_jsonl
+from helpers.data import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import encoding_arguments, make_tiny_bert, make_tiny_reranker, read_jsonl
-from test_encoding import TEXTS, encoder_for, passages
+from helpers.data import TOPICS, passage_about, read_jsonl
+from helpers.running import embed_passages, encoder_for, encoding_arguments
+from helpers.tiny import make_tiny_bert, make_tiny_reranker
 
 import evaluate
 import finetune
@@ -13,6 +14,8 @@ from embedding_finetune.model.encoding_kernels import is_out_of_memory, prepare_
 from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.retrieval.encoder import default_tokens_per_batch
 from embedding_finetune.retrieval.reranker import load_reranker
+
+TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_only_what_says_that_memory_has_ended_counts_as_that():
 
 def test_running_out_of_memory_on_mps_halves_the_batch_too(tiny_bert, monkeypatch, caplog):
     assert default_tokens_per_batch(torch.device("mps")) == 8192
-    whole = passages(encoder_for(tiny_bert), TEXTS)
+    whole = embed_passages(encoder_for(tiny_bert), TEXTS)
     encoder = encoder_for(tiny_bert)
     encode = encoder.model.encode
 
@@ -71,7 +74,7 @@ def test_running_out_of_memory_on_mps_halves_the_batch_too(tiny_bert, monkeypatc
         return encode(input_ids, attention_mask)
 
     monkeypatch.setattr(encoder.model, "encode", small)
-    assert np.array_equal(passages(encoder, TEXTS), whole)
+    assert np.array_equal(embed_passages(encoder, TEXTS), whole)
     assert "out of GPU memory: --tokens_per_batch is" in caplog.text
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TOPICS, make_tiny_bert, make_tiny_reranker, passage_about, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
+from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from safetensors.torch import load_file
 
 STEPS, GLOBAL_BATCH = 3, 8

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DEMO_MODEL, REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.data import DEMO_MODEL, REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

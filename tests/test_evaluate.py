@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TOPICS, make_tiny_bert, passage_about, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert
 
 import evaluate
 import finetune

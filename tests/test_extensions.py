@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, encoding_arguments, make_tiny_bert, passage_about, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.running import encoding_arguments
+from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 
 import evaluate

@@ -7,7 +7,8 @@ from dataclasses import MISSING, fields
 
 import pytest
 import torch
-from conftest import REPOSITORY, encoding_arguments, write_jsonl
+from helpers.data import REPOSITORY, write_jsonl
+from helpers.running import encoding_arguments
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 

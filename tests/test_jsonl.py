@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers.data import REPOSITORY
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl

@@ -1,10 +1,12 @@
 """Every kind of model of transformers: embeddings as the model gives them text by text, or one line that says no."""
 
-import kinds
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, encoding_arguments, make_tokenizer, passage_about, write_jsonl
+from helpers import kinds
+from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.running import encoding_arguments
+from helpers.tiny import make_tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 import finetune

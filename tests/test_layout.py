@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import REPOSITORY
+from helpers.data import REPOSITORY
 
 PACKAGE = REPOSITORY / "embedding_finetune"
 TOP = {"command_line", "files", "distributed"}

@@ -4,7 +4,8 @@ import itertools
 import random
 
 import pytest
-from conftest import DEMO_MODEL, REPOSITORY, make_tiny_reranker, make_tokenizer, read_jsonl
+from helpers.data import DEMO_MODEL, REPOSITORY, read_jsonl
+from helpers.tiny import make_tiny_reranker, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -165,7 +166,7 @@ def test_the_real_tokenizer_gives_the_beginning_of_a_long_text_the_ids_of_the_wh
 
 
 def test_a_reranker_scores_a_text_of_megabytes_by_its_beginning(tmp_path, monkeypatch):
-    from conftest import encoding_arguments
+    from helpers.running import encoding_arguments
 
     from embedding_finetune.retrieval import reranker as reranking
 

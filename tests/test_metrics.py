@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import search
+from helpers.running import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

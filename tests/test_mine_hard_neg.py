@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TOPICS, make_tiny_bert, make_tiny_reranker, passage_about, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert, make_tiny_reranker
 
 import mine_hard_neg
 from embedding_finetune.model.loading import load_backbone

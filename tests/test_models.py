@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 
-import models
 import numpy as np
 import pytest
-from conftest import TOPICS, encoding_arguments, passage_about, read_jsonl, write_jsonl
+from helpers import published as models
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.running import encoding_arguments
 
 import evaluate
 import finetune

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from helpers.data import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ import tomllib
 import zipfile
 
 import pytest
-from conftest import REPOSITORY
+from helpers.data import REPOSITORY
 
 import embedding_finetune
 

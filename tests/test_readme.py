@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from helpers.data import REPOSITORY
 from transformers import TrainingArguments
 
 import evaluate

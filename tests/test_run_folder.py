@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, make_tiny_bert, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModel
 

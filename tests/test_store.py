@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, write_jsonl
-from test_encoding import encoder_for, passages
+from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
+from helpers.running import embed_passages, encoder_for
+from helpers.tiny import make_tiny_bert
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval import encoder as encoding
@@ -33,22 +34,22 @@ def encoded(monkeypatch):
 
 def test_a_second_run_encodes_nothing_and_gives_the_same_bits(tiny_bert, tmp_path, encoded):
     flags = ("--embeddings_dir", str(tmp_path / "store"))
-    first = passages(encoder_for(tiny_bert, *flags), TEXTS)
+    first = embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     assert encoded == TEXTS
-    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), first)
+    assert np.array_equal(embed_passages(encoder_for(tiny_bert, *flags), TEXTS), first)
     assert encoded == TEXTS
-    assert np.array_equal(passages(encoder_for(tiny_bert), TEXTS), first)
+    assert np.array_equal(embed_passages(encoder_for(tiny_bert), TEXTS), first)
 
 
 def test_only_new_texts_are_encoded_in_whatever_order_the_others_come(tiny_bert, tmp_path, encoded, monkeypatch):
     flags = ("--embeddings_dir", str(tmp_path / "store"))
-    passages(encoder_for(tiny_bert, *flags), TEXTS)
+    embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     encoded.clear()
     monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 7)
     changed = [*TEXTS[::-2], "a new text", TEXTS[0] + "!", *TEXTS[5:9]]
-    again = passages(encoder_for(tiny_bert, *flags), changed)
+    again = embed_passages(encoder_for(tiny_bert, *flags), changed)
     assert encoded == ["a new text", TEXTS[0] + "!"]
-    assert np.array_equal(again, passages(encoder_for(tiny_bert), changed))
+    assert np.array_equal(again, embed_passages(encoder_for(tiny_bert), changed))
 
 
 @pytest.mark.parametrize(
@@ -63,9 +64,9 @@ def test_only_new_texts_are_encoded_in_whatever_order_the_others_come(tiny_bert,
 )
 def test_another_setting_never_reuses(tiny_bert, tmp_path, encoded, flags):
     common = ("--embeddings_dir", str(tmp_path / "store"))
-    passages(encoder_for(tiny_bert, *common, "--dtype", "float32"), TEXTS)
+    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32"), TEXTS)
     encoded.clear()
-    passages(encoder_for(tiny_bert, *common, "--dtype", "float32", *flags), TEXTS)
+    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32", *flags), TEXTS)
     assert encoded == TEXTS
 
 
@@ -73,24 +74,24 @@ def test_another_setting_never_reuses(tiny_bert, tmp_path, encoded, flags):
 def test_a_changed_model_in_the_same_folder_never_reuses(tmp_path, encoded, changed):
     folder, flags = tmp_path / "model", ("--embeddings_dir", str(tmp_path / "store"))
     make_tiny_bert(folder)
-    passages(encoder_for(folder, *flags), TEXTS)
+    embed_passages(encoder_for(folder, *flags), TEXTS)
     if changed == "architecture":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
     else:
         make_tiny_bert(folder, seed=int(changed == "weights"), lower_case=changed != "tokenizer")
     encoded.clear()
-    again = passages(encoder_for(folder, *flags), TEXTS)
+    again = embed_passages(encoder_for(folder, *flags), TEXTS)
     assert encoded == TEXTS
-    assert np.array_equal(again, passages(encoder_for(folder), TEXTS))
+    assert np.array_equal(again, embed_passages(encoder_for(folder), TEXTS))
 
 
 def test_a_copy_of_the_model_under_another_name_reuses(tiny_bert, tmp_path, encoded):
     flags = ("--embeddings_dir", str(tmp_path / "store"))
-    passages(encoder_for(tiny_bert, *flags), TEXTS)
+    embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     make_tiny_bert(tmp_path / "elsewhere")
     encoded.clear()
-    passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
+    embed_passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
     assert encoded == []
 
 
@@ -109,16 +110,16 @@ def damage(path, how):
 def test_a_damaged_block_is_noticed_and_made_again(tiny_bert, tmp_path, encoded, caplog, monkeypatch, how):
     monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 10)
     flags = ("--embeddings_dir", str(tmp_path / "store"))
-    whole = passages(encoder_for(tiny_bert, *flags), TEXTS)
+    whole = embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     segments = sorted((tmp_path / "store").rglob("*.segment"))
     assert len(segments) == 3
     damage(segments[1], how)
     encoded.clear()
-    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
+    assert np.array_equal(embed_passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
     assert len(encoded) == 10
     assert "damaged; its texts are encoded again" in caplog.text
     encoded.clear()
-    assert np.array_equal(passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
+    assert np.array_equal(embed_passages(encoder_for(tiny_bert, *flags), TEXTS), whole)
     assert encoded == []
 
 

@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TOPICS, make_tiny_bert, passage_about, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 
 import evaluate

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import search
+from helpers.running import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

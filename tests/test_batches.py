@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, write_jsonl
+from helpers.data import write_jsonl
+from helpers.tiny import make_tokenizer
 from torch.utils.data import DataLoader
 
 from embedding_finetune.command_line import UserError

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from conftest import make_tokenizer
+from helpers.tiny import make_tokenizer
 
 POSITIONS = 64
 

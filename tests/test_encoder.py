@@ -3,30 +3,22 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, encoding_arguments, passage_about
+from helpers.data import TOPICS, passage_about
+from helpers.running import embed_passages, encoder_for
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval import encoder as encoding
-from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
-
-
-def encoder_for(folder, *flags):
-    return load_encoder(str(folder), encoding_arguments(*flags), flag="--model")
-
-
-def passages(encoder, texts):
-    return np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 
 def test_embeddings_do_not_depend_on_batch_or_block_size(tiny_bert, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         flags = ("--dtype", dtype, "--tokens_per_batch")
-        whole = passages(encoder_for(tiny_bert, *flags, "4096"), TEXTS)
+        whole = embed_passages(encoder_for(tiny_bert, *flags, "4096"), TEXTS)
         for budget, block in itertools.product(("1", "100", "100000"), (1, 5, 1000)):
             monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
-            assert np.array_equal(passages(encoder_for(tiny_bert, *flags, budget), TEXTS), whole)
+            assert np.array_equal(embed_passages(encoder_for(tiny_bert, *flags, budget), TEXTS), whole)
 
 
 def test_blocks_come_in_order_with_their_positions(tiny_bert, monkeypatch):
@@ -66,7 +58,7 @@ def test_length_flags_cut_queries_and_passages_separately(tiny_bert):
     long = encoder_for(tiny_bert)
     text = passage_about("pump")
     assert not np.allclose(short.encode_queries([text]), long.encode_queries([text]), atol=1e-3)
-    assert not np.allclose(passages(short, [text]), short.encode_queries([text]), atol=1e-3)
+    assert not np.allclose(embed_passages(short, [text]), short.encode_queries([text]), atol=1e-3)
 
 
 def test_the_query_instruction_applies_to_queries_and_the_passage_instruction_to_passages(tiny_bert):
@@ -74,7 +66,7 @@ def test_the_query_instruction_applies_to_queries_and_the_passage_instruction_to
     instructed, plain = encoder_for(tiny_bert, *flags), encoder_for(tiny_bert)
     text = "reset the pump"
     assert np.allclose(instructed.encode_queries([text]), plain.encode_queries(["how: " + text]), atol=1e-6)
-    assert np.allclose(passages(instructed, [text]), passages(plain, ["it is " + text]), atol=1e-6)
+    assert np.allclose(embed_passages(instructed, [text]), embed_passages(plain, ["it is " + text]), atol=1e-6)
 
 
 def test_texts_that_are_cut_are_counted(tiny_bert, caplog):
@@ -100,7 +92,7 @@ def test_an_embedding_without_a_direction_is_an_error_that_names_the_text(tiny_b
 
 
 def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monkeypatch, caplog):
-    whole = passages(encoder_for(tiny_bert), TEXTS)
+    whole = embed_passages(encoder_for(tiny_bert), TEXTS)
     encoder = encoder_for(tiny_bert)
     encode, sizes = encoder.model.encode, []
 
@@ -111,10 +103,10 @@ def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monke
         return encode(input_ids, attention_mask)
 
     monkeypatch.setattr(encoder.model, "encode", small_gpu)
-    assert np.array_equal(passages(encoder, TEXTS), whole)
+    assert np.array_equal(embed_passages(encoder, TEXTS), whole)
     assert "out of GPU memory: --tokens_per_batch is" in caplog.text
     sizes.clear()
-    passages(encoder, TEXTS)
+    embed_passages(encoder, TEXTS)
     assert max(sizes) <= encoder.tokens_per_batch <= 100
 
 

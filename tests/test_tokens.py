@@ -1,5 +1,5 @@
 import numpy as np
-from conftest import make_tokenizer
+from helpers.tiny import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 

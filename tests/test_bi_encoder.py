@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_rotary_model, make_tiny_bert
+from helpers.tiny import make_rotary_model, make_tiny_bert
 from transformers import MPNetConfig, MPNetModel
 
 from embedding_finetune.command_line import UserError

@@ -2,10 +2,11 @@
 
 import json
 
-import browser
 import numpy as np
 import pytest
-from conftest import TOPICS, make_tiny_bert, passage_about, write_jsonl
+from helpers import browser
+from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.tiny import make_tiny_bert
 
 import evaluate
 from embedding_finetune.data.corpus import Corpus, load_task

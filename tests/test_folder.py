@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from helpers.data import REPOSITORY
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.folder import is_model_file, model_replaced, remove_unfinished

@@ -1,10 +1,12 @@
 """Cross-encoders: scores equal to a plain forward pass, and models that are none are refused."""
 
-import kinds
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, encoding_arguments, make_tiny_bert, make_tiny_reranker, make_tokenizer, passage_about
+from helpers import kinds
+from helpers.data import TOPICS, passage_about
+from helpers.running import encoding_arguments
+from helpers.tiny import make_tiny_bert, make_tiny_reranker, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from embedding_finetune.command_line import UserError

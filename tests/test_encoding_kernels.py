@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_rotary_model, passage_about
-from test_encoding import encoder_for
+from helpers.data import passage_about
+from helpers.running import encoder_for
+from helpers.tiny import make_rotary_model
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -118,7 +119,7 @@ def test_compiling_without_a_compiler_says_so(tiny_bert, monkeypatch):
 
 @pytest.mark.demo_model
 def test_bfloat16_embeddings_of_the_real_model_keep_their_direction(demo_model):
-    from conftest import REPOSITORY, read_jsonl
+    from helpers.data import REPOSITORY, read_jsonl
 
     texts = [text for record in read_jsonl(REPOSITORY / "candidate_context.jsonl") for text in record["context"]]
     exact = encoder_for(demo_model, "--dtype", "float32").encode_queries(texts)

@@ -1,0 +1,36 @@
+"""Encoders and searches as tests use them."""
+
+import numpy as np
+
+
+def encoding_arguments(*flags: str):
+    """The flags that load_encoder and load_reranker take."""
+    import argparse
+
+    from embedding_finetune.arguments import add_encoding_arguments
+
+    parser = argparse.ArgumentParser()
+    add_encoding_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def search(queries, passages, top_k, *, ties="first"):
+    """Scores and positions of the top k of one array of passages."""
+    from embedding_finetune.retrieval.top_k import TopK
+
+    top = TopK(queries, top_k, ties=ties)
+    top.add(0, passages)
+    positions, scores = top.ranking()
+    return scores, positions
+
+
+def encoder_for(folder, *flags):
+    """The encoder that the flags of mine_hard_neg.py and evaluate.py give."""
+    from embedding_finetune.retrieval.encoder import load_encoder
+
+    return load_encoder(str(folder), encoding_arguments(*flags), flag="--model")
+
+
+def embed_passages(encoder, texts):
+    """(N, H)."""
+    return np.concatenate([block for _, block in encoder.encode_passages(texts)])
