@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embedding_finetune import files
 from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, repeated_model, seed
 from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
 from embedding_finetune.data import jsonl
@@ -149,14 +150,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name, _ in args.fail_below:
         if name not in measured:
             parser.error(f"argument --fail_below: {name} is not measured; {', '.join(measured)} are")
-    jsonl.require_file("--index_file_jsonl_path", args.index_file_jsonl_path)
-    jsonl.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
+    files.require_file("--index_file_jsonl_path", args.index_file_jsonl_path)
+    files.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
     if args.output_dir is not None:
-        jsonl.require_folder("--output_dir", args.output_dir)
+        files.require_folder("--output_dir", args.output_dir)
         inputs = {f"--{name}": getattr(args, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
-        jsonl.require_apart(inputs, {f"--output_dir: {name}": os.path.join(args.output_dir, name) for name in FILES})
+        files.require_apart(inputs, {f"--output_dir: {name}": os.path.join(args.output_dir, name) for name in FILES})
     if args.embeddings_dir is not None:
-        jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
+        files.require_folder("--embeddings_dir", args.embeddings_dir)
 
 
 def threshold(text: str) -> tuple[str, float]:

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from embedding_finetune import files
 from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr, uninterrupted
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
@@ -99,7 +100,7 @@ def write_outcome(
         from embedding_finetune.training.setup import save_merged_with_base
 
         save_merged_with_base(trainer, model_args, args)
-    with jsonl.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
+    with files.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     for name, value in summary.items():
         logger.info("%-18s  %s", name, value)
@@ -239,10 +240,10 @@ def parse_arguments(
     check_neighbours(data_args, args)
     check_evaluation(data_args, args)
     check_reporting(args)
-    jsonl.require_file("--train_data", data_args.train_data, folder_allowed=True)
+    files.require_file("--train_data", data_args.train_data, folder_allowed=True)
     for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
         if getattr(data_args, flag) is not None:
-            jsonl.require_file(f"--{flag}", getattr(data_args, flag))
+            files.require_file(f"--{flag}", getattr(data_args, flag))
     return model_args, data_args, args
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from embedding_finetune import files
 from embedding_finetune.arguments import (
     add_encoding_arguments,
     add_mining_output_arguments,
@@ -101,7 +102,7 @@ def write_outcome(
         "weights_sha256": found.weights,
     }
     if args.report_file is not None:
-        with jsonl.atomic_writer(args.report_file) as file:
+        with files.atomic_writer(args.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
     if args.show_examples:
         shown = sorted(random.Random(args.seed).sample(written, min(args.show_examples, len(written))))
@@ -147,17 +148,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"argument --max_score: {args.max_score} is below --min_score {args.min_score}")
     if (repeated := repeated_model(args.model_name_or_path)) is not None:
         parser.error(f"argument --model_name_or_path: the same model is named twice, as {repeated}")
-    jsonl.require_file("--input_file", args.input_file)
+    files.require_file("--input_file", args.input_file)
     if args.candidate_pool is not None:
-        jsonl.require_file("--candidate_pool", args.candidate_pool)
-    jsonl.require_writable("--output_file", args.output_file)
+        files.require_file("--candidate_pool", args.candidate_pool)
+    files.require_writable("--output_file", args.output_file)
     if args.report_file is not None:
-        jsonl.require_writable("--report_file", args.report_file)
+        files.require_writable("--report_file", args.report_file)
     if args.embeddings_dir is not None:
-        jsonl.require_folder("--embeddings_dir", args.embeddings_dir)
+        files.require_folder("--embeddings_dir", args.embeddings_dir)
     outputs = {f"--{name}": getattr(args, name) for name in ("output_file", "report_file", "embeddings_dir")}
-    jsonl.require_apart({"--candidate_pool": args.candidate_pool}, outputs)
-    jsonl.require_apart({"--input_file": args.input_file}, {"--report_file": args.report_file})
+    files.require_apart({"--candidate_pool": args.candidate_pool}, outputs)
+    files.require_apart({"--input_file": args.input_file}, {"--report_file": args.report_file})
 
 
 def read_rows(args: argparse.Namespace) -> list[Record]:

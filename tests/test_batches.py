@@ -6,7 +6,7 @@ from helpers.tiny import make_tokenizer
 from torch.utils.data import DataLoader
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset

@@ -12,7 +12,7 @@ import evaluate
 import mine_hard_neg
 from embedding_finetune import command_line
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import atomic_writer, require_apart, require_folder, require_writable
+from embedding_finetune.files import atomic_writer, require_apart, require_folder, require_writable
 
 PYTHON = sys.executable
 
@@ -115,7 +115,7 @@ from embedding_finetune.data import jsonl
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 @command_line.command
 def main():
-    with jsonl.atomic_writer({str(path)!r}) as file:
+    with files.atomic_writer({str(path)!r}) as file:
         file.write(b"x" * 1001)
 main()
 """

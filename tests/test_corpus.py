@@ -5,7 +5,8 @@ from helpers.data import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.data.corpus import Corpus, TextsOnDisk, load_task
+from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.data.texts import TextsOnDisk
 
 SPELLINGS = st.sampled_from(["a", " a", "b\n", "\u00e9", "e\u0301", "A", "\x00", "\U0001f600 text", "long " * 50])
 

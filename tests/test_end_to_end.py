@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune.data.jsonl import canonical
+from embedding_finetune.data.texts import canonical
 from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.retrieval import encoder as encoding
 

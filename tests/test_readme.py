@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 import evaluate
 import finetune
 import mine_hard_neg
+from embedding_finetune import files
 from embedding_finetune.data import jsonl
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
@@ -65,8 +66,8 @@ MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test",
 def parse(monkeypatch):
     """A function that parses a command as its script does, in a folder where no earlier command has run."""
     monkeypatch.chdir(REPOSITORY)
-    check = jsonl.require_file
-    monkeypatch.setattr(jsonl, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
+    check = files.require_file
+    monkeypatch.setattr(files, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(jsonl, "require_writable", lambda *_: None)
     monkeypatch.setattr("embedding_finetune.training.run_folder.check_output_dir", lambda *_: None)
 

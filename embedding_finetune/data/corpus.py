@@ -1,75 +1,16 @@
 """What can be retrieved, the distinct texts known by their positions, and what should be."""
 
-import copy
-import hashlib
 import logging
 import os
-import tempfile
-from array import array
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 
-from embedding_finetune.data.jsonl import canonical, read_queries, text_id
+from embedding_finetune.data.jsonl import read_queries
+from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
 
 logger = logging.getLogger(__name__)
-
-_BUFFER_BYTES = 2**20
-_DIGEST_BYTES = 16
-
-
-class TextsOnDisk(Sequence[str]):
-    """Texts in a temporary file that goes with the process; memory holds 16 bytes for each.
-
-    Read by offset rather than mapped, so that its pages do not count as this process's memory.
-    """
-
-    def __init__(self, texts: Iterable[str]):
-        # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
-        self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
-        ends = array("q", [0])
-        for text in texts:
-            ends.append(ends[-1] + self._file.write(text.encode()))
-        self._file.flush()
-        self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Forget all texts but those at `rows`, in that order."""
-        self._starts, self._ends = self._starts[rows], self._ends[rows]
-
-    def at(self, rows: np.ndarray) -> "TextsOnDisk":
-        """The texts at `rows`, in the same file."""
-        part = copy.copy(self)
-        part.keep(rows)
-        return part
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index):
-        if not isinstance(index, slice):
-            start, end = int(self._starts[index]), int(self._ends[index])
-            return self._read(start, end).decode()
-        starts, ends = self._starts[index].tolist(), self._ends[index].tolist()
-        if not starts:
-            return []
-        first, last = min(starts), max(ends)
-        if last - first > _BUFFER_BYTES + 2 * (sum(ends) - sum(starts)):  # far apart
-            return [self._read(start, end).decode() for start, end in zip(starts, ends)]
-        span = self._read(first, last)
-        return [span[start - first : end - first].decode() for start, end in zip(starts, ends)]
-
-    def _read(self, start: int, end: int) -> bytes:
-        parts = []
-        while start < end:  # one read gives 2 GiB at most
-            parts.append(os.pread(self._file.fileno(), end - start, start))
-            start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Corpus:
@@ -87,9 +28,9 @@ class Corpus:
         def digested() -> Iterable[str]:
             for part in (texts, beyond):
                 for text in part:
-                    digests.extend(_digest(text))
+                    digests.extend(text_digest(text))
                     yield text
-                sizes.append(len(digests) // _DIGEST_BYTES)
+                sizes.append(len(digests) // DIGEST_BYTES)
 
         self.texts = TextsOnDisk(digested())
         self._digests, first_seen = np.unique(np.frombuffer(digests, dtype="S16"), return_index=True)
@@ -105,15 +46,11 @@ class Corpus:
 
     def positions(self, texts: Sequence[str]) -> np.ndarray:
         """Where each text stands, -1 where it is not known: (len(texts),) int64."""
-        wanted = np.array([_digest(text) for text in texts], dtype="S16")
+        wanted = np.array([text_digest(text) for text in texts], dtype="S16")
         if not len(self._digests) or not len(wanted):
             return np.full(len(wanted), -1, dtype=np.int64)
         places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         return np.where(self._digests[places] == wanted, self._positions[places], -1)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(canonical(text).encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 class RetrievalTask(NamedTuple):

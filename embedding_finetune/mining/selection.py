@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embedding_finetune.data.corpus import Corpus
-from embedding_finetune.data.jsonl import Record, canonical
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.texts import canonical
 from embedding_finetune.mining.choice import (
     DRAWN,
     FILTERS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import atomic_writer
+from embedding_finetune.files import atomic_writer
 from embedding_finetune.model.checkpoint import find_file
 
 _FILE = "training_queries.npy"

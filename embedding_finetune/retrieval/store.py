@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.jsonl import atomic_writer
+from embedding_finetune.data.texts import DIGEST_BYTES, raw_digests
+from embedding_finetune.files import atomic_writer
 
 logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<IQQ")
-_DIGEST_BYTES = 16
 _FORMAT = 1
 
 
@@ -70,7 +70,7 @@ class EmbeddingStore:
         found = np.zeros(len(texts), dtype=bool)
         if not len(self._digests):
             return embeddings, found
-        wanted = _digests_of(texts)
+        wanted = raw_digests(texts)
         places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         matches = np.flatnonzero(self._digests[places] == wanted)
         segments, rows = self._segment_of[places[matches]], self._row_of[places[matches]]
@@ -85,7 +85,7 @@ class EmbeddingStore:
         """Keep the embeddings (n, H) of texts as one segment. Raises UserError when they cannot be written."""
         if not len(texts):
             return
-        digests = _digests_of(texts).tobytes()
+        digests = raw_digests(texts).tobytes()
         sizes = _HEADER.pack(0, len(texts), embeddings.shape[1])[4:]
         vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
         checksum = zlib.crc32(vectors, zlib.crc32(digests, zlib.crc32(sizes)))
@@ -102,7 +102,7 @@ class EmbeddingStore:
         try:
             with path.open("rb") as file:
                 _, count, dimensions = _HEADER.unpack(file.read(_HEADER.size))
-            expected = _HEADER.size + count * (_DIGEST_BYTES + 4 * dimensions)
+            expected = _HEADER.size + count * (DIGEST_BYTES + 4 * dimensions)
             complete = dimensions == self.dimensions and path.stat().st_size == expected
         except (OSError, struct.error):
             complete = False
@@ -116,7 +116,7 @@ class EmbeddingStore:
         for number, path in enumerate(self._segments):
             with path.open("rb") as file:
                 _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
-                digests.append(np.frombuffer(file.read(count * _DIGEST_BYTES), dtype="S16"))
+                digests.append(np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16"))
             segments.append(np.full(count, number, dtype=np.int32))
             rows.append(np.arange(count, dtype=np.int32))
         together = np.concatenate(digests)
@@ -148,7 +148,7 @@ class EmbeddingStore:
         result = np.empty((len(rows), self.dimensions), dtype=np.float32)
         with self._segments[segment].open("rb") as file:
             _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
-            vectors_at, row_bytes = _HEADER.size + count * _DIGEST_BYTES, 4 * self.dimensions
+            vectors_at, row_bytes = _HEADER.size + count * DIGEST_BYTES, 4 * self.dimensions
             for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
                 raw = os.pread(file.fileno(), len(run) * row_bytes, vectors_at + int(rows[run[0]]) * row_bytes)
                 result[run] = np.frombuffer(raw, dtype="<f4").reshape(len(run), self.dimensions)
@@ -157,8 +157,3 @@ class EmbeddingStore:
     def _discard(self, path: Path) -> None:
         logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._named, path)
         path.unlink(missing_ok=True)
-
-
-def _digests_of(texts: Sequence[str]) -> np.ndarray:
-    """(N,) 16 bytes each, of the texts as they are written: what a tokenizer makes of other spellings may differ."""
-    return np.array([hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest() for text in texts], dtype="S16")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
-from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.model.tokens import pad, prompt_length, tokenize

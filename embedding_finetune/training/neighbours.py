@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.data.texts import text_id
 from embedding_finetune.training.rows import end_to_end
 
 logger = logging.getLogger(__name__)

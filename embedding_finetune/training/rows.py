@@ -13,7 +13,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError, first_line, scratch_folder
 from embedding_finetune.data import jsonl
-from embedding_finetune.data.jsonl import text_id
+from embedding_finetune.data.texts import text_id
 
 _ROWS_PER_WRITE = 100
 """Rows that are held until they are written: few, since each may hold megabytes."""

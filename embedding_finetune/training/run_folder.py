@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import atomic_writer, data_files, require_folder
+from embedding_finetune.data.jsonl import data_files
+from embedding_finetune.files import atomic_writer, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import is_model_file, remove_unfinished
 

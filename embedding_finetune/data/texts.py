@@ -1,0 +1,96 @@
+"""Texts: what makes two of them one, in four forms, and many of them on disk.
+
+canonical     a string: what people are told, and what is compared where few texts are
+text_id       63 bits of it: a number that fits into a tensor, for the texts of a batch and of a training set
+text_digest   128 bits of it: no two of a billion texts share one, for a corpus that is known by these alone
+raw_digests   128 bits of the text as it is written: an embedding depends on spelling, so that its store has to
+"""
+
+import copy
+import hashlib
+import os
+import tempfile
+import unicodedata
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import numpy as np
+
+_BUFFER_BYTES = 2**20
+DIGEST_BYTES = 16
+"""Of text_digest and raw_digests."""
+
+
+def canonical(text: str) -> str:
+    """The form in which texts are compared: Unicode NFC, stripped of surrounding whitespace."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def text_id(text: str) -> int:
+    """A non-negative 63-bit identity of `canonical(text)`, the same in every process and run."""
+    digest = hashlib.blake2b(canonical(text).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def text_digest(text: str) -> bytes:
+    """16 bytes that stand for `canonical(text)`."""
+    return hashlib.blake2b(canonical(text).encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def raw_digests(texts: Sequence[str]) -> np.ndarray:
+    """(N,) 16 bytes each, of the texts as they are written: what a tokenizer makes of other spellings may differ."""
+    return np.array([hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in texts], dtype="S16")
+
+
+class TextsOnDisk(Sequence[str]):
+    """Texts in a temporary file that goes with the process; memory holds 16 bytes for each.
+
+    Read by offset rather than mapped, so that its pages do not count as this process's memory.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
+        self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
+        ends = array("q", [0])
+        for text in texts:
+            ends.append(ends[-1] + self._file.write(text.encode()))
+        self._file.flush()
+        self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Forget all texts but those at `rows`, in that order."""
+        self._starts, self._ends = self._starts[rows], self._ends[rows]
+
+    def at(self, rows: np.ndarray) -> "TextsOnDisk":
+        """The texts at `rows`, in the same file."""
+        part = copy.copy(self)
+        part.keep(rows)
+        return part
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if not isinstance(index, slice):
+            start, end = int(self._starts[index]), int(self._ends[index])
+            return self._read(start, end).decode()
+        starts, ends = self._starts[index].tolist(), self._ends[index].tolist()
+        if not starts:
+            return []
+        first, last = min(starts), max(ends)
+        if last - first > _BUFFER_BYTES + 2 * (sum(ends) - sum(starts)):  # far apart
+            return [self._read(start, end).decode() for start, end in zip(starts, ends)]
+        span = self._read(first, last)
+        return [span[start - first : end - first].decode() for start, end in zip(starts, ends)]
+
+    def _read(self, start: int, end: int) -> bytes:
+        parts = []
+        while start < end:  # one read gives 2 GiB at most
+            parts.append(os.pread(self._file.fileno(), end - start, start))
+            start += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)

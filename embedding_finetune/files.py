@@ -1,0 +1,103 @@
+"""Files that appear whole or not at all, and paths that are checked before anything is computed."""
+
+import gzip
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from embedding_finetune.command_line import UserError
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends without an error; else nothing is left of it.
+
+    Raises UserError when it cannot be written, as on a full disk.
+    """
+    target = Path(os.path.realpath(path))
+    # A random name: process numbers are not unique where containers share a folder.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as raw:
+            if target.name.endswith(".gz"):
+                # No file name and no time in the gzip header: the same records give the same bytes.
+                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                    yield file
+            else:
+                yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_file(flag: str, path: str | os.PathLike, *, folder_allowed: bool = False) -> None:
+    """Raise UserError naming `flag` unless `path` is an existing file (or, where allowed, a folder)."""
+    if os.path.isdir(path):
+        if not folder_allowed:
+            raise UserError(f"{flag}: {path} is a folder; give a JSON Lines file")
+    elif not os.path.exists(path):
+        raise UserError(f"{flag}: {path} does not exist")
+
+
+def require_writable(flag: str, path: str | os.PathLike) -> None:
+    """Raise UserError naming `flag` unless a file can be written at `path`."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag}: the folder {folder} does not exist; create it first")
+    if os.path.isdir(path):
+        raise UserError(f"{flag}: {path} is a folder; give a file name")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{flag}: {path} is not a regular file, and would be replaced by one; give a file name")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag}: the folder {folder} is not writable")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # its name is too long, for instance
+        raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from error
+
+
+def require_folder(flag: str, path: str | os.PathLike) -> None:
+    """Raise UserError naming `flag` unless `path` is a writable folder, or can be made as one."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # its name is too long, for instance
+            raise UserError(f"{flag} {path}: cannot be made: {error.strerror}") from error
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {path}: {existing} is not writable")
+
+
+def require_apart(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
+    """Raise UserError where an output is also an input, or another output; flag -> path, None where it is not given.
+
+    A file is the same whatever way its path is written: relative, through links, in another case on some disks.
+    """
+    given = [(flag, path) for flag, path in outputs.items() if path is not None]
+    for number, (flag, path) in enumerate(given):
+        for other, other_path in inputs.items():
+            if other_path is not None and os.path.exists(path) and os.path.samefile(path, other_path):
+                raise UserError(f"{flag} {path} is the file of {other}, and would replace it; give another one")
+        for other, other_path in given[:number]:
+            if _is_same_place(path, other_path):
+                raise UserError(f"{flag} {path} is the file of {other} too; give another one")
+
+
+def _is_same_place(path: str, other: str) -> bool:
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    # Two names that differ in case alone are one file on some disks, which only shows once it is there.
+    return os.path.realpath(path).casefold() == os.path.realpath(other).casefold()
