@@ -13,26 +13,22 @@ stdout is the metrics as a Python dict. Exit status 1 when --fail_below or --fai
 import argparse
 import json
 import logging
-import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from embedding_finetune import files
-from embedding_finetune.arguments import add_encoding_arguments, new_parser, positive_int, repeated_model, seed
 from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
 from embedding_finetune.data import jsonl
-from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
+from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.metrics import MEASURES
+from embedding_finetune.parser import new_parser, positive_int, seed
+from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 logger = logging.getLogger("embedding_finetune.evaluate")
 
-MEASURES = ("MRR", "Hit", "Recall", "nDCG", "MAP", "Precision")
-FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
-"""What --output_dir gets, beside rankings."""
 SIGNIFICANT = 0.05
 FAILED_CHECK = 1
 
@@ -43,53 +39,53 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     Returns `{"MRR@1": 0.83, ...}` for one model, `{model name: {"MRR@1": 0.83, ...}, ...}` for several.
     """
-    args = parse_arguments(argv)
+    options = parse_arguments(argv)
     log_to_stderr()
-    task = load_task(args.query_file_jsonl_path, Corpus(jsonl.read_passages(args.index_file_jsonl_path)))
+    task = load_task(options.query_file_jsonl_path, Corpus(jsonl.read_passages(options.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
     with uninterrupted():
         from embedding_finetune.distributed import own_gpu, rank, start
         from embedding_finetune.evaluation.files import SHOWN, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
-        from embedding_finetune.evaluation.summary import evaluation_tables
+        from embedding_finetune.evaluation.summary import evaluation_tables, summarize
         from embedding_finetune.model.training_queries import read_training_queries
         from embedding_finetune.retrieval.encoder import load_encoder
         from embedding_finetune.retrieval.top_k import gpus_to_search_on
 
     start()
-    gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
+    gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
     rankings, values, weights, seen = {}, {}, {}, {}
-    for name in args.model_name:
-        encoder = load_encoder(name, args, flag="--model_name")
+    for name in options.model_name:
+        encoder = load_encoder(name, options, flag="--model_name")
         weights[name] = encoder.weights_digest
-        seen[name] = task.count_queries_among(read_training_queries(name, cache_dir=args.cache_dir))
+        seen[name] = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
         if seen[name]:
             logger.warning(
                 "warning: %d of %d queries are in the training data of %s", seen[name], len(task.queries), name
             )
-        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *args.cutoffs), gpus=gpus)
-        values[name] = values_per_query(rankings[name], task, args.measures, args.cutoffs)
+        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *options.cutoffs), gpus=gpus)
+        values[name] = values_per_query(rankings[name], task, options.measures, options.cutoffs)
 
-    document = summarize(values, task, args, weights, seen)
+    document = summarize(values, task, options, weights, seen)
     metrics = document["metrics"]
-    result = metrics if len(metrics) > 1 else metrics[args.model_name[0]]
+    result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
     if rank() == 0:
         # Printed first: what was measured is told also where it cannot be written.
-        if args.json:
+        if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
             if len(metrics) > 1 or document["groups"]:
                 print(evaluation_tables(document))
             print(result)
-        if args.output_dir is not None:
-            write_evaluation(Path(args.output_dir), document, task, rankings)
+        if options.output_dir is not None:
+            write_evaluation(Path(options.output_dir), document, task, rankings)
         sys.stdout.flush()
-        fail_if_asked(document, args)
+        fail_if_asked(document, options)
     return result
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     """The flags, checked as far as that needs no data."""
     parser = new_parser(__doc__)
     parser.add_argument(
@@ -134,30 +130,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="exit with status 1 when the last model is significantly worse (p < 0.05) than the first on any measure",
     )
     add_encoding_arguments(parser)
-    args = parser.parse_args(argv)
-    args.cutoffs, args.measures = sorted(set(args.cutoffs)), list(dict.fromkeys(args.measures))
-    check_arguments(parser, args)
-    return args
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
-    if (repeated := repeated_model(args.model_name)) is not None:
-        parser.error(f"argument --model_name: the same model is named twice, as {repeated}")
-    if args.fail_if_worse and len(args.model_name) == 1:
-        parser.error("argument --fail_if_worse: there is only one --model_name, nothing to be worse than")
-    measured = [f"{measure}@{cutoff}" for cutoff in args.cutoffs for measure in args.measures]
-    for name, _ in args.fail_below:
-        if name not in measured:
-            parser.error(f"argument --fail_below: {name} is not measured; {', '.join(measured)} are")
-    files.require_file("--index_file_jsonl_path", args.index_file_jsonl_path)
-    files.require_file("--query_file_jsonl_path", args.query_file_jsonl_path)
-    if args.output_dir is not None:
-        files.require_folder("--output_dir", args.output_dir)
-        inputs = {f"--{name}": getattr(args, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
-        files.require_apart(inputs, {f"--output_dir: {name}": os.path.join(args.output_dir, name) for name in FILES})
-    if args.embeddings_dir is not None:
-        files.require_folder("--embeddings_dir", args.embeddings_dir)
+    flags = vars(parser.parse_args(argv))
+    flags |= {"cutoffs": sorted(set(flags["cutoffs"])), "measures": list(dict.fromkeys(flags["measures"]))}
+    options = EvaluationOptions(**flags)
+    options.check_paths()
+    return options
 
 
 def threshold(text: str) -> tuple[str, float]:
@@ -168,59 +145,16 @@ def threshold(text: str) -> tuple[str, float]:
     return match[1], float(match[2])
 
 
-def summarize(
-    values: Mapping[str, Mapping[str, np.ndarray]],
-    task: RetrievalTask,
-    args: argparse.Namespace,
-    weights: Mapping[str, str],
-    seen: Mapping[str, int],
-) -> Record:
-    """The whole outcome as one JSON document: what metrics.json holds."""
-    from embedding_finetune.evaluation.metrics import compare, means
-
-    base = args.model_name[0]
-    groups = sorted({group for group in task.groups if group is not None})
-    members = {group: [number for number, own in enumerate(task.groups) if own == group] for group in groups}
-    return {
-        "metrics": {name: means(scores) for name, scores in values.items()},
-        "differences": {
-            name: {
-                measure: compare(values[base][measure], scores, seed=args.seed)._asdict()
-                for measure, scores in values[name].items()
-            }
-            for name in args.model_name[1:]
-        },
-        "groups": {
-            group: {
-                "queries": len(rows),
-                "metrics": {
-                    name: means({measure: scores[rows] for measure, scores in own.items()})
-                    for name, own in values.items()
-                },
-            }
-            for group, rows in members.items()
-        },
-        "queries": len(task.queries),
-        "passages": len(task.corpus),
-        "duplicate_passages": task.corpus.duplicates,
-        "positives_not_in_corpus": task.missing,
-        "queries_without_findable_positive": task.unanswerable,
-        "queries_in_training_data": dict(seen),
-        "weights_sha256": dict(weights),
-        "settings": {name: value for name, value in vars(args).items() if name != "model_name"},
-    }
-
-
-def fail_if_asked(document: Record, args: argparse.Namespace) -> None:
+def fail_if_asked(document: Record, options: EvaluationOptions) -> None:
     """End with status 1, and say why, when the last model does not pass --fail_below or --fail_if_worse."""
-    last = args.model_name[-1]
+    base, last = options.model_name[0], options.model_name[-1]
     reached = document["metrics"][last]
     reasons = [
-        f"{name} is {reached[name]:.4f}, below {limit}" for name, limit in args.fail_below if reached[name] < limit
+        f"{name} is {reached[name]:.4f}, below {limit}" for name, limit in options.fail_below if reached[name] < limit
     ]
-    if args.fail_if_worse:
+    if options.fail_if_worse:
         reasons += [
-            f"{name} is {-difference['mean']:.4f} below that of {args.model_name[0]} (p = {difference['p_value']:.4f})"
+            f"{name} is {-difference['mean']:.4f} below that of {base} (p = {difference['p_value']:.4f})"
             for name, difference in document["differences"][last].items()
             if difference["mean"] < 0 and difference["p_value"] < SIGNIFICANT
         ]

@@ -198,7 +198,7 @@ def parse_arguments(
     with uninterrupted():
         from transformers import HfArgumentParser
 
-    from embedding_finetune.arguments import OneLineErrorParser
+    from embedding_finetune.parser import OneLineErrorParser
     from embedding_finetune.training.arguments import (
         DataArguments,
         ModelArguments,

@@ -12,7 +12,6 @@ from a range of ranks. Further back in the ranking they are easier: 60-300 is mi
 on stderr tells what was chosen, what was left out and why.
 """
 
-import argparse
 import json
 import logging
 import random
@@ -22,20 +21,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedding_finetune import files
-from embedding_finetune.arguments import (
-    add_encoding_arguments,
-    add_mining_output_arguments,
-    add_selection_arguments,
-    new_parser,
-    repeated_model,
-)
+from embedding_finetune import __version__, files
 from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments
 from embedding_finetune.mining.choice import Selection, lowest_scores
 from embedding_finetune.mining.stopwatch import Stopwatch
+from embedding_finetune.parser import new_parser
+from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 if TYPE_CHECKING:
     from embedding_finetune.mining.ranking import Candidates
@@ -47,10 +42,10 @@ logger = logging.getLogger("embedding_finetune.mine_hard_neg")
 def main(argv: Sequence[str] | None = None) -> None:
     """Read rows, rank the candidates for each, choose negatives, write the rows, give the audit."""
     stopwatch = Stopwatch()
-    args = parse_arguments(argv)
+    options = parse_arguments(argv)
     log_to_stderr()
-    rows = read_rows(args)
-    corpus = Corpus(candidate_texts(rows, args.candidate_pool), beyond=own_texts(rows, args))
+    rows = read_rows(options)
+    corpus = Corpus(candidate_texts(rows, options.candidate_pool), beyond=own_texts(rows, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
     stopwatch.lap("read")
 
@@ -62,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.retrieval.reranker import check_reranker
 
     start()
-    if args.reranker_name_or_path is not None:
-        check_reranker(args.reranker_name_or_path, args)
+    if options.reranker_name_or_path is not None:
+        check_reranker(options.reranker_name_or_path, options)
     pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]
-    found = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), args, stopwatch)
+    found = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch)
     lowest_positive = lowest_scores(pairs.rows, found.pair_scores, len(rows))
-    selections = choose_negatives(rows, corpus, found, lowest_positive, args, stopwatch)
-    if args.save_scores:
+    selections = choose_negatives(rows, corpus, found, lowest_positive, options, stopwatch)
+    if options.save_scores:
         selections = with_all_scores(selections, found.score)
     if rank() == 0:
-        write_outcome(rows, corpus, found, lowest_positive, selections, args, stopwatch)
+        write_outcome(rows, corpus, found, lowest_positive, selections, options, stopwatch)
 
 
 def write_outcome(
@@ -80,38 +75,39 @@ def write_outcome(
     found: "Candidates",
     lowest_positive: np.ndarray,
     selections: Sequence[Selection],
-    args: argparse.Namespace,
+    options: MiningOptions,
     stopwatch: Stopwatch,
 ) -> None:
     """Write the rows and the audit, and tell it."""
     from embedding_finetune.mining.audit import audit_text, examples, mining_audit
 
-    written = [n for n, own in enumerate(selections) if own.negatives or not args.drop_rows_without_negatives]
+    written = [n for n, own in enumerate(selections) if own.negatives or not options.drop_rows_without_negatives]
     if not written:
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
     positive_scores = np.split(found.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
-    mined = partial(mined_rows, rows, corpus, selections, positive_scores if args.save_scores else None)
-    jsonl.write(args.output_file, mined(written))
+    mined = partial(mined_rows, rows, corpus, selections, positive_scores if options.save_scores else None)
+    jsonl.write(options.output_file, mined(written))
     stopwatch.lap("write")
     audit = {
-        **mining_audit(selections, found.pair_scores, lowest_positive, wanted=args.negative_number),
+        **mining_audit(selections, found.pair_scores, lowest_positive, wanted=options.negative_number),
         "candidates": len(corpus),
         "rows_dropped": len(rows) - len(written),
         "seconds": {**stopwatch.seconds, "total": stopwatch.seconds.total()},
-        "settings": vars(args),
+        "version": __version__,
+        "settings": vars(options),
         "weights_sha256": found.weights,
     }
-    if args.report_file is not None:
-        with files.atomic_writer(args.report_file) as file:
+    if options.report_file is not None:
+        with files.atomic_writer(options.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
-    if args.show_examples:
-        shown = sorted(random.Random(args.seed).sample(written, min(args.show_examples, len(written))))
+    if options.show_examples:
+        shown = sorted(random.Random(options.seed).sample(written, min(options.show_examples, len(written))))
         logger.info("%s\n", examples(dict(zip(shown, mined(shown)))))
-    logger.info("%s", audit_text(audit, wanted=args.negative_number))
-    logger.info("wrote %s", args.output_file)
+    logger.info("%s", audit_text(audit, wanted=options.negative_number))
+    logger.info("wrote %s", options.output_file)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
     """The flags, checked as far as that needs no data."""
     parser = new_parser(__doc__)
     parser.add_argument(
@@ -137,39 +133,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_selection_arguments(parser)
     add_mining_output_arguments(parser)
     add_encoding_arguments(parser)
-    args = parser.parse_args(argv)
-    check_arguments(parser, args)
-    return args
+    options = MiningOptions(**vars(parser.parse_args(argv)))
+    options.check_paths()
+    return options
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with status 2 and a line that names the flag where flags contradict each other or files are missing."""
-    if args.max_score is not None and args.min_score is not None and args.max_score < args.min_score:
-        parser.error(f"argument --max_score: {args.max_score} is below --min_score {args.min_score}")
-    if (repeated := repeated_model(args.model_name_or_path)) is not None:
-        parser.error(f"argument --model_name_or_path: the same model is named twice, as {repeated}")
-    files.require_file("--input_file", args.input_file)
-    if args.candidate_pool is not None:
-        files.require_file("--candidate_pool", args.candidate_pool)
-    files.require_writable("--output_file", args.output_file)
-    if args.report_file is not None:
-        files.require_writable("--report_file", args.report_file)
-    if args.embeddings_dir is not None:
-        files.require_folder("--embeddings_dir", args.embeddings_dir)
-    outputs = {f"--{name}": getattr(args, name) for name in ("output_file", "report_file", "embeddings_dir")}
-    files.require_apart({"--candidate_pool": args.candidate_pool}, outputs)
-    files.require_apart({"--input_file": args.input_file}, {"--report_file": args.report_file})
-
-
-def read_rows(args: argparse.Namespace) -> list[Record]:
+def read_rows(options: MiningOptions) -> list[Record]:
     """The rows of --input_file; says which fields play no part in mining, and whether scores get lost."""
     told = "kept and written, but not used"
-    rows = list(jsonl.read_training_rows(args.input_file, known=jsonl.SCORE_FIELDS, unused=told))
+    rows = list(jsonl.read_training_rows(options.input_file, known=jsonl.SCORE_FIELDS, unused=told))
     scored = sum(any(row.get(field) is not None for field in jsonl.SCORE_FIELDS) for row in rows)
-    if scored and not args.save_scores:
+    if scored and not options.save_scores:
         logger.info(
             "%s: scores in %d rows are left out: they are of the old negatives; --save_scores writes new ones",
-            args.input_file,
+            options.input_file,
             scored,
         )
     return rows
@@ -185,11 +162,11 @@ def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Itera
             yield from row.get("neg", ())
 
 
-def own_texts(rows: Sequence[Record], args: argparse.Namespace) -> Iterator[str]:
+def own_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:
     """The texts of the rows that have to be known, whether the pool holds them or not."""
     for row in rows:
         yield from row["pos"]
-        if args.keep_existing_negatives:
+        if options.keep_existing_negatives:
             yield from row.get("neg", ())
 
 

@@ -96,13 +96,13 @@ def sentence_transformers(model: str, options: str) -> Callable[[Sequence[str]],
 
 def load(model: str, options: str) -> "Encoder":
     """Our encoder under `--dtype` and what other flags there are."""
-    from embedding_finetune.arguments import add_encoding_arguments
+    from embedding_finetune.retrieval.arguments import EncodingOptions, add_encoding_arguments
     from embedding_finetune.retrieval.encoder import load_encoder
 
     parser = argparse.ArgumentParser()
     add_encoding_arguments(parser)
     dtype, *flags = options.split()
-    return load_encoder(model, parser.parse_args(["--dtype", dtype, *flags]), flag="--model")
+    return load_encoder(model, EncodingOptions(**vars(parser.parse_args(["--dtype", dtype, *flags]))), flag="--model")
 
 
 def ours(model: str, options: str) -> Callable[[Sequence[str]], np.ndarray]:

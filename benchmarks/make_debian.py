@@ -26,10 +26,11 @@ from pathlib import Path
 
 from common import DATA, new_parser
 
-from embedding_finetune.arguments import positive_int
 from embedding_finetune.command_line import UserError, command
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.texts import canonical
+from embedding_finetune.parser import positive_int
 
 OPENING = 150
 """Characters: a description that is no longer says too little, and two that begin alike are taken for one."""
@@ -103,7 +104,7 @@ def distinct(rows: Iterable[Record]) -> Iterator[Record]:
     """The rows whose query and whose positive's opening were in no earlier row that was kept."""
     seen: set[str] = set()
     for row in rows:
-        keys = {jsonl.canonical(row["query"]), jsonl.canonical(row["pos"][0])[:OPENING]}
+        keys = {canonical(row["query"]), canonical(row["pos"][0])[:OPENING]}
         if seen.isdisjoint(keys):
             seen |= keys
             yield row
@@ -114,7 +115,7 @@ def split(rows: list[Record], test_queries: int) -> tuple[list[Record], list[Rec
 
     Raises UserError where no training row would be left.
     """
-    rows = sorted(rows, key=lambda row: hashlib.sha256(jsonl.canonical(row["query"]).encode()).digest())
+    rows = sorted(rows, key=lambda row: hashlib.sha256(canonical(row["query"]).encode()).digest())
     test, rest = rows[:test_queries], rows[test_queries:]
     known = {text for row in test for text in texts_of(row)}
     train = [row for row in rest if known.isdisjoint(texts_of(row))]
@@ -125,7 +126,7 @@ def split(rows: list[Record], test_queries: int) -> tuple[list[Record], list[Rec
 
 def texts_of(row: Record) -> set[str]:
     """The query and the positives of a row, in the form in which they are compared."""
-    return {jsonl.canonical(text) for text in (row["query"], *row["pos"])}
+    return {canonical(text) for text in (row["query"], *row["pos"])}
 
 
 def _output(arguments: list[str]) -> str:

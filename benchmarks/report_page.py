@@ -45,6 +45,7 @@ def report(data: Path, count: int, depth: int) -> str:
     from embedding_finetune.data.corpus import Corpus, RetrievalTask
     from embedding_finetune.evaluation.page import html_report
     from embedding_finetune.evaluation.ranking import values_per_query
+    from embedding_finetune.evaluation.summary import summarize
     from embedding_finetune.retrieval.top_k import Ranking
 
     rows = [row for _, row in zip(range(count), records(data, "train"))]
@@ -71,7 +72,7 @@ def report(data: Path, count: int, depth: int) -> str:
         ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     )
     values = {name: values_per_query(own, task, args.measures, args.cutoffs) for name, own in rankings.items()}
-    return html_report(evaluate.summarize(values, task, args, weights={}, seen={}), task, rankings)
+    return html_report(summarize(values, task, args, weights={}, seen={}), task, rankings)
 
 
 if __name__ == "__main__":

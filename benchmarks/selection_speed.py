@@ -19,15 +19,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    import mine_hard_neg
     from embedding_finetune.data.corpus import Corpus
+    from embedding_finetune.mining.arguments import SelectionOptions
     from embedding_finetune.mining.ranking import Candidates, Pairs
     from embedding_finetune.mining.selection import choose_negatives
     from embedding_finetune.mining.stopwatch import Stopwatch
 
-    flags = ["--model_name_or_path", "none", "--input_file", __file__, "--output_file", "none.jsonl"]
-    mining = mine_hard_neg.parse_arguments([*flags, "--relative_margin", "0.05"])
-    start, stop = mining.range_for_sampling
+    options = SelectionOptions(relative_margin=0.05)
+    start, stop = options.range_for_sampling
     rng = np.random.default_rng(0)
     corpus = Corpus(f"text {number}" for number in range(args.pool))
     rows = [{"query": f"query {number}", "pos": [f"text {number}"]} for number in range(args.queries)]
@@ -43,7 +42,7 @@ def main() -> None:
     rates = []
     for _ in range(args.rounds):
         began = time.perf_counter()
-        choose_negatives(rows, corpus, found, positive, mining, Stopwatch())
+        choose_negatives(rows, corpus, found, positive, options, Stopwatch())
         rates.append(len(rows) / (time.perf_counter() - began))
     print(f"{statistics.median(rates):.0f} queries/s ({min(rates):.0f} - {max(rates):.0f})")
 

@@ -110,8 +110,7 @@ def test_a_disk_that_is_full_at_the_last_moment_leaves_no_file(tmp_path):
     path.write_text("old")
     program = f"""
 import resource
-from embedding_finetune import command_line
-from embedding_finetune.data import jsonl
+from embedding_finetune import command_line, files
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 @command_line.command
 def main():

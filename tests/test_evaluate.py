@@ -142,11 +142,11 @@ def test_fail_below_ends_with_status_1_after_writing_everything(files, tiny_bert
 
 
 def test_fail_if_worse_asks_for_significance(files, tiny_bert, other_bert, monkeypatch, capsys):
-    from embedding_finetune.evaluation import metrics
+    from embedding_finetune.evaluation import metrics, summary
 
     for p_value, mean, fails in ((0.01, -0.1, True), (0.2, -0.1, False), (0.01, 0.1, False)):
         difference = metrics.Difference(mean, mean - 0.1, mean + 0.1, p_value)
-        monkeypatch.setattr(metrics, "compare", lambda *_, difference=difference, **__: difference)
+        monkeypatch.setattr(summary, "compare", lambda *_, difference=difference, **__: difference)
         if fails:
             with pytest.raises(SystemExit) as stop:
                 run(files, tiny_bert, other_bert, flags=("--fail_if_worse",))

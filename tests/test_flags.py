@@ -15,10 +15,10 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune.arguments import new_parser, repeated_model
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.parser import new_parser, repeated_model
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default

@@ -10,6 +10,7 @@ from helpers.data import REPOSITORY
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
+from embedding_finetune.data.texts import canonical, text_id
 
 GOOD = b'{"query": "q", "pos": ["p"]}\n'
 
@@ -94,10 +95,10 @@ def test_a_folder_means_its_visible_json_files_in_sorted_order(tmp_path, caplog)
 
 
 def test_texts_compare_after_nfc_and_stripping():
-    assert jsonl.canonical(" cafe\u0301\n") == "caf\u00e9"
-    assert jsonl.text_id("caf\u00e9") == jsonl.text_id(" cafe\u0301 ")
-    assert jsonl.text_id("Cafe") != jsonl.text_id("cafe")
-    assert 0 <= jsonl.text_id("x") < 2**63
+    assert canonical(" cafe\u0301\n") == "caf\u00e9"
+    assert text_id("caf\u00e9") == text_id(" cafe\u0301 ")
+    assert text_id("Cafe") != text_id("cafe")
+    assert 0 <= text_id("x") < 2**63
 
 
 def test_unknown_fields_and_unicode_survive_a_round_trip(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from helpers.data import REPOSITORY
 
 PACKAGE = REPOSITORY / "embedding_finetune"
-TOP = {"command_line", "files", "distributed", "arguments"}
+TOP = {"command_line", "files", "distributed", "parser"}
 MAY_IMPORT = {
     "top": set(),
     "data": {"top"},

@@ -68,7 +68,7 @@ def parse(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     check = files.require_file
     monkeypatch.setattr(files, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
-    monkeypatch.setattr(jsonl, "require_writable", lambda *_: None)
+    monkeypatch.setattr(files, "require_writable", lambda *_: None)
     monkeypatch.setattr("embedding_finetune.training.run_folder.check_output_dir", lambda *_: None)
 
     def parse(command: str) -> object:
@@ -113,7 +113,7 @@ def test_the_commands_of_the_readme_train_as_make_demo_does(parse):
 
 def settings_of(parsed: object) -> dict:
     """Everything that decides what a run computes: not where it reads and writes, nor how often it logs and saves."""
-    parts = [parsed] if isinstance(parsed, Namespace) else parsed
+    parts = parsed if isinstance(parsed, tuple) else [parsed]
     settings = {name: value for part in parts for name, value in vars(part).items()}
     places = {"model_name_or_path", "output_dir", "output_file", "train_data", "overwrite_output_dir", "logging_dir"}
     apart = {"logging_steps", "save_strategy", "run_name", "distributed_state"}

@@ -1,8 +1,62 @@
-"""What evaluate.py tells people: tables, as text."""
+"""The outcome of an evaluation: one document for programs, and tables, as text, for people.
+
+Shapes: Q queries.
+"""
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from embedding_finetune import __version__
+from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.metrics import compare, means
+
+
+def summarize(
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    task: RetrievalTask,
+    options: EvaluationOptions,
+    weights: Mapping[str, str],
+    seen: Mapping[str, int],
+) -> Record:
+    """The whole outcome as one JSON document: what metrics.json holds.
+
+    values: model -> measure -> (Q,). weights: model -> digest. seen: model -> how many queries it was trained on.
+    """
+    base = options.model_name[0]
+    groups = sorted({group for group in task.groups if group is not None})
+    members = {group: [number for number, own in enumerate(task.groups) if own == group] for group in groups}
+    return {
+        "metrics": {name: means(scores) for name, scores in values.items()},
+        "differences": {
+            name: {
+                measure: compare(values[base][measure], scores, seed=options.seed)._asdict()
+                for measure, scores in values[name].items()
+            }
+            for name in options.model_name[1:]
+        },
+        "groups": {
+            group: {
+                "queries": len(rows),
+                "metrics": {
+                    name: means({measure: scores[rows] for measure, scores in own.items()})
+                    for name, own in values.items()
+                },
+            }
+            for group, rows in members.items()
+        },
+        "queries": len(task.queries),
+        "passages": len(task.corpus),
+        "duplicate_passages": task.corpus.duplicates,
+        "positives_not_in_corpus": task.missing,
+        "queries_without_findable_positive": task.unanswerable,
+        "queries_in_training_data": dict(seen),
+        "weights_sha256": dict(weights),
+        "version": __version__,
+        "settings": {name: value for name, value in vars(options).items() if name != "model_name"},
+    }
 
 
 def evaluation_tables(document: Record) -> str:

@@ -5,9 +5,9 @@ Under torchrun every process takes part in each function here, and all get the s
 Shapes: Q rows, each with one query; k ranks, of which the last W are the sampling window; P pairs of a row and a text.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from embedding_finetune.command_line import scratch_folder
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.distributed import gather_objects, own_gpu, own_share
+from embedding_finetune.mining.arguments import MiningOptions
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.retrieval.encoder import Encoder, load_encoder
 from embedding_finetune.retrieval.reranker import Reranker, load_reranker
@@ -73,7 +74,7 @@ def rank_candidates(
     corpus: Corpus,
     pairs: Pairs,
     positives: np.ndarray,
-    args: argparse.Namespace,
+    options: MiningOptions,
     stopwatch: Stopwatch,
 ) -> Candidates:
     """Rank the corpus for every query and score `pairs`, as mine_hard_neg.py's flags say.
@@ -83,14 +84,14 @@ def rank_candidates(
     the window in the order of its scores. No ranking is wider than the corpus, whatever --range_for_sampling says.
     Laps of the stopwatch are "load", "encode", "search" and "rescore".
     """
-    window = tuple(min(rank, len(corpus)) for rank in args.range_for_sampling)
-    args = argparse.Namespace(**{**vars(args), "range_for_sampling": window})
-    gpus = gpus_to_search_on(own_gpu()) if args.use_gpu_for_searching else ()
-    found = _first_retriever(queries, corpus, pairs, positives, args, gpus, stopwatch)
-    if len(args.model_name_or_path) > 1:
-        found = _fused(found, queries, corpus, args, gpus, stopwatch)
-    if args.reranker_name_or_path is not None:
-        found = _reranked(found, queries, corpus, pairs, args, stopwatch)
+    window = tuple(min(rank, len(corpus)) for rank in options.range_for_sampling)
+    options = replace(options, range_for_sampling=window)
+    gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
+    found = _first_retriever(queries, corpus, pairs, positives, options, gpus, stopwatch)
+    if len(options.model_name_or_path) > 1:
+        found = _fused(found, queries, corpus, options, gpus, stopwatch)
+    if options.reranker_name_or_path is not None:
+        found = _reranked(found, queries, corpus, pairs, options, stopwatch)
     return found
 
 
@@ -99,19 +100,19 @@ def _first_retriever(
     corpus: Corpus,
     pairs: Pairs,
     positives: np.ndarray,
-    args: argparse.Namespace,
+    options: MiningOptions,
     gpus: Sequence[int],
     stopwatch: Stopwatch,
 ) -> Candidates:
-    name = args.model_name_or_path[0]
-    encoder = load_encoder(name, args, flag=_FLAG, scratch=_scratch(args))
+    name = options.model_name_or_path[0]
+    encoder = load_encoder(name, options, flag=_FLAG, scratch=_scratch(options))
     stopwatch.lap("load")
-    top = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
+    top = TopK(encode_queries(encoder, queries), options.range_for_sampling[1], gpus=gpus)
     known = PairScores(top.queries, *pairs)
     near = np.empty((0, 2), dtype=np.int64)
-    if args.near_duplicate_threshold is not None:
+    if options.near_duplicate_threshold is not None:
         embeddings = encode_passages(encoder, corpus.texts.at(positives), _own_part(positives, corpus))
-        duplicates = NearDuplicates(embeddings, args.near_duplicate_threshold)
+        duplicates = NearDuplicates(embeddings, options.near_duplicate_threshold)
         _search(encoder, corpus, top, [known, duplicates], stopwatch)
         merge_near_duplicates(duplicates)
         near = np.stack([positives[duplicates.pairs[:, 0]], duplicates.pairs[:, 1]], axis=1)
@@ -122,7 +123,7 @@ def _first_retriever(
     ranking = top.ranking()
     return Candidates(
         ranking=ranking.positions,
-        window_scores=ranking.scores[:, args.range_for_sampling[0] :],
+        window_scores=ranking.scores[:, options.range_for_sampling[0] :],
         pair_scores=known.scores,
         near_duplicates=near,
         score=partial(_encoder_scores, encoder, top.queries, corpus, stopwatch),
@@ -130,11 +131,11 @@ def _first_retriever(
     )
 
 
-def _scratch(args: argparse.Namespace) -> str | None:
+def _scratch(options: MiningOptions) -> str | None:
     """A folder for embeddings where the first model looks at some texts twice: they are encoded once all the same."""
-    filters = (args.max_score, args.min_score, args.absolute_margin, args.relative_margin)
-    scores_count = args.reranker_name_or_path is None and any(limit is not None for limit in filters)
-    if args.near_duplicate_threshold is None and len(args.model_name_or_path) == 1 and not scores_count:
+    filters = (options.max_score, options.min_score, options.absolute_margin, options.relative_margin)
+    scores_count = options.reranker_name_or_path is None and any(limit is not None for limit in filters)
+    if options.near_duplicate_threshold is None and len(options.model_name_or_path) == 1 and not scores_count:
         return None
     return tempfile.mkdtemp(dir=scratch_folder())
 
@@ -143,22 +144,22 @@ def _fused(
     found: Candidates,
     queries: Sequence[str],
     corpus: Corpus,
-    args: argparse.Namespace,
+    options: MiningOptions,
     gpus: Sequence[int],
     stopwatch: Stopwatch,
 ) -> Candidates:
     """The same candidates in the order that all models together give them."""
     rankings = [found.ranking]
-    for name in args.model_name_or_path[1:]:
-        encoder = load_encoder(name, args, flag=_FLAG)
+    for name in options.model_name_or_path[1:]:
+        encoder = load_encoder(name, options, flag=_FLAG)
         stopwatch.lap("load")
-        top = TopK(encode_queries(encoder, queries), args.range_for_sampling[1], gpus=gpus)
+        top = TopK(encode_queries(encoder, queries), options.range_for_sampling[1], gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
         rankings.append(top.ranking().positions)
         found.weights[name] = encoder.weights_digest
     found = found._replace(ranking=fuse(rankings))
     stopwatch.lap("search")
-    return found._replace(window_scores=_window_scores(found, args.range_for_sampling[0]))
+    return found._replace(window_scores=_window_scores(found, options.range_for_sampling[0]))
 
 
 def _search(
@@ -226,20 +227,20 @@ def _reranked(
     queries: Sequence[str],
     corpus: Corpus,
     pairs: Pairs,
-    args: argparse.Namespace,
+    options: MiningOptions,
     stopwatch: Stopwatch,
 ) -> Candidates:
     """The same candidates with a cross-encoder's scores, the window in their order."""
-    reranker = load_reranker(args.reranker_name_or_path, args)
+    reranker = load_reranker(options.reranker_name_or_path, options)
     stopwatch.lap("load")
-    start = args.range_for_sampling[0]
+    start = options.range_for_sampling[0]
     found = found._replace(score=partial(_reranker_scores, reranker, queries, corpus, stopwatch))
     scores = _window_scores(found, start)
     order = np.argsort(-scores, axis=1, kind="stable")  # what is past the end stays last
     ranking = found.ranking.copy()
     ranking[:, start:] = np.take_along_axis(ranking[:, start:], order, axis=1)
     pair_scores = found.score(pairs)
-    found.weights[args.reranker_name_or_path] = reranker.weights_digest
+    found.weights[options.reranker_name_or_path] = reranker.weights_digest
     stopwatch.lap("rescore")
     return found._replace(
         ranking=ranking, window_scores=np.take_along_axis(scores, order, axis=1), pair_scores=pair_scores

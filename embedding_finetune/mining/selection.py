@@ -6,7 +6,6 @@ scores, and all make the same choices.
 Shapes: Q rows, P pairs of a row and a text.
 """
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +14,7 @@ import numpy as np
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.texts import canonical
+from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.mining.choice import (
     DRAWN,
     FILTERS,
@@ -94,15 +94,15 @@ def choose_negatives(
     corpus: Corpus,
     found: Candidates,
     lowest_positive: np.ndarray,
-    args: argparse.Namespace,
+    options: SelectionOptions,
     stopwatch: Stopwatch,
 ) -> list[Selection]:
     """Every row's negatives, as mine_hard_neg.py's flags say; laps of the stopwatch are "select", scoring apart."""
-    filters = ScoreFilters(args.max_score, args.min_score, args.absolute_margin, args.relative_margin)
+    filters = ScoreFilters(options.max_score, options.min_score, options.absolute_margin, options.relative_margin)
     filtered_scores = FilteredScores(filters, found.score, lowest_positive, stopwatch)
     excluded = ExcludedTexts(rows, corpus, found.near_duplicates)
     kept, not_kept = _existing_negatives(
-        rows if args.keep_existing_negatives else [], corpus, excluded, filtered_scores
+        rows if options.keep_existing_negatives else [], corpus, excluded, filtered_scores
     )
     selections = []
     for first in range(0, len(rows), _ROWS_AT_ONCE):
@@ -116,11 +116,11 @@ def choose_negatives(
                 row_scores,
                 refused,
                 window=found.window,
-                count=args.negative_number,
+                count=options.negative_number,
                 excluded=excluded.of(row),
                 corpus_size=len(corpus),
-                rng=row_rng(args.seed, row),
-                strategy=args.sampling_strategy,
+                rng=row_rng(options.seed, row),
+                strategy=options.sampling_strategy,
                 kept=kept.get(row),
             )
             selection.dropped.update(not_kept.get(row, ()))
@@ -132,8 +132,8 @@ def choose_negatives(
             excluded,
             filtered_scores,
             len(corpus),
-            count=args.negative_number,
-            seed=args.seed,
+            count=options.negative_number,
+            seed=options.seed,
         )
     stopwatch.lap("select")
     return selections

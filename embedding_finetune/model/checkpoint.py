@@ -27,8 +27,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from embedding_finetune.arguments import POOLING_METHODS
 from embedding_finetune.command_line import UserError
+from embedding_finetune.model.pooling import POOLING_METHODS
 
 logger = logging.getLogger(__name__)
 

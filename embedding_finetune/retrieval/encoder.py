@@ -6,7 +6,6 @@ encoded again.
 Shapes: N texts, H dimensions.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -41,6 +40,7 @@ from embedding_finetune.model.loading import (
     weights_digest,
 )
 from embedding_finetune.model.tokens import batches_of_one_length, pad, padded_length, prompt_length, tokenize
+from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
@@ -235,50 +235,50 @@ def default_tokens_per_batch(device: torch.device) -> int:
     return _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
 
 
-def load_encoder(name_or_path: str, args: argparse.Namespace, *, flag: str, scratch: str | None = None) -> Encoder:
+def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:
     """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say.
 
     scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
     """
     keep_freed_memory()
     backbone, tokenizer, config = load_backbone(
-        name_or_path, flag=flag, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+        name_or_path, flag=flag, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
     )
     limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", args.query_max_len or 0, limit)
-    check_max_length("--passage_max_len", args.passage_max_len or 0, limit)
+    check_max_length("--query_max_len", options.query_max_len or 0, limit)
+    check_max_length("--passage_max_len", options.passage_max_len or 0, limit)
     config = config.with_flags(
-        pooling=args.sentence_pooling_method,
-        normalized=args.normalized,
-        query_instruction=args.query_instruction_for_retrieval,
-        passage_instruction=args.passage_instruction_for_retrieval,
-        truncate_dim=args.truncate_dim,
+        pooling=options.sentence_pooling_method,
+        normalized=options.normalized,
+        query_instruction=options.query_instruction_for_retrieval,
+        passage_instruction=options.passage_instruction_for_retrieval,
+        truncate_dim=options.truncate_dim,
     )
     default_length = min(config.max_seq_length or limit, limit)
     lengths = {
-        "query_max_len": args.query_max_len or default_length,
-        "passage_max_len": args.passage_max_len or default_length,
+        "query_max_len": options.query_max_len or default_length,
+        "passage_max_len": options.passage_max_len or default_length,
     }
     check_instructions(tokenizer, config, **lengths)
     check_truncate_dim(backbone, config)
-    projection = load_projection(name_or_path, config, cache_dir=args.cache_dir)
+    projection = load_projection(name_or_path, config, cache_dir=options.cache_dir)
     digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
     device = working_device()
-    dtype = choose_dtype(args.dtype, device)
+    dtype = choose_dtype(options.dtype, device)
     logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     leave_out_pooler(backbone)
-    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
     model = BiEncoder(backbone, config, projection=projection.to(device)).eval()
     check_encoding(model, tokenizer, limit=limit, what=f"{flag} {name_or_path}")
     encoder = Encoder(
         model,
         tokenizer,
         **lengths,
-        tokens_per_batch=args.tokens_per_batch,
+        tokens_per_batch=options.tokens_per_batch,
         weights_digest=digest,
     )
-    if args.embeddings_dir is not None:
-        encoder.keep_embeddings(args.embeddings_dir, dtype)
+    if options.embeddings_dir is not None:
+        encoder.keep_embeddings(options.embeddings_dir, dtype)
     elif scratch is not None:
         encoder.keep_embeddings(scratch, dtype, is_scratch=True)
     return encoder

@@ -3,7 +3,6 @@
 Shapes: P pairs, T tokens of a batch's longest pair.
 """
 
-import argparse
 import logging
 from collections.abc import Mapping, Sequence
 
@@ -30,6 +29,7 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.loading import length_limit, weights_digest
 from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
+from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import default_tokens_per_batch
 
 logger = logging.getLogger(__name__)
@@ -107,11 +107,11 @@ class Reranker:
         return np.concatenate([self._logits(pairs[:half], length), self._logits(pairs[half:], length)])
 
 
-def check_reranker(name_or_path: str, args: argparse.Namespace) -> None:
+def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
     """Raise UserError, before any weights are read, unless the model's config says that it has one logit."""
     try:
         config = AutoConfig.from_pretrained(
-            name_or_path, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+            name_or_path, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:  # of transformers and tokenizers, which share no class
         raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
@@ -122,10 +122,10 @@ def check_reranker(name_or_path: str, args: argparse.Namespace) -> None:
         )
 
 
-def load_reranker(name_or_path: str, args: argparse.Namespace) -> Reranker:
+def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
     """Load a cross-encoder, with what the flags of arguments.add_encoding_arguments say about dtype and batches."""
     transformers.logging.disable_progress_bar()
-    hub = {"cache_dir": args.cache_dir, "trust_remote_code": args.trust_remote_code}
+    hub = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
@@ -143,14 +143,14 @@ def load_reranker(name_or_path: str, args: argparse.Namespace) -> Reranker:
     check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     digest = weights_digest(model)
     device = working_device()
-    dtype = choose_dtype(args.dtype, device)
+    dtype = choose_dtype(options.dtype, device)
     logger.info("%s: rescoring in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
-    prepare_for_encoding(model, dtype=dtype, device=device, torch_compile=args.torch_compile)
+    prepare_for_encoding(model, dtype=dtype, device=device, torch_compile=options.torch_compile)
     check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     return Reranker(
         model,
         tokenizer,
         max_length=limit,
-        tokens_per_batch=args.tokens_per_batch or default_tokens_per_batch(device),
+        tokens_per_batch=options.tokens_per_batch or default_tokens_per_batch(device),
         weights_digest=digest,
     )

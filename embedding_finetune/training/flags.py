@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from embedding_finetune.arguments import LARGEST_COUNT, LARGEST_SEED
 from embedding_finetune.command_line import UserError
+from embedding_finetune.parser import LARGEST_COUNT, LARGEST_SEED
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments

@@ -4,14 +4,14 @@ import numpy as np
 
 
 def encoding_arguments(*flags: str):
-    """The flags that load_encoder and load_reranker take."""
+    """What load_encoder and load_reranker take, by the flags of a command line."""
     import argparse
 
-    from embedding_finetune.arguments import add_encoding_arguments
+    from embedding_finetune.retrieval.arguments import EncodingOptions, add_encoding_arguments
 
     parser = argparse.ArgumentParser()
     add_encoding_arguments(parser)
-    return parser.parse_args(flags)
+    return EncodingOptions(**vars(parser.parse_args(flags)))
 
 
 def search(queries, passages, top_k, *, ties="first"):

@@ -1,7 +1,4 @@
-"""Flags of mine_hard_neg.py and evaluate.py. Imports nothing heavy: --help and a bad flag answer at once.
-
-The flags of finetune.py are the dataclasses of training_arguments.py.
-"""
+"""argparse with one-line errors, and the types of flags. Nothing heavy is imported: --help answers at once."""
 
 import argparse
 import functools
@@ -10,13 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-POOLING_METHODS = ("cls", "mean", "lasttoken")
-"""`cls`: the first token's state; `mean`: the mean over tokens; `lasttoken`: the last token's state."""
-
+from typing import Any, NoReturn, TextIO
 
 LARGEST_COUNT = 2**31 - 1
 """Counts above this have no meaning, and do not fit into the arrays that they would size."""
@@ -36,7 +27,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
     given: flag -> value of what the last parse found on the command line, defaults left out.
     """
 
-    def __init__(self, *args: object, **kwargs: object):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given: dict[str, object] = {}
         self.register("action", None, _Once)
@@ -93,108 +84,9 @@ def new_parser(docstring: str) -> argparse.ArgumentParser:
     return OneLineErrorParser(description=docstring, formatter_class=_DocstringAndDefaults, allow_abbrev=False)
 
 
-def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags about turning texts into embeddings and searching them."""
-    group = parser.add_argument_group("encoding")
-    checkpoint = "(default: what the checkpoint says, else %s)"
-    group.add_argument(
-        "--sentence_pooling_method",
-        choices=POOLING_METHODS,
-        help="how token states become one vector " + checkpoint % "cls",
-    )
-    group.add_argument(
-        "--normalized", type=boolean, metavar="BOOL", help="scale embeddings to length 1 " + checkpoint % "True"
-    )
-    group.add_argument(
-        "--query_instruction_for_retrieval", metavar="TEXT", help="put before each query " + checkpoint % '""'
-    )
-    group.add_argument(
-        "--passage_instruction_for_retrieval", metavar="TEXT", help="put before each passage " + checkpoint % '""'
-    )
-    length = "%s are cut to this many tokens (default: the checkpoint's max_seq_length, else its tokenizer's)"
-    group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
-    group.add_argument("--passage_max_len", type=positive_int, metavar="N", help=length % "passages")
-    group.add_argument(
-        "--truncate_dim",
-        type=positive_int,
-        metavar="N",
-        help="keep the first N dimensions of embeddings, as models trained with --matryoshka_dims allow",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="precision of the model; auto: bfloat16 where the hardware computes it natively, else float32. "
-        "Pooling, normalisation and scores are float32 always",
-    )
-    group.add_argument(
-        "--tokens_per_batch",
-        type=positive_int,
-        metavar="N",
-        help="padded tokens that go through the model at once (default: 4096 on CPU, 65536 elsewhere)",
-    )
-    group.add_argument(
-        "--torch_compile",
-        **_SWITCH,
-        help="compile the model; on a CPU this needs g++, and gained nothing where it was measured",
-    )
-    group.add_argument(
-        "--embeddings_dir",
-        metavar="DIR",
-        help="keep embeddings there and take what earlier runs with the same weights and settings left",
-    )
-    group.add_argument("--use_gpu_for_searching", **_SWITCH, help="search with faiss-gpu on all GPUs")
-    group.add_argument("--trust_remote_code", **_SWITCH, help="run code that comes with the model")
-    group.add_argument("--cache_dir", metavar="DIR", help="where models from the hub are kept")
-
-
-def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about which candidates become negatives."""
-    group = parser.add_argument_group("choosing negatives")
-    group.add_argument(
-        "--range_for_sampling",
-        type=rank_range,
-        default="10-210",
-        metavar="A-B",
-        help="sample from the ranks [A, B) of each query's ranking, counted from 0",
-    )
-    group.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
-    group.add_argument(
-        "--sampling_strategy",
-        choices=("random", "top"),
-        default="random",
-        help="draw negatives from the range, or take its best",
-    )
-    group.add_argument("--max_score", type=finite_number, metavar="X", help="only negatives that score at most X")
-    group.add_argument("--min_score", type=finite_number, metavar="X", help="only negatives that score at least X")
-    group.add_argument(
-        "--absolute_margin", type=margin, metavar="M", help="only negatives that score at most positive - M"
-    )
-    group.add_argument(
-        "--relative_margin",
-        type=margin,
-        metavar="R",
-        help="only negatives that score at most positive - R * |positive|; of several positives the lowest counts",
-    )
-    group.add_argument(
-        "--near_duplicate_threshold",
-        type=cosine_threshold,
-        metavar="T",
-        help="no passages whose embedding has a cosine of at least T to that of a positive",
-    )
-    group.add_argument(
-        "--keep_existing_negatives", **_SWITCH, help='keep the "neg" of the input, and add to it up to the number'
-    )
-    group.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the sampling")
-
-
-def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about what it writes."""
-    group = parser.add_argument_group("output")
-    group.add_argument("--save_scores", **_SWITCH, help='write "pos_scores" and "neg_scores" beside "pos" and "neg"')
-    group.add_argument("--drop_rows_without_negatives", **_SWITCH, help="do not write rows that got no negative")
-    group.add_argument("--report_file", metavar="FILE", help="write the audit there as JSON")
-    group.add_argument("--show_examples", type=positive_int, metavar="N", help="print N mined rows, drawn at random")
+def add_switch(group: argparse._ActionsContainer, flag: str, text: str) -> None:
+    """Add a flag that is False unless it is given, alone or with True or False."""
+    group.add_argument(flag, type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
 
 
 def boolean(text: str) -> bool:
@@ -263,9 +155,6 @@ def repeated_model(names: Sequence[str]) -> str | None:
             return name
         seen.add(place)
     return None
-
-
-_SWITCH = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
 
 
 class _DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):

@@ -1,0 +1,53 @@
+"""The flags of evaluate.py as a value."""
+
+import os
+from dataclasses import dataclass, field
+
+from embedding_finetune import files
+from embedding_finetune.command_line import UserError
+from embedding_finetune.parser import repeated_model
+from embedding_finetune.retrieval.arguments import EncodingOptions
+
+FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
+"""What --output_dir gets, beside rankings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(EncodingOptions):
+    """The flags of evaluate.py, under their names. Raises UserError where they contradict each other.
+
+    fail_below: measures, as `MRR@10`, and what they must reach.
+    """
+
+    model_name: list[str]
+    index_file_jsonl_path: str
+    query_file_jsonl_path: str
+    cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10])
+    measures: list[str] = field(default_factory=lambda: ["MRR", "Hit"])
+    output_dir: str | None = None
+    json: bool = False
+    seed: int = 42
+    fail_below: list[tuple[str, float]] = field(default_factory=list)
+    fail_if_worse: bool = False
+
+    def __post_init__(self) -> None:
+        if (repeated := repeated_model(self.model_name)) is not None:
+            raise UserError(f"--model_name: the same model is named twice, as {repeated}")
+        if self.fail_if_worse and len(self.model_name) == 1:
+            raise UserError("--fail_if_worse: there is only one --model_name, nothing to be worse than")
+        measured = [f"{measure}@{cutoff}" for cutoff in self.cutoffs for measure in self.measures]
+        for name, _ in self.fail_below:
+            if name not in measured:
+                raise UserError(f"--fail_below: {name} is not measured; {', '.join(measured)} are")
+
+    def check_paths(self) -> None:
+        """Raise UserError where a file is missing, or one that is written would replace another."""
+        inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
+        for flag, path in inputs.items():
+            files.require_file(flag, path)
+        if self.output_dir is not None:
+            files.require_folder("--output_dir", self.output_dir)
+            outputs = {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in FILES}
+            files.require_apart(inputs, outputs)
+        if self.embeddings_dir is not None:
+            files.require_folder("--embeddings_dir", self.embeddings_dir)

@@ -1,0 +1,123 @@
+"""Flags about which candidates become negatives and what is written, and all flags of mine_hard_neg.py as a value."""
+
+import argparse
+from dataclasses import dataclass
+
+from embedding_finetune import files
+from embedding_finetune.command_line import UserError
+from embedding_finetune.mining.choice import Strategy
+from embedding_finetune.parser import (
+    add_switch,
+    cosine_threshold,
+    finite_number,
+    margin,
+    positive_int,
+    rank_range,
+    repeated_model,
+    seed,
+)
+from embedding_finetune.retrieval.arguments import EncodingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """The flags of add_selection_arguments, under their names; None switches a filter off.
+
+    Raises UserError where they contradict each other.
+    """
+
+    range_for_sampling: tuple[int, int] = (10, 210)
+    negative_number: int = 15
+    sampling_strategy: Strategy = "random"
+    max_score: float | None = None
+    min_score: float | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    near_duplicate_threshold: float | None = None
+    keep_existing_negatives: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.max_score is not None and self.min_score is not None and self.max_score < self.min_score:
+            raise UserError(f"--max_score: {self.max_score} is below --min_score {self.min_score}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningOptions(EncodingOptions, SelectionOptions):
+    """All flags of mine_hard_neg.py, under their names."""
+
+    model_name_or_path: list[str]
+    input_file: str
+    output_file: str
+    candidate_pool: str | None = None
+    reranker_name_or_path: str | None = None
+    save_scores: bool = False
+    drop_rows_without_negatives: bool = False
+    report_file: str | None = None
+    show_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (repeated := repeated_model(self.model_name_or_path)) is not None:
+            raise UserError(f"--model_name_or_path: the same model is named twice, as {repeated}")
+
+    def check_paths(self) -> None:
+        """Raise UserError where a file is missing, or one that is written would replace another."""
+        files.require_file("--input_file", self.input_file)
+        if self.candidate_pool is not None:
+            files.require_file("--candidate_pool", self.candidate_pool)
+        files.require_writable("--output_file", self.output_file)
+        if self.report_file is not None:
+            files.require_writable("--report_file", self.report_file)
+        if self.embeddings_dir is not None:
+            files.require_folder("--embeddings_dir", self.embeddings_dir)
+        outputs = {f"--{name}": getattr(self, name) for name in ("output_file", "report_file", "embeddings_dir")}
+        files.require_apart({"--candidate_pool": self.candidate_pool}, outputs)
+        files.require_apart({"--input_file": self.input_file}, {"--report_file": self.report_file})
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of mine_hard_neg.py about which candidates become negatives."""
+    group = parser.add_argument_group("choosing negatives")
+    group.add_argument(
+        "--range_for_sampling",
+        type=rank_range,
+        default="10-210",
+        metavar="A-B",
+        help="sample from the ranks [A, B) of each query's ranking, counted from 0",
+    )
+    group.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
+    group.add_argument(
+        "--sampling_strategy",
+        choices=("random", "top"),
+        default="random",
+        help="draw negatives from the range, or take its best",
+    )
+    group.add_argument("--max_score", type=finite_number, metavar="X", help="only negatives that score at most X")
+    group.add_argument("--min_score", type=finite_number, metavar="X", help="only negatives that score at least X")
+    group.add_argument(
+        "--absolute_margin", type=margin, metavar="M", help="only negatives that score at most positive - M"
+    )
+    group.add_argument(
+        "--relative_margin",
+        type=margin,
+        metavar="R",
+        help="only negatives that score at most positive - R * |positive|; of several positives the lowest counts",
+    )
+    group.add_argument(
+        "--near_duplicate_threshold",
+        type=cosine_threshold,
+        metavar="T",
+        help="no passages whose embedding has a cosine of at least T to that of a positive",
+    )
+    add_switch(group, "--keep_existing_negatives", 'keep the "neg" of the input, and add to it up to the number')
+    group.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the sampling")
+
+
+def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of mine_hard_neg.py about what it writes."""
+    group = parser.add_argument_group("output")
+    add_switch(group, "--save_scores", 'write "pos_scores" and "neg_scores" beside "pos" and "neg"')
+    add_switch(group, "--drop_rows_without_negatives", "do not write rows that got no negative")
+    group.add_argument("--report_file", metavar="FILE", help="write the audit there as JSON")
+    group.add_argument("--show_examples", type=positive_int, metavar="N", help="print N mined rows, drawn at random")

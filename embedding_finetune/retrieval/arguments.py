@@ -1,0 +1,84 @@
+"""Flags about turning texts into embeddings and searching them, and what they are as values."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from embedding_finetune.model.pooling import POOLING_METHODS, PoolingMethod
+from embedding_finetune.parser import add_switch, boolean, positive_int
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """The flags of add_encoding_arguments, under their names; None leaves it to the checkpoint or the device."""
+
+    sentence_pooling_method: PoolingMethod | None = None
+    normalized: bool | None = None
+    query_instruction_for_retrieval: str | None = None
+    passage_instruction_for_retrieval: str | None = None
+    query_max_len: int | None = None
+    passage_max_len: int | None = None
+    truncate_dim: int | None = None
+    dtype: Dtype = "auto"
+    tokens_per_batch: int | None = None
+    torch_compile: bool = False
+    embeddings_dir: str | None = None
+    use_gpu_for_searching: bool = False
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags about turning texts into embeddings and searching them."""
+    group = parser.add_argument_group("encoding")
+    checkpoint = "(default: what the checkpoint says, else %s)"
+    group.add_argument(
+        "--sentence_pooling_method",
+        choices=POOLING_METHODS,
+        help="how token states become one vector " + checkpoint % "cls",
+    )
+    group.add_argument(
+        "--normalized", type=boolean, metavar="BOOL", help="scale embeddings to length 1 " + checkpoint % "True"
+    )
+    group.add_argument(
+        "--query_instruction_for_retrieval", metavar="TEXT", help="put before each query " + checkpoint % '""'
+    )
+    group.add_argument(
+        "--passage_instruction_for_retrieval", metavar="TEXT", help="put before each passage " + checkpoint % '""'
+    )
+    length = "%s are cut to this many tokens (default: the checkpoint's max_seq_length, else its tokenizer's)"
+    group.add_argument("--query_max_len", type=positive_int, metavar="N", help=length % "queries")
+    group.add_argument("--passage_max_len", type=positive_int, metavar="N", help=length % "passages")
+    group.add_argument(
+        "--truncate_dim",
+        type=positive_int,
+        metavar="N",
+        help="keep the first N dimensions of embeddings, as models trained with --matryoshka_dims allow",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of the model; auto: bfloat16 where the hardware computes it natively, else float32. "
+        "Pooling, normalisation and scores are float32 always",
+    )
+    group.add_argument(
+        "--tokens_per_batch",
+        type=positive_int,
+        metavar="N",
+        help="padded tokens that go through the model at once (default: 4096 on CPU, 65536 elsewhere)",
+    )
+    add_switch(
+        group, "--torch_compile", "compile the model; on a CPU this needs g++, and gained nothing where it was measured"
+    )
+    group.add_argument(
+        "--embeddings_dir",
+        metavar="DIR",
+        help="keep embeddings there and take what earlier runs with the same weights and settings left",
+    )
+    add_switch(group, "--use_gpu_for_searching", "search with faiss-gpu on all GPUs")
+    add_switch(group, "--trust_remote_code", "run code that comes with the model")
+    group.add_argument("--cache_dir", metavar="DIR", help="where models from the hub are kept")
