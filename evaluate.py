@@ -34,7 +34,7 @@ FAILED_CHECK = 1
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> dict:
+def main(argv: Sequence[str] | None = None) -> Record:
     """Rank the corpus for every query under each model, print and return the metrics.
 
     Returns `{"MRR@1": 0.83, ...}` for one model, `{model name: {"MRR@1": 0.83, ...}, ...}` for several.

@@ -92,7 +92,7 @@ def write_outcome(
         **mining_audit(selections, found.pair_scores, lowest_positive, wanted=options.negative_number),
         "candidates": len(corpus),
         "rows_dropped": len(rows) - len(written),
-        "seconds": {**stopwatch.seconds, "total": stopwatch.seconds.total()},
+        "seconds": {**stopwatch.seconds, "total": stopwatch.total},
         "version": __version__,
         "settings": vars(options),
         "weights_sha256": found.weights,

@@ -6,13 +6,15 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 from embedding_finetune.command_line import UserError
 
+AnyPath = str | os.PathLike[str]
+
 
 @contextmanager
-def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_writer(path: AnyPath) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends without an error; else nothing is left of it.
 
     Raises UserError when it cannot be written, as on a full disk.
@@ -25,7 +27,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
             if target.name.endswith(".gz"):
                 # No file name and no time in the gzip header: the same records give the same bytes.
                 with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-                    yield file
+                    yield cast(IO[bytes], file)
             else:
                 yield raw
             raw.flush()
@@ -37,7 +39,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def require_file(flag: str, path: str | os.PathLike, *, folder_allowed: bool = False) -> None:
+def require_file(flag: str, path: AnyPath, *, folder_allowed: bool = False) -> None:
     """Raise UserError naming `flag` unless `path` is an existing file (or, where allowed, a folder)."""
     if os.path.isdir(path):
         if not folder_allowed:
@@ -46,7 +48,7 @@ def require_file(flag: str, path: str | os.PathLike, *, folder_allowed: bool = F
         raise UserError(f"{flag}: {path} does not exist")
 
 
-def require_writable(flag: str, path: str | os.PathLike) -> None:
+def require_writable(flag: str, path: AnyPath) -> None:
     """Raise UserError naming `flag` unless a file can be written at `path`."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
@@ -65,7 +67,7 @@ def require_writable(flag: str, path: str | os.PathLike) -> None:
         raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from error
 
 
-def require_folder(flag: str, path: str | os.PathLike) -> None:
+def require_folder(flag: str, path: AnyPath) -> None:
     """Raise UserError naming `flag` unless `path` is a writable folder, or can be made as one."""
     try:
         os.lstat(path)

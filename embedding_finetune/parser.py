@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 LARGEST_COUNT = 2**31 - 1
 """Counts above this have no meaning, and do not fit into the arrays that they would size."""
@@ -35,7 +35,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.register("action", "store_true", functools.partial(_Once, nargs=0, const=True, default=False))
         self.register("action", "store_false", functools.partial(_Once, nargs=0, const=False, default=True))
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
         self.given.clear()
         self._check_texts(args)
@@ -44,7 +44,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
-    def print_help(self, file: TextIO | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         """Print the help; unlike argparse's own, fail where it cannot be written."""
         print(self.format_help(), end="", file=file)
 
@@ -69,7 +69,13 @@ class _Once(argparse.Action):
     A flag of several values extends instead, from nothing: its default is replaced at the first occurrence.
     """
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: Any,  # an OneLineErrorParser
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         value = self.const if self.nargs == 0 else values
         if self.nargs == "+":
             value = [*parser.given.get(self.dest, ()), *values]

@@ -1,7 +1,6 @@
 """What can be retrieved, the distinct texts known by their positions, and what should be."""
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from embedding_finetune.data.jsonl import read_queries
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
+from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class RetrievalTask(NamedTuple):
         return int(np.isin([text_id(query) for query in self.queries], ids).sum())
 
 
-def load_task(query_file: str | os.PathLike, corpus: Corpus) -> RetrievalTask:
+def load_task(query_file: AnyPath, corpus: Corpus) -> RetrievalTask:
     """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
     rows = list(read_queries(query_file))
     answers = [corpus.positions(row["pos"]) for row in rows]

@@ -12,10 +12,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.files import atomic_writer
+from embedding_finetune.files import AnyPath, atomic_writer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _MOST_FIELDS = 10
 
 
 def read_training_rows(
-    path: str | os.PathLike, *, scores_required: bool = False, known: Iterable[str] = (), unused: str = "ignored"
+    path: AnyPath, *, scores_required: bool = False, known: Iterable[str] = (), unused: str = "ignored"
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
@@ -61,7 +61,7 @@ def read_training_rows(
     _log_others(path, others, unused)
 
 
-def read_queries(path: str | os.PathLike, *, unused: str | None = "ignored") -> Iterator[Record]:
+def read_queries(path: AnyPath, *, unused: str | None = "ignored") -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
 
     They may carry an `id` (a string without whitespace or a whole number; all rows or none, each its own) and a
@@ -95,7 +95,7 @@ def read_queries(path: str | os.PathLike, *, unused: str | None = "ignored") -> 
         _log_others(path, others, unused)
 
 
-def read_passages(path: str | os.PathLike) -> Iterator[str]:
+def read_passages(path: AnyPath) -> Iterator[str]:
     """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line.
 
     A log line counts other fields.
@@ -120,7 +120,7 @@ def read_passages(path: str | os.PathLike) -> Iterator[str]:
     _log_others(path, others, "ignored")
 
 
-def data_files(path: str | os.PathLike) -> list[Path]:
+def data_files(path: AnyPath) -> list[Path]:
     """The data files that `path` stands for: itself, or a folder's visible JSON files, sorted by name."""
     path = Path(path)
     if not path.is_dir():
@@ -154,7 +154,7 @@ def _count_data_files(folder: Path) -> int:
     return sum(_is_data_file(name) for _, _, names in os.walk(folder) for name in names)
 
 
-def read(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
+def read(path: AnyPath) -> Iterator[tuple[int, Record]]:
     """Yield (line number from 1, record) for every line of a file that is not blank.
 
     Raises UserError when the file is missing, unreadable, not UTF-8, or holds no record, and at
@@ -175,7 +175,7 @@ def read(path: str | os.PathLike) -> Iterator[tuple[int, Record]]:
         raise UserError(f"{path}: the file is empty; expected one JSON object per line")
 
 
-def write(path: str | os.PathLike, records: Iterable[Record]) -> None:
+def write(path: AnyPath, records: Iterable[Record]) -> None:
     """Write records as JSON Lines beside `path`, then rename: a killed run leaves the old file or the new."""
     with atomic_writer(path) as file:
         for record in records:
@@ -189,11 +189,11 @@ def _line_of(record: Record) -> bytes:
         return json.dumps(record).encode() + b"\n"
 
 
-def _open_for_reading(path: str | os.PathLike) -> BinaryIO:
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+def _open_for_reading(path: AnyPath) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if str(path).endswith(".gz") else open(path, "rb")
 
 
-def _parse(path: str | os.PathLike, line: int, raw: bytes) -> Record | None:
+def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -209,15 +209,13 @@ def _parse(path: str | os.PathLike, line: int, raw: bytes) -> Record | None:
     return record
 
 
-def _require_text(path: str | os.PathLike, line: int, record: Record, field: str) -> None:
+def _require_text(path: AnyPath, line: int, record: Record, field: str) -> None:
     if field not in record:
         raise UserError(f'{path}:{line}: "{field}" is missing, expected a string')
     _check_text(path, line, f'"{field}"', record[field])
 
 
-def _require_texts(
-    path: str | os.PathLike, line: int, record: Record, field: str, *, may_be_empty: bool = False
-) -> None:
+def _require_texts(path: AnyPath, line: int, record: Record, field: str, *, may_be_empty: bool = False) -> None:
     if field not in record:
         raise UserError(f'{path}:{line}: "{field}" is missing, expected a list of strings')
     texts = record[field]
@@ -241,7 +239,7 @@ def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
     return [name for name, value in record.items() if name not in used and value is not None]
 
 
-def _log_others(path: str | os.PathLike, others: Counter[str], unused: str) -> None:
+def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
     """Say what is `unused`, and in how many rows: others counts the fields."""
     told = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
     if len(told) > _MOST_FIELDS:
@@ -250,7 +248,7 @@ def _log_others(path: str | os.PathLike, others: Counter[str], unused: str) -> N
         logger.info("%s: %s: %s", path, unused, ", ".join(told))
 
 
-def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str) -> None:
+def _check_scores(path: AnyPath, line: int, record: Record, field: str) -> None:
     scores = record.get(f"{field}_scores")
     if scores is None:
         return
@@ -266,7 +264,7 @@ def _check_scores(path: str | os.PathLike, line: int, record: Record, field: str
             )
 
 
-def _check_text(path: str | os.PathLike, line: int, name: str, text: object) -> None:
+def _check_text(path: AnyPath, line: int, name: str, text: object) -> None:
     if not isinstance(text, str):
         raise UserError(f"{path}:{line}: {name} is a {type(text).__name__}, expected a string")
     if not text.strip():

@@ -75,7 +75,7 @@ class TextsOnDisk(Sequence[str]):
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> str | list[str]:
         if not isinstance(index, slice):
             start, end = int(self._starts[index]), int(self._ends[index])
             return self._read(start, end).decode()

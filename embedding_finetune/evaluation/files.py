@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from embedding_finetune.data.corpus import RetrievalTask
-from embedding_finetune.data.jsonl import Record, atomic_writer, write
+from embedding_finetune.data.jsonl import Record, write
 from embedding_finetune.evaluation.page import html_report
+from embedding_finetune.files import atomic_writer
 from embedding_finetune.retrieval.top_k import Ranking
 
 SHOWN = 10

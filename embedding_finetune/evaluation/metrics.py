@@ -6,7 +6,7 @@ it, those that the corpus does not hold included: they cannot be found, and coun
 float64 per query, (Q,), and 0 for a query with no relevant passage within the cutoff.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.n
     within = relevance[:, :cutoff]
     if not within.shape[1]:
         return np.zeros(len(within))
-    return np.where(within.any(axis=1), 1.0 / (within.argmax(axis=1) + 1), 0.0)
+    found = within.any(axis=1).astype(np.float64)
+    return found / (within.argmax(axis=1) + 1)
 
 
 def hit(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
@@ -81,7 +82,7 @@ def per_query(
     return {f"{name}@{k}": MEASURES[name](relevance, relevant_counts, k) for k in cutoffs for name in measures}
 
 
-def means(values: dict[str, np.ndarray]) -> dict[str, float]:
+def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The mean of each measure over all queries."""
     return {name: float(scores.mean()) for name, scores in values.items()}
 

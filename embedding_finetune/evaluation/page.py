@@ -202,7 +202,7 @@ def _query_table(
     positions, scores = rankings[model]
     place_of: dict[int, int] = {}
     passages: list[str] = []
-    queries: list[list] = []
+    queries: list[list[object]] = []
     used = 0
 
     def place(position: int) -> int:
@@ -223,7 +223,7 @@ def _query_table(
                 if positions[number, other] >= 0
             ]
         own = [int(values[number]) or None for values in ranks.values()]
-        query = [
+        query: list[object] = [
             task.ids[number],
             _cut(task.queries[number], _QUERY_CHARACTERS),
             task.groups[number],

@@ -56,7 +56,7 @@ def quantiles(scores: np.ndarray) -> dict[str, float]:
     return {f"p{int(100 * q):02d}": float(value) for q, value in zip(QUANTILES, np.quantile(scores, QUANTILES))}
 
 
-def audit_text(audit: Mapping[str, object], *, wanted: int) -> str:
+def audit_text(audit: Record, *, wanted: int) -> str:
     """What `mining_audit` gave, with the run's "seconds", as lines to read, warnings last."""
     share = audit["negatives_above_their_positive"]
     rows = [
@@ -80,7 +80,7 @@ def _quantile_line(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in values.items()) or "none"
 
 
-def _warnings(audit: Mapping[str, object], wanted: int) -> list[str]:
+def _warnings(audit: Record, wanted: int) -> list[str]:
     warnings = []
     if short := audit["rows_short_of_negatives"]:
         start = audit["settings"]["range_for_sampling"][0]

@@ -6,10 +6,10 @@ Shapes: Q rows, each with one query; k ranks, of which the last W are the sampli
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,10 +40,8 @@ class Pairs(NamedTuple):
     positions: np.ndarray
 
 
-class Score(Protocol):
-    """Scores pairs: (P,) float32."""
-
-    def __call__(self, pairs: Pairs) -> np.ndarray: ...
+Score = Callable[[Pairs], np.ndarray]
+"""Scores pairs: (P,) float32."""
 
 
 class Candidates(NamedTuple):
@@ -84,14 +82,17 @@ def rank_candidates(
     the window in the order of its scores. No ranking is wider than the corpus, whatever --range_for_sampling says.
     Laps of the stopwatch are "load", "encode", "search" and "rescore".
     """
-    window = tuple(min(rank, len(corpus)) for rank in options.range_for_sampling)
-    options = replace(options, range_for_sampling=window)
+    start, stop = options.range_for_sampling
+    options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
     gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
     found = _first_retriever(queries, corpus, pairs, positives, options, gpus, stopwatch)
     if len(options.model_name_or_path) > 1:
         found = _fused(found, queries, corpus, options, gpus, stopwatch)
     if options.reranker_name_or_path is not None:
-        found = _reranked(found, queries, corpus, pairs, options, stopwatch)
+        reranker = load_reranker(options.reranker_name_or_path, options)
+        stopwatch.lap("load")
+        found = _reranked(found, reranker, queries, corpus, pairs, stopwatch)
+        found = found._replace(weights={**found.weights, options.reranker_name_or_path: reranker.weights_digest})
     return found
 
 
@@ -156,7 +157,7 @@ def _fused(
         top = TopK(encode_queries(encoder, queries), options.range_for_sampling[1], gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
         rankings.append(top.ranking().positions)
-        found.weights[name] = encoder.weights_digest
+        found = found._replace(weights={**found.weights, name: encoder.weights_digest})
     found = found._replace(ranking=fuse(rankings))
     stopwatch.lap("search")
     return found._replace(window_scores=_window_scores(found, options.range_for_sampling[0]))
@@ -224,23 +225,20 @@ def _window_scores(found: Candidates, start: int) -> np.ndarray:
 
 def _reranked(
     found: Candidates,
+    reranker: Reranker,
     queries: Sequence[str],
     corpus: Corpus,
     pairs: Pairs,
-    options: MiningOptions,
     stopwatch: Stopwatch,
 ) -> Candidates:
     """The same candidates with a cross-encoder's scores, the window in their order."""
-    reranker = load_reranker(options.reranker_name_or_path, options)
-    stopwatch.lap("load")
-    start = options.range_for_sampling[0]
+    start = found.window[0]
     found = found._replace(score=partial(_reranker_scores, reranker, queries, corpus, stopwatch))
     scores = _window_scores(found, start)
     order = np.argsort(-scores, axis=1, kind="stable")  # what is past the end stays last
     ranking = found.ranking.copy()
     ranking[:, start:] = np.take_along_axis(ranking[:, start:], order, axis=1)
     pair_scores = found.score(pairs)
-    found.weights[options.reranker_name_or_path] = reranker.weights_digest
     stopwatch.lap("rescore")
     return found._replace(
         ranking=ranking, window_scores=np.take_along_axis(scores, order, axis=1), pair_scores=pair_scores

@@ -1,7 +1,7 @@
 """Where the time of a run goes."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 
 
 class Stopwatch:
@@ -11,8 +11,13 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._last = time.monotonic()
+
+    @property
+    def total(self) -> float:
+        """Seconds of all laps."""
+        return sum(self.seconds.values())
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to `name`."""
