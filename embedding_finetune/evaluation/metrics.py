@@ -20,13 +20,12 @@ def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.n
     within = relevance[:, :cutoff]
     if not within.shape[1]:
         return np.zeros(len(within))
-    found = within.any(axis=1).astype(np.float64)
-    return found / (within.argmax(axis=1) + 1)
+    return np.where(within.any(axis=1), 1.0 / (within.argmax(axis=1) + 1), 0.0)
 
 
 def hit(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
     """1 where at least one relevant passage is within the cutoff, else 0: one of two is as good as both."""
-    return relevance[:, :cutoff].any(axis=1).astype(np.float64)
+    return np.asarray(relevance[:, :cutoff].any(axis=1), dtype=np.float64)
 
 
 def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
