@@ -24,7 +24,7 @@ from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES
-from embedding_finetune.parser import new_parser, positive_int, seed
+from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 logger = logging.getLogger("embedding_finetune.evaluate")
@@ -114,7 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     parser.add_argument(
         "--output_dir", metavar="DIR", help="write a report, metrics, per-query results and TREC files there"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else on stdout")
+    add_switch(parser, "--json", "print one JSON document and nothing else on stdout")
     parser.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the significance test")
     parser.add_argument(
         "--fail_below",
@@ -124,10 +124,10 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         metavar="MEASURE@K=X",
         help="exit with status 1 when the last model is below this, for example MRR@10=0.75",
     )
-    parser.add_argument(
+    add_switch(
+        parser,
         "--fail_if_worse",
-        action="store_true",
-        help="exit with status 1 when the last model is significantly worse (p < 0.05) than the first on any measure",
+        "exit with status 1 when the last model is significantly worse (p < 0.05) than the first on any measure",
     )
     add_encoding_arguments(parser)
     flags = vars(parser.parse_args(argv))
@@ -142,6 +142,8 @@ def threshold(text: str) -> tuple[str, float]:
     match = re.fullmatch(r"(\w+@[0-9]+)=([0-9]*\.?[0-9]+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X, for example MRR@10=0.75")
+    if float(match[2]) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: no measure is above 1, for example MRR@10=0.75")
     return match[1], float(match[2])
 
 

@@ -128,7 +128,7 @@ def test_queries_that_a_model_was_trained_on_are_counted_also_after_further_trai
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize(("limit", "status"), [("0.0", None), ("1.01", 1)])
+@pytest.mark.parametrize(("limit", "status"), [("0.0", None), ("1", 1)])
 def test_fail_below_ends_with_status_1_after_writing_everything(files, tiny_bert, tmp_path, capsys, limit, status):
     flags = ("--fail_below", f"MRR@10={limit}", "Hit@1=0", "--output_dir", tmp_path / "out")
     if status is None:

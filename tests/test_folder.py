@@ -51,6 +51,17 @@ def test_of_a_replaced_model_nothing_stays_and_the_users_files_do(tmp_path):
     assert contents(tmp_path) == NEW | USERS
 
 
+def test_all_files_can_be_read_by_those_who_may_read_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with model_replaced(tmp_path) as staging:
+            write(staging, NEW)
+            (staging / "model.safetensors").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a fault"), KeyboardInterrupt()])
 def test_a_model_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path, error):
     write(tmp_path, OLD)

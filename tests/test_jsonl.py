@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -257,3 +258,17 @@ def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
     path.write_text('{"query": "q", "pos": ["p"], "id": "\\ud800"}\n')
     with pytest.raises(UserError, match=r'a\.jsonl:1: "id" holds half a surrogate pair'):
         list(jsonl.read_queries(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (gzip.compress(b'{"text": "a"}'), "the file is compressed; give it a name that ends in .gz"),
+        (b'[\n  {"text": "a"}\n]', ":1: the file is one JSON array; expected one object per line"),
+        (b"question,answer\n", ":1: not valid JSON (Expecting value: column 1 (char 0)); expected one object per line"),
+    ],
+)
+def test_files_of_other_formats_are_told_for_what_they_are(tmp_path, content, complaint):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        list(jsonl.read_passages(tmp_path / "a.jsonl"))

@@ -78,7 +78,7 @@ class RetrievalTask(NamedTuple):
         return sum(not positions for positions in self.relevant)
 
     def count_queries_among(self, ids: np.ndarray) -> int:
-        """How many queries have their jsonl.text_id in ids (any,)."""
+        """How many queries have their text_id in ids (any,)."""
         return int(np.isin([text_id(query) for query in self.queries], ids).sum())
 
 
@@ -96,7 +96,9 @@ def load_task(query_file: AnyPath, corpus: Corpus) -> RetrievalTask:
         groups=[row.get("group") for row in rows],
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
-    if task.missing:
+    if task.unanswerable == len(rows):
+        logger.warning("warning: no query has an answer in the corpus, and all count as misses; is it the right file?")
+    elif task.missing:
         logger.warning(
             "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
             "and count as misses",

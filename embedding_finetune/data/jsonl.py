@@ -26,6 +26,8 @@ SCORE_FIELDS = ("pos_scores", "neg_scores")
 
 _LARGEST = (2 - 2**-23) * 2.0**127
 """Of the numbers that float32, in which scores are held, is able to hold."""
+_GZIP = b"\x1f\x8b"
+"""What gzip files begin with."""
 _SHOWN = 20
 _MOST_FIELDS = 10
 """In one log line."""
@@ -197,13 +199,18 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
+        if line == 1 and raw.startswith(_GZIP):
+            raise UserError(f"{path}: the file is compressed; give it a name that ends in .gz") from error
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     if not text:
         return None
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{line}: not valid JSON ({error}); expected one object per line") from error
+        if line == 1 and text.startswith("["):
+            raise UserError(f"{path}:1: the file is one JSON array; expected one object per line") from error
+        reason = str(error).replace("line 1 column", "column")  # of this line
+        raise UserError(f"{path}:{line}: not valid JSON ({reason}); expected one object per line") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}:{line}: a JSON {type(record).__name__}, expected an object")
     return record

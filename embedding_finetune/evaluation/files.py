@@ -8,6 +8,7 @@ qrels.trec         the answers, as trec_eval and ranx read them; docids are zero
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from embedding_finetune.data.jsonl import Record, write
 from embedding_finetune.evaluation.page import html_report
 from embedding_finetune.files import atomic_writer
 from embedding_finetune.retrieval.top_k import Ranking
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10
 """Passages per query and model in per_query.jsonl."""
@@ -36,6 +39,7 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
         file.write(html_report(document, task, rankings).encode())
     with atomic_writer(folder / "metrics.json") as file:
         file.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    logger.info("wrote %s and other files of the evaluation", folder / "report.html")
 
 
 def file_name(model: str, models: list[str]) -> str:

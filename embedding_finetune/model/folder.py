@@ -71,6 +71,14 @@ def _replace(folder: Path, staging: Path) -> None:
             shutil.rmtree(path)
         elif is_model_file(path.name) and Path(path.name) not in staged:
             path.unlink()
+    mode = 0o666 & ~_umask()
     for name in sorted(staged, key=lambda name: str(name) in _ENTRANCES):
         (folder / name).parent.mkdir(exist_ok=True)
+        (staging / name).chmod(mode)  # safetensors' own files are for their owner alone
         os.replace(staging / name, folder / name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can be read by setting it only
+    os.umask(mask)
+    return mask
