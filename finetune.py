@@ -55,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.rows import load_rows
-        from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
+        from embedding_finetune.training.run_folder import (
+            check_same_run,
+            remove_earlier_runs,
+            resume_point,
+            run_in,
+            what_decides,
+        )
 
     checkpoint = resume_point(args)
 
@@ -79,9 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_evaluation(data_args, dataset)
 
     given = flags_not_at_default(model_args, data_args, args)
+    decided_by = what_decides(given, args, dataset.rows)
+    check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
         trainer = make_trainer(model_args, data_args, args, dataset, task)
-    with run_in(args.output_dir, checkpoint) if args.should_save else nullcontext() as trainer.run:
+    with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
         with errors_name_their_flag(given):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

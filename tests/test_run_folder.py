@@ -126,7 +126,7 @@ def test_resuming_takes_the_checkpoint_of_its_own_run_and_not_an_earlier_ones(ti
 def test_a_run_that_was_killed_before_its_first_checkpoint_has_nothing_to_resume(tiny_bert, mined, tmp_path, capsys):
     folder = tmp_path / "out"
     finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=4))
-    with run_in(folder, None):
+    with run_in(folder, None, {}):
         pass
     error = refusal(flags(tiny_bert, mined, folder, resume_from_checkpoint=True), capsys)
     assert "holds no finished checkpoint of the run that was started last" in error
@@ -145,9 +145,9 @@ def test_a_checkpoint_copied_from_another_run_is_not_resumed(tiny_bert, mined, t
 def test_going_back_to_an_earlier_checkpoint_forgets_the_later_ones(tiny_bert, mined, tmp_path):
     folder = tmp_path / "out"
     finetune.main(flags(tiny_bert, mined, folder, max_steps=6, save_strategy="steps", save_steps=2))
-    with run_in(folder, str(folder / "checkpoint-4")) as run:
+    with run_in(folder, str(folder / "checkpoint-4"), {}) as run:
         pass
-    assert run == run_of(folder / "checkpoint-4")
+    assert run["run"] == run_of(folder / "checkpoint-4")
     assert sorted(path.name.split("-")[0] for path in folder.glob("*checkpoint*")) == [
         "checkpoint",
         "checkpoint",
@@ -161,17 +161,17 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.run_folder import run_in
 try:
-    with run_in({str(tmp_path)!r}, None):
+    with run_in({str(tmp_path)!r}, None, {{}}):
         print("took it")
 except UserError as error:
     print(error)
 """
-    with run_in(tmp_path, None) as run:
+    with run_in(tmp_path, None, {}) as run:
         assert run_python(another).stdout.endswith("another run is writing there; give another folder\n")
-        assert run_of(tmp_path) == run
+        assert run_of(tmp_path) == run["run"]
     assert run_python(another).stdout == "took it\n"
-    with run_in(tmp_path, None) as other:
-        assert run_of(tmp_path) == other != run
+    with run_in(tmp_path, None, {}) as other:
+        assert run_of(tmp_path) == other["run"] != run["run"]
     assert os.listdir(tmp_path) == ["training_run.json"]
 
 
@@ -229,7 +229,7 @@ def test_what_a_run_cannot_go_on_from_is_told_in_one_line(
 ):
     places = {**finished_runs, "model": tiny_bert, "file": mined}
     changes = {name: str(value).format(**places) for name, value in changes.items()}
-    assert complaint in refusal(flags(tiny_bert, mined, tmp_path / "new", **changes), capsys)
+    assert complaint in refusal(flags(tiny_bert, finished_runs["data"], tmp_path / "new", **changes), capsys)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,7 @@ def finished_runs(tiny_bert, tmp_path_factory):
     with (folder / "damaged" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     return {
+        "data": data,
         "out": folder / "out",
         "adapters": folder / "adapters",
         "weights_only": folder / "weights_only" / "checkpoint-2",
@@ -301,6 +302,49 @@ def test_gradient_checkpointing_and_accumulation_resume_to_the_same_bits(tiny_be
     kill_after_checkpoint(flags(tiny_bert, mined, tmp_path / "parts", **given), 3)
     finetune.main(flags(tiny_bert, mined, tmp_path / "parts", resume_from_checkpoint=True, **given))
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"learning_rate": 5e-3}, "--learning_rate 0.005, where it had 0.001"),
+        ({"temperature": 0.5}, "--temperature 0.5, where it had the default"),
+        ({"per_device_train_batch_size": 4}, "batches of 4, where it had 8"),
+        ({"train_data": "fewer"}, "8 training rows, where it had 30"),
+        ({"train_data": "others"}, "other training rows"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
+        ({"logging_steps": 1, "dataloader_num_workers": 1, "tokens_per_sub_batch": 100, "max_steps": 6}, None),
+    ],
+)
+def test_a_run_goes_on_with_the_rows_and_flags_it_was_started_with(
+    tiny_bert, mined, tmp_path, capsys, changes, complaint
+):
+    folder, rows = tmp_path / "out", read_jsonl(mined)
+    finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    data = {
+        "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:8]),
+        "others": write_jsonl(tmp_path / "others.jsonl", [*rows[1:], rows[0]]),
+    }
+    changes = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2, **changes}
+    changes["train_data"] = data.get(changes.get("train_data"), mined)
+    argv = flags(tiny_bert, changes.pop("train_data"), folder, **changes)
+    if complaint is None:
+        finetune.main(argv)
+    else:
+        assert complaint in refusal(argv, capsys)
+        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_finished_run_makes_no_step_beyond_its_last(tiny_bert, mined, tmp_path):
+    """In the middle of an epoch, and with a constant learning rate, which would move the weights."""
+    folder = tmp_path / "out"
+    given = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    finetune.main(flags(tiny_bert, mined, folder, **given))
+    expected = weights(folder)
+    finetune.main(flags(tiny_bert, mined, folder, resume_from_checkpoint=True, **given))
+    assert equal(weights(folder), expected)
+    assert json.loads((folder / "training_summary.json").read_text())["steps"] == 6
 
 
 def test_a_finished_run_that_is_resumed_once_more_saves_its_model(tiny_bert, mined, tmp_path):

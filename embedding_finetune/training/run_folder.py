@@ -1,37 +1,55 @@
 """The output folder of a training run: what may be written there, and which of its checkpoints are the run's own.
 
-A run has an identity, a random token in training_run.json: the folder holds that of the run that was started last, and
-each checkpoint holds that of the run that wrote it. Checkpoints of earlier runs are renamed when a run starts, so that
-nothing can take them for its own, and removed when its model is saved.
+A run is known by training_run.json: a random token, and what decides about its result, its data and its flags. The
+folder holds that of the run that was started last, and each checkpoint that of the run that wrote it. When a run starts,
+checkpoints of earlier runs are renamed, so that nothing can take them for its own. They are removed when its model is
+saved.
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
+
+import datasets
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.jsonl import data_files
-from embedding_finetune.files import atomic_writer, require_folder
+from embedding_finetune.files import AnyPath, atomic_writer, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import is_model_file, remove_unfinished
+from embedding_finetune.training.rows import list_lengths
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+Run = dict[str, Any]
+"""What training_run.json holds."""
+
 _TRAINER_STATE, _OPTIMIZER_STATE = "trainer_state.json", "optimizer.pt"
 """Transformers' names of two files of a checkpoint."""
 _RUN_FILE = "training_run.json"
 _LOCK_FILE = ".running"
+_DECIDES_NOTHING = re.compile(
+    r"(log|logging|save|eval|dataloader(?!_drop_last)|ddp|gradient_checkpointing|activation_checkpointing)_\w+"
+    r"|(gradient|activation)_checkpointing|per_device_train_batch_size|gradient_accumulation_steps|world_size"
+    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|output_dir"
+    r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
+    r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
+    r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
+    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics"
+)
+"""Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _EARLIER = "earlier-checkpoint-"
 
 
@@ -125,23 +143,24 @@ def _check_is_checkpoint(folder: str) -> None:
 
 
 @contextmanager
-def run_in(output_dir: str, checkpoint: str | None) -> Iterator[str | None]:
-    """Make the folder this run's for the block; gives the run's identity.
+def run_in(output_dir: str, checkpoint: str | None, decided_by: Mapping[str, object]) -> Iterator[Run | None]:
+    """Make the folder this run's for the block; gives the run.
 
-    checkpoint: what resume_point gave. A run that goes on from one that has no identity has none either. Checkpoints
-    that are not the run's own are put away. Raises UserError while another run writes into the folder.
+    checkpoint: what resume_point gave. decided_by: what the run's result depends on, as what_decides gives it. A run
+    that goes on from a checkpoint without training_run.json has none either. Checkpoints that are not the run's own are
+    put away. Raises UserError while another run writes into the folder.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("wb") as lock:
         _take(lock, output_dir)
         try:
-            yield _start_run(folder, checkpoint)
+            yield _start_run(folder, checkpoint, decided_by)
         finally:
             (folder / _LOCK_FILE).unlink(missing_ok=True)
 
 
-def _take(lock: BinaryIO, output_dir: str) -> None:
+def _take(lock: IO[bytes], output_dir: str) -> None:
     """Lock a file until it is closed, however the process ends; workers that outlive it for a moment do not hold it."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,13 +170,14 @@ def _take(lock: BinaryIO, output_dir: str) -> None:
         logger.info("%s: the file system has no locks; start no other run there", output_dir)
 
 
-def _start_run(folder: Path, checkpoint: str | None) -> str | None:
-    run = secrets.token_hex(16) if checkpoint is None else run_of(checkpoint)
+def _start_run(folder: Path, checkpoint: str | None, decided_by: Mapping[str, object]) -> Run | None:
+    run = {"run": secrets.token_hex(16), **decided_by} if checkpoint is None else _read_run(Path(checkpoint))
+    token = None if run is None else run["run"]
     step = 0 if checkpoint is None else _state(Path(checkpoint)).get("global_step", 0)
     remove_unfinished(folder)
     for path in _checkpoints(folder):
         # What came after the checkpoint that is resumed from is not part of this run either.
-        if run_of(path) != run or _step(path) > step:
+        if run_of(path) != token or _step(path) > step:
             put_away = path.with_name(f"{_EARLIER}{_step(path)}-{secrets.token_hex(4)}")
             logger.info("%s is of an earlier run: now %s, until the new model is saved", path, put_away.name)
             path.rename(put_away)
@@ -172,18 +192,64 @@ def remove_earlier_runs(output_dir: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run_of(folder: str | os.PathLike) -> str | None:
-    """The identity of the run that a folder belongs to; None where it has none."""
+def run_of(folder: AnyPath) -> str | None:
+    """The token of the run that a folder belongs to; None where it has none."""
+    run = _read_run(Path(folder))
+    return None if run is None else str(run["run"])
+
+
+def _read_run(folder: Path) -> Run | None:
     try:
-        return json.loads((Path(folder) / _RUN_FILE).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+        run = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return run if isinstance(run, dict) and "run" in run else None
 
 
-def write_run(folder: str | os.PathLike, run: str) -> None:
+def write_run(folder: AnyPath, run: Run) -> None:
     """Say which run a folder belongs to."""
     with atomic_writer(Path(folder) / _RUN_FILE) as file:
-        file.write(json.dumps({"run": run}).encode() + b"\n")
+        file.write(json.dumps(run, indent=2).encode() + b"\n")
+
+
+def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments", rows: datasets.Dataset) -> Run:
+    """What the result of a run depends on, as JSON takes it: flags and rows.
+
+    given: flag -> value, of the flags that are not at their default. How long a run is may change when it is resumed,
+    and so may how many processes share a batch.
+    """
+    flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    digest = hashlib.blake2b(digest_size=16)
+    for table in rows.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(batch_size=10_000):
+        digest.update(table["query_id"].to_numpy().tobytes())
+        digest.update(table["pos_ids"].combine_chunks().flatten().to_numpy().tobytes())
+    digest.update(list_lengths(rows, "neg").tobytes())
+    described = {**flags, "rows": len(rows), "rows_digest": digest.hexdigest(), "batch_of_all_processes": batch}
+    return json.loads(json.dumps({"decided_by": described}, default=str))
+
+
+def check_same_run(checkpoint: str | None, decided_by: Mapping[str, object]) -> None:
+    """Raise UserError where a run would go on otherwise than it began: with other rows or flags."""
+    began = None if checkpoint is None else _read_run(Path(checkpoint))
+    if began is None or "decided_by" not in began:
+        return
+    before, now = began["decided_by"], decided_by["decided_by"]
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "rows", name != "rows_digest", name)):
+        if before.get(name) != now.get(name):
+            what = {
+                "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
+                "rows_digest": "other training rows",
+                "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
+            }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "
+                "with, or train on from its weights with --model_name_or_path"
+            )
+
+
+def _shown(value: object) -> str:
+    return "the default" if value is None else str(value)
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -193,7 +259,7 @@ def last_checkpoint(output_dir: str) -> str | None:
     return str(max(own, key=_step)) if own else None
 
 
-def is_finished(checkpoint: str | os.PathLike) -> bool:
+def is_finished(checkpoint: AnyPath) -> bool:
     """Whether a folder is a checkpoint that was written to its end."""
     return _state(Path(checkpoint)) is not None
 

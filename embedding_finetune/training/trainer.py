@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.flags import SHARDED
-from embedding_finetune.training.run_folder import is_finished, write_run
+from embedding_finetune.training.run_folder import Run, is_finished, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,11 @@ _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamW
 class RetrievalTrainer(Trainer):
     """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
 
-    trained_before: what read_training_queries gave for the weights that training starts from. `run`: the identity that
-    checkpoints carry, see run_folder.py.
+    trained_before: what read_training_queries gave for the weights that training starts from. `run`: what
+    checkpoints say about the run, see run_folder.py.
     """
 
-    run: str | None = None
+    run: Run | None = None
 
     def __init__(
         self,
@@ -102,6 +103,12 @@ class RetrievalTrainer(Trainer):
         else:
             return result
         raise UserError(f"nothing was learned, and no model is saved: {reason}")
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from its last step, in the middle of an epoch
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self,
