@@ -1,9 +1,9 @@
 """The output folder of a training run: what may be written there, and which of its checkpoints are the run's own.
 
 A run is known by training_run.json: a random token, and what decides about its result, its data and its flags. The
-folder holds that of the run that was started last, and each checkpoint that of the run that wrote it. When a run starts,
-checkpoints of earlier runs are renamed, so that nothing can take them for its own. They are removed when its model is
-saved.
+folder holds that of the run that was started last. Each checkpoint holds that of the run that wrote it. When a run
+starts, checkpoints of earlier runs are renamed, so that nothing can take them for its own. They are removed when its
+model is saved.
 """
 
 import fcntl
