@@ -49,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.evaluation.files import SHOWN, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
+        from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.model.training_queries import read_training_queries
         from embedding_finetune.retrieval.encoder import load_encoder
         from embedding_finetune.retrieval.top_k import gpus_to_search_on
 
     start()
+    check_models_are_there(options.model_name[1:], flag="--model_name", cache_dir=options.cache_dir)
     gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
     rankings, values, weights, seen = {}, {}, {}, {}
     for name in options.model_name:

@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.distributed import rank, start
         from embedding_finetune.mining.ranking import rank_candidates
         from embedding_finetune.mining.selection import choose_negatives, positive_pairs, with_all_scores
+        from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.retrieval.reranker import check_reranker
 
     start()
+    check_models_are_there(options.model_name_or_path[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
     pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]

@@ -208,3 +208,15 @@ def test_cutoffs_far_beyond_the_corpus_give_what_the_whole_ranking_gives(files, 
     page = (folders[1] / "report.html").read_text()
     assert "MRR at cutoffs from 1 to 10" in page
     assert len(page) < len((folders[0] / "report.html").read_text()) + 1000
+
+
+@pytest.mark.parametrize("second", ["nowhere/at/all/", "./no_such_folder", "empty"])
+def test_a_model_that_is_not_there_is_told_before_another_one_computes(files, tiny_bert, tmp_path, second, capsys):
+    (tmp_path / "empty").mkdir()
+    second = tmp_path / "empty" if second == "empty" else second
+    with pytest.raises(SystemExit) as stop:
+        run(files, tiny_bert, second)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"--model_name {second}: there is no such model" in error.splitlines()[-1]
+    assert "encoding in" not in error

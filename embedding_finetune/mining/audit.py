@@ -96,8 +96,8 @@ def _warnings(audit: Record, wanted: int) -> list[str]:
                 "too few candidates are outside the retrieved ranks; lower --range_for_sampling or give a larger "
                 "--candidate_pool"
             )
-        rows = f"{short} rows have fewer than {wanted} negatives" if audit["negatives"] else "no row has a negative"
-        warnings.append(f"warning: {rows}: {why}")
+        none = "" if audit["negatives"] else ", and none has any"
+        warnings.append(f"warning: {short} rows have fewer than {wanted} negatives{none}: {why}")
     if audit["negatives_drawn_at_random"] > _MANY_AT_RANDOM * audit["negatives"]:
         share = audit["negatives_drawn_at_random"] / audit["negatives"]
         warnings.append(

@@ -2,7 +2,9 @@
 
 import gc
 import hashlib
+import logging
 import os
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -17,10 +19,37 @@ from embedding_finetune.model.bi_encoder import Dense, embedding_dimensions
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.model.checks import check_states, check_tokenizer
 
+logger = logging.getLogger(__name__)
+
 _SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _UNLIMITED = 10**9
 """Tokenizers without a limit say 10^30."""
+
+
+def check_models_are_there(names: Sequence[str], *, flag: str, cache_dir: str | None = None) -> None:
+    """Raise UserError for a name that is neither a model's folder nor a hub's: for models that are loaded later."""
+    for name in names:
+        is_folder = _is_folder(name, flag)
+        try:
+            found = [file for file in ("config.json", "modules.json") if find_file(name, file, cache_dir) is not None]
+        except (OSError, ValueError) as error:  # neither a folder nor a hub's name
+            found, reason = [], f": {first_line(error)}"
+        else:
+            reason = " with config.json" if is_folder else ", and the hub has none or cannot be reached"
+        if not found:
+            raise UserError(
+                f"{flag} {name}: there is no such model{reason}; give a folder with config.json, model.safetensors and "
+                "tokenizer files, or a hub name (HF_HUB_OFFLINE=1 keeps from asking the hub)"
+            )
+
+
+def _is_folder(name: str, flag: str) -> bool:
+    """Says which names are looked for on the hub: a misspelt folder is, and without a network that takes minutes."""
+    if os.path.isdir(name):
+        return True
+    logger.info("%s %s: there is no such folder; looking for it on the hub", flag, name)
+    return False
 
 
 def load_backbone(
@@ -38,6 +67,7 @@ def load_backbone(
     the weights do not fill the backbone.
     """
     transformers.logging.disable_progress_bar()  # ours are enough
+    is_folder = _is_folder(name_or_path, flag)
     hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     try:
         config = read_config(name_or_path, cache_dir=cache_dir)
@@ -63,7 +93,7 @@ def load_backbone(
                 f"{flag} {name_or_path}: the model comes with code of its own; read it, and give "
                 "--trust_remote_code True if you trust it"
             ) from error
-        kind = "" if os.path.isdir(name_or_path) else " (there is no such folder; tried as a hub name)"
+        kind = "" if is_folder else " (there is no such folder; tried as a hub name)"
         raise UserError(
             f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "
             "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
@@ -157,6 +187,8 @@ def check_instructions(
         ("passage", config.passage_instruction, passage_max_len),
     ):
         ids = tokenizer(instruction.lower() if config.lower_case else instruction, verbose=False)["input_ids"]
+        if len(ids) >= max_length and not instruction:
+            raise UserError(f"--{kind}_max_len {max_length} is filled by the {len(ids)} special tokens; raise it")
         if len(ids) >= max_length:
             raise UserError(
                 f"--{kind}_max_len {max_length} leaves no token for the {kind} itself: "

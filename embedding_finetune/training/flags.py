@@ -116,6 +116,7 @@ _RULES: tuple[_Rule, ...] = (
         "a whole number of steps, or a share of all steps below 1",
     ),
     ("dataloader_num_workers dataloader_prefetch_factor", lambda n: n <= 1024, "at most 1024"),
+    ("learning_rate", lambda n: n <= 1, "at most 1"),
     ("adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "at least 0 and below 1"),
     ("merge_with_base", lambda n: 0 < n < 1, "between 0 and 1"),
 )
