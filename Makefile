@@ -1,6 +1,6 @@
 # make demo   the whole path on the sample data, ending in a before/after table
 # make test   lint, then every test
-# make lint   ruff alone
+# make lint   ruff and mypy
 # make test-models   the verified models at their full sizes, with random weights: several minutes, 8 GB
 
 PYTHON ?= python3
@@ -38,6 +38,7 @@ test-models: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .demo .venv

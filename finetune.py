@@ -27,7 +27,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr, uninterrupted
@@ -35,6 +35,7 @@ from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
+    from embedding_finetune.data.jsonl import Record
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
     from embedding_finetune.training.batches import TrainDataset
     from embedding_finetune.training.trainer import RetrievalTrainer
@@ -101,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_outcome(
-    trainer: "RetrievalTrainer", model_args: "ModelArguments", args: "RetrieverTrainingArguments", summary: dict
+    trainer: "RetrievalTrainer", model_args: "ModelArguments", args: "RetrieverTrainingArguments", summary: "Record"
 ) -> None:
     """Write the merged model, where one is wanted, and the summary; tell the summary."""
     if args.merge_with_base is not None:
         from embedding_finetune.training.setup import save_merged_with_base
 
-        save_merged_with_base(trainer, model_args, args)
+        save_merged_with_base(trainer, model_args, args, share=args.merge_with_base)
     with files.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     for name, value in summary.items():
@@ -224,7 +225,7 @@ def parse_arguments(
     class Parser(HfArgumentParser, OneLineErrorParser):
         """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""
 
-        def parse_known_args(self, args=None, namespace=None):
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
             found, rest = super().parse_known_args(args, namespace)
             check_known(rest)
             check_given(self.given, {flag: self.get_default(flag) for flag in self.given})

@@ -12,6 +12,7 @@ from helpers.running import embed_passages, encoder_for
 from helpers.tiny import make_tiny_bert
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval.store import EmbeddingStore
 
@@ -22,13 +23,13 @@ TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in 
 def encoded(monkeypatch):
     """The texts that went through the tokenizer, and so through the model."""
     seen = []
-    tokenize = encoding.tokenize
+    tokenize = TextKind.tokenize
 
-    def counting(tokenizer, texts, **options):
+    def counting(kind, tokenizer, texts):
         seen.extend(texts)
-        return tokenize(tokenizer, texts, **options)
+        return tokenize(kind, tokenizer, texts)
 
-    monkeypatch.setattr(encoding, "tokenize", counting)
+    monkeypatch.setattr(TextKind, "tokenize", counting)
     return seen
 
 

@@ -5,13 +5,14 @@ peft is imported where it is used: it is optional.
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+
+from embedding_finetune.files import AnyPath
 
 _FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,19 +36,19 @@ def has_adapters(backbone: nn.Module) -> bool:
     return hasattr(backbone, "peft_config")
 
 
-def merged(backbone: nn.Module) -> PreTrainedModel:
+def merged(backbone: PreTrainedModel) -> PreTrainedModel:
     """The backbone as a plain transformers model, what its adapters learned in its weights; itself without adapters."""
     return copy.deepcopy(backbone).merge_and_unload() if has_adapters(backbone) else backbone
 
 
-def save_adapter(backbone: nn.Module, folder: str | Path, *, alone: bool) -> None:
+def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, alone: bool) -> None:
     """Write the adapter as peft does: into the folder itself when it is all that is saved, else into `adapter`."""
     target = Path(folder) if alone else Path(folder) / _FOLDER
     backbone.save_pretrained(target)
     (target / "README.md").unlink(missing_ok=True)  # peft's model card, a form that nobody filled in
 
 
-def adapter_rank(folder: str | os.PathLike) -> int | None:
+def adapter_rank(folder: AnyPath) -> int | None:
     """The rank of the adapter that save_adapter wrote into a folder; None where there is none."""
     try:
         return json.loads((_adapter_folder(folder) / _CONFIG).read_text(encoding="utf-8"))["r"]
@@ -55,14 +56,14 @@ def adapter_rank(folder: str | os.PathLike) -> int | None:
         return None
 
 
-def load_adapter(backbone: nn.Module, folder: str | os.PathLike) -> None:
+def load_adapter(backbone: nn.Module, folder: AnyPath) -> None:
     """Take the weights of the adapter that save_adapter wrote."""
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(backbone, load_file(_adapter_folder(folder) / _WEIGHTS))
 
 
-def _adapter_folder(folder: str | os.PathLike) -> Path:
+def _adapter_folder(folder: AnyPath) -> Path:
     return Path(folder) if (Path(folder) / _CONFIG).exists() else Path(folder) / _FOLDER
 
 

@@ -121,7 +121,7 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
         load(os.path.join(backbone_folder, f"sentence_{kind}_config.json"))
         for kind in (_LIMITS_OF if modules else _LIMITS_OF[:1])
     )
-    tokens = next(filter(None, limits), {})
+    tokens: dict[str, Any] = next(filter(None, limits), {})
     config = EmbeddingConfig(
         query_instruction=prompts.get("query", ""),
         passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), ""),
@@ -164,9 +164,9 @@ def save_checkpoint(
     """
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for number in range(len(config.dense)):
+    for number, layer in enumerate(projection or ()):
         (folder / f"{2 + number}_Dense").mkdir()
-        save_file(projection[number].state_dict(), folder / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
+        save_file(layer.state_dict(), folder / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
     for name, content in _side_files(backbone.config.hidden_size, config).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -184,7 +184,7 @@ def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | 
     )
 
 
-def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, list[str]]:
+def _module_folders(name_or_path: str, modules: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The folders of the modules by the last part of their type, which all spellings share."""
     folders: dict[str, list[str]] = {}
     for module in modules:
@@ -198,7 +198,7 @@ def _module_folders(name_or_path: str, modules: list[dict]) -> dict[str, list[st
     return folders
 
 
-def _dense_config(name_or_path: str, folder: str, described: dict | None) -> DenseConfig:
+def _dense_config(name_or_path: str, folder: str, described: dict[str, Any] | None) -> DenseConfig:
     if described is None:
         raise UserError(f"{name_or_path}: {folder}/config.json is missing, though modules.json names it")
     activation = described.get("activation_function", "torch.nn.modules.activation.Tanh")
@@ -217,7 +217,7 @@ def _dense_config(name_or_path: str, folder: str, described: dict | None) -> Den
     )
 
 
-def _pooling_method(name_or_path: str, pooling_config: dict) -> str:
+def _pooling_method(name_or_path: str, pooling_config: dict[str, Any]) -> str:
     if "pooling_mode" in pooling_config:
         mode = pooling_config["pooling_mode"]
         modes = [mode] if isinstance(mode, str) else list(mode)

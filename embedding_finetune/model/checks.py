@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError, first_line
@@ -87,8 +87,10 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             f"{hidden_size}; such models are not supported"
         )
 
+    @torch.no_grad()
     def states_of_text(inputs: Inputs) -> Tensor:
-        return states(inputs)[0][inputs["attention_mask"][0].bool()]
+        hidden: Tensor = backbone(**inputs).last_hidden_state
+        return hidden[0][inputs["attention_mask"][0].bool()]
 
     check_padding([states_of_text], backbone, tokenizer, limit=limit, what=what)
 
@@ -132,7 +134,7 @@ def check_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, 
 
 def check_padding(
     paths: Sequence[Callable[[Inputs], Tensor]],
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     limit: int,
@@ -164,7 +166,7 @@ def check_padding(
 
 
 def _largest_difference(
-    paths: Sequence[Callable[[Inputs], Tensor]], model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int
+    paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> float:
     """Between the first path's result for a text alone and all other results, as a part of its length."""
     alone, padded = (
@@ -177,7 +179,7 @@ def _largest_difference(
 
 
 def _remedy(
-    paths: Sequence[Callable[[Inputs], Tensor]], model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int
+    paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> str:
     """What to do about a result that padding changes: pad on the other side where that helps."""
     side = tokenizer.padding_side

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embedding_finetune.command_line import UserError, first_line, uninterrupted
+from embedding_finetune.files import AnyPath
 
 _STAGING = ".saving-"
 _ENTRANCES = ("config.json", "adapter_config.json", "modules.json")
@@ -34,7 +35,7 @@ def is_model_file(name: str) -> bool:
 
 
 @contextmanager
-def model_replaced(folder: str | os.PathLike) -> Iterator[Path]:
+def model_replaced(folder: AnyPath) -> Iterator[Path]:
     """A new folder to write a model into; when the block ends without an error, its files become those of `folder`.
 
     Until then the model in `folder` stays as it is, and after an error, a full disk for instance, too. Files that are
@@ -55,7 +56,7 @@ def model_replaced(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_unfinished(folder: str | os.PathLike) -> None:
+def remove_unfinished(folder: AnyPath) -> None:
     """Remove what killed runs had begun to write into `folder`."""
     for path in Path(folder).glob(f"{_STAGING}*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -72,10 +73,10 @@ def _replace(folder: Path, staging: Path) -> None:
         elif is_model_file(path.name) and Path(path.name) not in staged:
             path.unlink()
     mode = 0o666 & ~_umask()
-    for name in sorted(staged, key=lambda name: str(name) in _ENTRANCES):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (staging / name).chmod(mode)  # safetensors' own files are for their owner alone
-        os.replace(staging / name, folder / name)
+    for written in sorted(staged, key=lambda written: str(written) in _ENTRANCES):
+        (folder / written).parent.mkdir(exist_ok=True)
+        (staging / written).chmod(mode)  # safetensors' own files are for their owner alone
+        os.replace(staging / written, folder / written)
 
 
 def _umask() -> int:

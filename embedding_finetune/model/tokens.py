@@ -4,10 +4,13 @@ Shapes: N texts, T tokens of the longest text in a batch.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune.model.checkpoint import EmbeddingConfig
 
 
 def tokenize(
@@ -118,6 +121,37 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower
         return 0
     ids = tokenizer(instruction.lower() if lower_case else instruction)["input_ids"]
     return len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+
+class TextKind(NamedTuple):
+    """How one kind of text becomes token ids: "query" or "passage"."""
+
+    name: str
+    instruction: str
+    max_length: int
+    lower_case: bool
+    prompt_length: int | None  # tokens that pooling leaves out; None for none
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+        """What the function of this name gives for texts of this kind."""
+        return tokenize(
+            tokenizer, texts, instruction=self.instruction, max_length=self.max_length, lower_case=self.lower_case
+        )
+
+
+def text_kinds(
+    tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
+) -> tuple[TextKind, TextKind]:
+    """Queries and passages, as a checkpoint's config says."""
+
+    def kind(name: str, instruction: str, max_length: int) -> TextKind:
+        left_out = prompt_length(tokenizer, instruction, lower_case=config.lower_case)
+        return TextKind(name, instruction, max_length, config.lower_case, None if config.include_prompt else left_out)
+
+    return (
+        kind("query", config.query_instruction, query_max_len),
+        kind("passage", config.passage_instruction, passage_max_len),
+    )
 
 
 LENGTH_STEP = 8

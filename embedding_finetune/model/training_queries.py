@@ -1,12 +1,11 @@
 """The record of what weights were trained on, `training_queries.npy` in a checkpoint: hashes of the queries."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.files import atomic_writer
+from embedding_finetune.files import AnyPath, atomic_writer
 from embedding_finetune.model.checkpoint import find_file
 
 _FILE = "training_queries.npy"
@@ -28,7 +27,7 @@ def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) ->
         ) from error
 
 
-def write_training_queries(folder: str | os.PathLike, ids: np.ndarray) -> None:
+def write_training_queries(folder: AnyPath, ids: np.ndarray) -> None:
     """Keep beside the weights what read_training_queries gives: ids (N,) int64, in any order."""
     with atomic_writer(Path(folder) / _FILE) as file:
         np.save(file, np.unique(ids))

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from embedding_finetune.model.loading import (
     load_projection,
     weights_digest,
 )
-from embedding_finetune.model.tokens import batches_of_one_length, pad, padded_length, prompt_length, tokenize
+from embedding_finetune.model.tokens import TextKind, batches_of_one_length, pad, padded_length, text_kinds
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
 
@@ -59,16 +59,6 @@ _TOKENS_STEP = 256
 would grow with their number."""
 
 _SHOWN = 60
-
-
-class TextKind(NamedTuple):
-    """How one kind of text is embedded: "query" or "passage", with its instruction and lengths in tokens."""
-
-    name: str
-    instruction: str
-    max_length: int
-    prompt_length: int | None = None  # tokens that pooling leaves out; None for none
-    store: EmbeddingStore | None = None
 
 
 class Block(NamedTuple):
@@ -99,20 +89,14 @@ class Encoder:
         tokens_per_batch: int | None = None,
         weights_digest: str = "",
     ):
-        config = model.embedding_config
         self.model = model
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
         self.weights_digest = weights_digest
-        self.query = self._kind("query", config.query_instruction, query_max_len)
-        self.passage = self._kind("passage", config.passage_instruction, passage_max_len)
-
-    def _kind(self, name: str, instruction: str, max_length: int) -> TextKind:
-        config = self.model.embedding_config
-        if config.include_prompt:
-            return TextKind(name, instruction, max_length)
-        left_out = prompt_length(self.tokenizer, instruction, lower_case=config.lower_case)
-        return TextKind(name, instruction, max_length, left_out)
+        self.query, self.passage = text_kinds(
+            tokenizer, model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
+        )
+        self.stores: dict[str, EmbeddingStore] = {}  # by the name of a kind
 
     def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
         """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on.
@@ -132,11 +116,9 @@ class Encoder:
             "lower_case": config.lower_case,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        for name in ("query", "passage"):
-            kind: TextKind = getattr(self, name)
+        for kind in (self.query, self.passage):
             settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
-            store = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
-            setattr(self, name, kind._replace(store=store))
+            self.stores[kind.name] = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
@@ -151,8 +133,9 @@ class Encoder:
         yield from self._encode(passages, self.passage, share)
 
     def _encode(self, texts: Sequence[str], kind: TextKind, share: slice) -> Iterator[tuple[int, np.ndarray]]:
-        if kind.store is not None:
-            kind.store.refresh()
+        store = self.stores.get(kind.name)
+        if store is not None:
+            store.refresh()
         first, stop, _ = share.indices(len(texts))
         starts = range(first, stop, TEXTS_PER_BLOCK)
         blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
@@ -163,32 +146,27 @@ class Encoder:
                 if len(block.missing):
                     block.embeddings[block.missing] = self._embed(block, kind, progress)
                     _check_directions(block, kind)
-                    if kind.store is not None:
-                        kind.store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
+                    if store is not None:
+                        store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
-        if kind.store is not None and not kind.store.is_scratch and starts:
+        if store is not None and not store.is_scratch and starts:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
 
     def _prepare(self, start: int, texts: Sequence[str], kind: TextKind) -> Block:
-        if kind.store is None:
+        store = self.stores.get(kind.name)
+        if store is None:
             embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
             missing = np.arange(len(texts))
         else:
-            embeddings, found = kind.store.get(texts)
+            embeddings, found = store.get(texts)
             missing = np.flatnonzero(~found)
-        token_ids, cut = tokenize(
-            self.tokenizer,
-            [texts[row] for row in missing],
-            instruction=kind.instruction,
-            max_length=kind.max_length,
-            lower_case=self.model.embedding_config.lower_case,
-        )
+        token_ids, cut = kind.tokenize(self.tokenizer, [texts[row] for row in missing.tolist()])
         return Block(start, texts, embeddings, missing, token_ids, cut)
 
-    def _embed(self, block: Block, kind: TextKind, progress: tqdm) -> np.ndarray:
+    def _embed(self, block: Block, kind: TextKind, progress: "tqdm[Any]") -> np.ndarray:
         """Embeddings of a block's missing texts: (m, H)."""
         # Texts with the same tokens are encoded once.
         rows_of: dict[tuple[int, ...], int] = {}
@@ -314,7 +292,7 @@ def _digest(value: object) -> str:
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Everything that decides about token ids: the fast tokenizer's own description, else vocabulary and settings."""
     if tokenizer.is_fast:
-        described: object = json.loads(tokenizer.backend_tokenizer.to_str())
+        described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         described.update(padding=None, truncation=None)  # set anew with each call
     else:
         described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}

@@ -5,6 +5,7 @@ Shapes: P pairs, T tokens of a batch's longest pair.
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ class Reranker:
             )
         return scores
 
-    def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: tqdm) -> np.ndarray:
+    def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: "tqdm[Any]") -> np.ndarray:
         queries, passages = pair_beginnings(self.tokenizer, queries, passages, self.max_length)
         pairs = self.tokenizer(queries, passages, truncation="longest_first", max_length=self.max_length, padding=False)
         lengths = [len(ids) for ids in pairs["input_ids"]]

@@ -21,7 +21,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.texts import DIGEST_BYTES, raw_digests
-from embedding_finetune.files import atomic_writer
+from embedding_finetune.files import AnyPath, atomic_writer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class EmbeddingStore:
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: AnyPath,
         settings: Mapping[str, object],
         *,
         dimensions: int,
@@ -62,6 +62,7 @@ class EmbeddingStore:
         """Take in what was kept since, by this process or another."""
         self._segments = [path for path in sorted(self.folder.glob("*.segment")) if self._is_complete(path)]
         self._checked: set[int] = set()
+        self._damaged: set[int] = set()
         self._index()
 
     def get(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +129,7 @@ class EmbeddingStore:
         """Check a segment's checksum when it is first used; a damaged one is removed and never asked again."""
         path = self._segments[segment]
         if segment in self._checked:
-            return path is not None
+            return segment not in self._damaged
         self._checked.add(segment)
         try:
             with path.open("rb") as file:
@@ -139,7 +140,7 @@ class EmbeddingStore:
             expected, checksum = 0, None  # gone since it was listed
         if checksum != expected:
             self._discard(path)
-            self._segments[segment] = None
+            self._damaged.add(segment)
         return checksum == expected
 
     def _read(self, segment: int, rows: np.ndarray) -> np.ndarray:

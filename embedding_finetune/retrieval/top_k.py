@@ -257,7 +257,7 @@ class _Index:
         return self._indices[on_gpu].search(np.ascontiguousarray(queries, dtype=np.float32), width)
 
     def _build(self, on_gpu: bool) -> faiss.Index:
-        index = faiss.IndexFlatIP(self.block.shape[1])
+        index: faiss.Index = faiss.IndexFlatIP(self.block.shape[1])
         if on_gpu:
             options = faiss.GpuMultipleClonerOptions()
             options.shard = True

@@ -5,7 +5,7 @@ The flags of the other two scripts are in arguments.py, which imports nothing he
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
@@ -20,7 +20,7 @@ EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in
 _SCHEDULES_BY_MEASURE = ("reduce_lr_on_plateau", "greedy")
 
 
-def _flag(default: object, text: str) -> object:
+def _flag(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -128,7 +128,7 @@ class RetrieverTrainingArguments(TrainingArguments):
         check_numbers(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
         if self.early_stopping_patience is not None:
             if self.eval_strategy == "no":
@@ -136,12 +136,12 @@ class RetrieverTrainingArguments(TrainingArguments):
             self.load_best_model_at_end = True
         by_measure = self.lr_scheduler_type in _SCHEDULES_BY_MEASURE
         if self.load_best_model_at_end or self.save_strategy == "best" or by_measure:
-            self.metric_for_best_model = self.metric_for_best_model or "eval_MRR@10"
+            self.metric_for_best_model = self.metric_for_best_model or "eval_MRR@10"  # type: ignore[has-type]
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:
             raise UserError("--fp16 needs a GPU; --bf16 True works without one")
         if by_measure:
-            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[has-type]
             if self.lr_scheduler_kwargs["mode"] != "max":
                 raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
         _check_extensions(self)

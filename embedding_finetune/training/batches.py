@@ -7,7 +7,8 @@ Shapes: B queries, G passages per query, N distinct texts, T tokens, P known pos
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import datasets
@@ -21,7 +22,7 @@ from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loss import PADDING_ID
-from embedding_finetune.model.tokens import pad, prompt_length, tokenize
+from embedding_finetune.model.tokens import TextKind, pad, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.rows import end_to_end, list_lengths
@@ -63,7 +64,7 @@ class KnownPositives:
         return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
 
 
-class TrainDataset(Dataset):
+class TrainDataset(Dataset[TrainExample]):
     """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
 
     neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py. `group_size` is that of the
@@ -154,64 +155,68 @@ class EmbedCollator:
         with_teacher: bool = False,
     ):
         self.tokenizer = tokenizer
-        self.config = config
         self.group_size = group_size
-        self.query_max_len = query_max_len
-        self.passage_max_len = passage_max_len
         self.with_teacher = with_teacher
-        self.prompt_lengths = (0, 0)
-        if not config.include_prompt:
-            instructions = config.query_instruction, config.passage_instruction
-            self.prompt_lengths = tuple(prompt_length(tokenizer, i, lower_case=config.lower_case) for i in instructions)
+        self.query, self.passage = text_kinds(
+            tokenizer, config, query_max_len=query_max_len, passage_max_len=passage_max_len
+        )
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
-        passages = [passage for example in examples for passage in example.passages]
-        config = self.config
-        queries, cut_queries = tokenize(
+        texts_of = [example.passages for example in examples]
+        queries, cut_queries = self.query.tokenize(self.tokenizer, [example.query for example in examples])
+        passages, cut_passages = self.passage.tokenize(self.tokenizer, [text for texts in texts_of for text in texts])
+        distinct, indices = _distinct([*_texts(queries, self.query), *_texts(passages, self.passage)])
+        query_index, passage_index = indices[: len(queries)], _groups(indices[len(queries) :], map(len, texts_of))
+        batch = pad(
             self.tokenizer,
-            [example.query for example in examples],
-            instruction=config.query_instruction,
-            max_length=self.query_max_len,
-            lower_case=config.lower_case,
-        )
-        passages, cut_passages = tokenize(
-            self.tokenizer,
-            passages,
-            instruction=config.passage_instruction,
-            max_length=self.passage_max_len,
-            lower_case=config.lower_case,
-        )
-        # A text is known by its tokens and by how many of them pooling leaves out.
-        left_out = [self.prompt_lengths[0]] * len(queries) + [self.prompt_lengths[1]] * len(passages)
-        rows: dict[tuple[tuple[int, ...], int], int] = {}
-        texts = iter([rows.setdefault((tuple(ids), n), len(rows)) for ids, n in zip(queries + passages, left_out)])
-        query_index = [next(texts) for _ in examples]
-        passage_index = [[next(texts) for _ in example.passages] for example in examples]
-        passage_ids = [list(map(text_id, example.passages)) for example in examples]
-        most = max(len(example.known_ids) for example in examples)
-        token_ids, prompt_lengths = zip(*rows)
-        optional = {}
-        if not config.include_prompt:
-            optional["prompt_lengths"] = torch.tensor(prompt_lengths)  # (N,)
+            [ids for ids, _ in distinct],
+            limit=max(self.query.max_length, self.passage.max_length),
+        )  # input_ids, attention_mask: (N, T)
+        if self.query.prompt_length is not None:
+            batch["prompt_lengths"] = torch.tensor([left_out for _, left_out in distinct])  # (N,)
         if self.with_teacher:
             scores = [example.teacher_scores for example in examples]
-            optional["teacher_scores"] = _filled(scores, self.group_size, float("-inf"))  # (B, G)
+            batch["teacher_scores"] = _matrix(scores, self.group_size, float("-inf"), torch.float32)  # (B, G)
+        passage_ids = [[text_id(text) for text in texts] for texts in texts_of]
+        known_ids = [example.known_ids for example in examples]
         return {
-            **pad(self.tokenizer, token_ids, limit=max(self.query_max_len, self.passage_max_len)),  # (N, T)
-            **optional,
+            **batch,
             "rows": torch.tensor([example.row for example in examples]),  # (B,)
             "cut_texts": torch.tensor([[cut_queries, len(queries)], [cut_passages, len(passages)]]),  # (2, 2)
             "query_index": torch.tensor(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.
-            "passage_index": _filled(passage_index, self.group_size, 0),  # (B, G)
-            "passage_ids": _filled(passage_ids, self.group_size, PADDING_ID),  # (B, G)
-            "known_ids": _filled([example.known_ids for example in examples], most, PADDING_ID),  # (B, P)
+            "passage_index": _matrix(passage_index, self.group_size, 0, torch.int64),  # (B, G)
+            "passage_ids": _matrix(passage_ids, self.group_size, PADDING_ID, torch.int64),  # (B, G)
+            "known_ids": _matrix(known_ids, max(map(len, known_ids)), PADDING_ID, torch.int64),  # (B, P)
         }
 
 
-def _filled(lists: Sequence[Sequence[float]], width: int, value: float) -> torch.Tensor:
-    """Lists of at most `width` numbers as one matrix, int64 or float32 as `value` is, filled up with it."""
-    matrix = torch.full((len(lists), width), value, dtype=torch.int64 if isinstance(value, int) else torch.float32)
+Text = tuple[tuple[int, ...], int]
+"""What a text is known by in a batch: its tokens, and how many of them pooling leaves out."""
+
+
+def _texts(token_ids: Sequence[Sequence[int]], kind: TextKind) -> list[Text]:
+    return [(tuple(ids), kind.prompt_length or 0) for ids in token_ids]
+
+
+def _distinct(texts: Sequence[Text]) -> tuple[list[Text], list[int]]:
+    """Each text once, in first-seen order, and for each of `texts` its place among them."""
+    places: dict[Text, int] = {}
+    indices = [places.setdefault(text, len(places)) for text in texts]
+    return list(places), indices
+
+
+def _groups(values: Sequence[int], sizes: Iterable[int]) -> list[list[int]]:
+    """Values in consecutive groups of these sizes."""
+    following = iter(values)
+    return [list(islice(following, size)) for size in sizes]
+
+
+def _matrix(
+    lists: Sequence[Sequence[float] | np.ndarray], width: int, filling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Lists of at most `width` numbers as the rows of a matrix, filled up: (len(lists), width)."""
+    matrix = torch.full((len(lists), width), filling, dtype=dtype)
     for row, values in enumerate(lists):
-        matrix[row, : len(values)] = torch.as_tensor(values, dtype=matrix.dtype)
+        matrix[row, : len(values)] = torch.as_tensor(values, dtype=dtype)
     return matrix

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from embedding_finetune.command_line import UserError
 
@@ -29,14 +30,14 @@ def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
             raise  # an errno is the system's: a file, a disk
         message = " ".join(str(error).split()) or type(error).__name__
         flag = _named_flag(message, given) or _FLAGS_OF_PACKAGE.get(package)
-        if flag not in given:
+        if flag is None or flag not in given:
             if isinstance(error, ImportError):
                 raise UserError(message) from error
             raise
         raise UserError(message if f"--{flag}" in message else f"--{flag} {given[flag]}: {message}") from error
 
 
-def flags_not_at_default(*arguments: object) -> dict[str, object]:
+def flags_not_at_default(*arguments: Any) -> dict[str, object]:
     """flag -> value of every field of these dataclasses that is not at its default."""
     found = {}
     for group in arguments:

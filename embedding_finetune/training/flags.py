@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.parser import LARGEST_COUNT, LARGEST_SEED
@@ -137,7 +137,7 @@ _LAUNCHED = {
 }
 
 
-def check_numbers(args: object) -> None:
+def check_numbers(args: Any) -> None:
     """Raise UserError for a number, in any field of a dataclass of flags, that makes no sense."""
     for flag in (field.name for field in fields(args)):
         value = getattr(args, flag)

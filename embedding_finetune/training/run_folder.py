@@ -143,7 +143,7 @@ def _check_is_checkpoint(folder: str) -> None:
 
 
 @contextmanager
-def run_in(output_dir: str, checkpoint: str | None, decided_by: Mapping[str, object]) -> Iterator[Run | None]:
+def run_in(output_dir: str, checkpoint: str | None, decided_by: Run) -> Iterator[Run | None]:
     """Make the folder this run's for the block; gives the run.
 
     checkpoint: what resume_point gave. decided_by: what the run's result depends on, as what_decides gives it. A run
@@ -170,10 +170,10 @@ def _take(lock: IO[bytes], output_dir: str) -> None:
         logger.info("%s: the file system has no locks; start no other run there", output_dir)
 
 
-def _start_run(folder: Path, checkpoint: str | None, decided_by: Mapping[str, object]) -> Run | None:
+def _start_run(folder: Path, checkpoint: str | None, decided_by: Run) -> Run | None:
     run = {"run": secrets.token_hex(16), **decided_by} if checkpoint is None else _read_run(Path(checkpoint))
     token = None if run is None else run["run"]
-    step = 0 if checkpoint is None else _state(Path(checkpoint)).get("global_step", 0)
+    step = 0 if checkpoint is None else (_state(Path(checkpoint)) or {}).get("global_step", 0)
     remove_unfinished(folder)
     for path in _checkpoints(folder):
         # What came after the checkpoint that is resumed from is not part of this run either.
@@ -229,7 +229,7 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 
-def check_same_run(checkpoint: str | None, decided_by: Mapping[str, object]) -> None:
+def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     """Raise UserError where a run would go on otherwise than it began: with other rows or flags."""
     began = None if checkpoint is None else _read_run(Path(checkpoint))
     if began is None or "decided_by" not in began:
@@ -274,7 +274,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def _state(checkpoint: Path) -> dict | None:
+def _state(checkpoint: Path) -> dict[str, Any] | None:
     """What the Trainer keeps of a run; None where the folder is no checkpoint that was written to its end.
 
     The file is written last: a run that is killed while it saves leaves none, or half of one.

@@ -85,21 +85,19 @@ def matryoshka_weights(
 
 
 def save_merged_with_base(
-    trainer: RetrievalTrainer, model_args: ModelArguments, args: RetrieverTrainingArguments
+    trainer: RetrievalTrainer, model_args: ModelArguments, args: RetrieverTrainingArguments, *, share: float
 ) -> None:
-    """Save the mean of tuned and base weights beside the tuned checkpoint: what was forgotten comes back in part."""
+    """Save share * tuned + (1 - share) * base weights beside the tuned ones: what was forgotten comes back in part."""
     base, _, config = load_base(model_args)
     backbone, projection = merged(trainer.model.backbone), trainer.model.projection
-    mix_with(backbone.cpu(), base, args.merge_with_base)
+    mix_with(backbone.cpu(), base, share)
     mix_with(
         projection.cpu(),
         load_projection(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir),
-        args.merge_with_base,
+        share,
     )
     folder = os.path.join(args.output_dir, "merged")
     with model_replaced(folder) as staging:
         save_checkpoint(staging, backbone, trainer.processing_class, trainer.saved_config, projection)
         write_training_queries(staging, trainer.training_queries)
-    logger.info(
-        "%g of the tuned and %g of the base weights: %s", args.merge_with_base, 1 - args.merge_with_base, folder
-    )
+    logger.info("%g of the tuned and %g of the base weights: %s", share, 1 - share, folder)

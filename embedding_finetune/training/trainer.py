@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
@@ -72,11 +73,12 @@ class RetrievalTrainer(Trainer):
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
+        length = saved_config.max_seq_length or max(data_collator.query.max_length, data_collator.passage.max_length)
         self.encoder = Encoder(
             model,
             data_collator.tokenizer,
-            query_max_len=saved_config.max_seq_length,
-            passage_max_len=saved_config.max_seq_length,
+            query_max_len=length,
+            passage_max_len=length,
         )
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False
@@ -116,7 +118,7 @@ class RetrievalTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
-    ):
+    ) -> Any:
         """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
         rows = inputs["rows"]
         if self.model.training and (self.state.epoch or 0) < 1:
@@ -135,7 +137,7 @@ class RetrievalTrainer(Trainer):
     def evaluate(
         self,
         eval_dataset: RetrievalTask | None = None,
-        ignore_keys: list | None = None,
+        ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Retrieval measures on the whole candidate set, logged as `eval_MRR@10` and so on."""
@@ -148,7 +150,7 @@ class RetrievalTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def metrics_at(self, step: int) -> dict[str, float] | None:
@@ -158,7 +160,7 @@ class RetrievalTrainer(Trainer):
                 return {name.removeprefix("eval_"): entry[name] for name in entry if "@" in name}
         return None
 
-    def summary(self, train_metrics: dict[str, float]) -> dict:
+    def summary(self, train_metrics: dict[str, float]) -> Record:
         """What the run did, for people and for training_summary.json; evaluates the final weights if need be.
 
         train_metrics: those of train()'s result; time and rate are of this process, also in a resumed run.
@@ -185,7 +187,7 @@ class RetrievalTrainer(Trainer):
         neighbours = self.train_dataset.neighbours
         return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=neighbours)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder, model = output_dir or self.args.output_dir, self.model
@@ -250,13 +252,13 @@ class CutTexts(TrainerCallback):
     def __init__(self, trainer: RetrievalTrainer):
         self.trainer = trainer
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.cut_texts.any():
             return
-        counts = sum(gather_objects(self.trainer.cut_texts)).tolist()
+        counts = np.sum(gather_objects(self.trainer.cut_texts), axis=0).tolist()
         self.trainer.cut_texts[:] = 0
         collator = self.trainer.data_collator
-        lengths = {"query": collator.query_max_len, "passage": collator.passage_max_len}
+        lengths = {kind.name: kind.max_length for kind in (collator.query, collator.passage)}
         for (kind, length), (cut, texts) in zip(lengths.items(), counts):
             if cut:
                 logger.info(
@@ -271,12 +273,12 @@ class StderrProgress(ProgressCallback):
         super().__init__()
         self.disabled = disabled
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and self.disabled:
             self.training_bar.disable = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs is not None:
             line = "  ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
