@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
             print(result)
         if options.output_dir is not None:
             write_evaluation(Path(options.output_dir), document, task, rankings)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
         fail_if_asked(document, options)
     return result
 

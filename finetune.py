@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_in,
             what_decides,
         )
+        from embedding_finetune.training.trainer import all_weights
 
     checkpoint = resume_point(args)
 
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
         trainer = make_trainer(model_args, data_args, args, dataset, task)
+    decided_by["decided_by"]["base_weights"] = all_weights(trainer.model)
+    check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
         with errors_name_their_flag(given):
             result = trainer.train(resume_from_checkpoint=checkpoint)

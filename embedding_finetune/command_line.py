@@ -26,6 +26,7 @@ BROKEN_PIPE = 128 + 13
 _ENDING_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if os.name == "posix":
     _ENDING_SIGNALS[signal.SIGHUP] = "hung up"
+_SECONDS_TO_INSIST = 1
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -88,7 +89,11 @@ _holding: list[None] = []
 
 @contextmanager
 def _signals_raised_as_keyboard_interrupt() -> Iterator[None]:
-    """Let every ending signal raise KeyboardInterrupt; one that is ignored, as nohup ignores SIGHUP, stays ignored."""
+    """Let every ending signal raise KeyboardInterrupt; one that is ignored, as nohup ignores SIGHUP, stays ignored.
+
+    It is raised again, second by second, until the run is ending: Python drops what is raised in some places, in the
+    hooks of a fork for instance, and the run would go on as if nothing had happened.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -99,17 +104,22 @@ def _signals_raised_as_keyboard_interrupt() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        _received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_INSIST)
+        if number == signal.SIGALRM and isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            return  # the run is ending: what cleans up has its time
+        if number != signal.SIGALRM:
+            _received.append(number)
         if not _holding:
             raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*_ENDING_SIGNALS, signal.SIGALRM)}
     heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in heeded:
         signal.signal(number, interrupt)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number in heeded:
             signal.signal(number, before[number])
 

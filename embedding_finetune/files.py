@@ -2,8 +2,9 @@
 
 import gzip
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -11,6 +12,14 @@ from typing import IO, cast
 from embedding_finetune.command_line import UserError
 
 AnyPath = str | os.PathLike[str]
+
+_MODEL_FILES = re.compile(
+    r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?"
+    r"|(config|adapter_config|modules|generation_config|config_sentence_transformers|sentence_\S+_config)\.json"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|chat_template\.jinja"
+    r"|vocab\.txt|merges\.txt|bpe\.codes|(spiece|sentencepiece|sentencepiece\.bpe|tokenizer|spm)\.model"
+    r"|training_queries\.npy|training_summary\.json|training_run\.json"
+)
 
 
 @contextmanager
@@ -37,6 +46,11 @@ def atomic_writer(path: AnyPath) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name belongs to a model, as this suite, transformers, peft or others save it."""
+    return _MODEL_FILES.fullmatch(name) is not None
 
 
 def require_file(flag: str, path: AnyPath, *, folder_allowed: bool = False) -> None:
@@ -96,6 +110,16 @@ def require_apart(inputs: Mapping[str, str | None], outputs: Mapping[str, str | 
         for other, other_path in given[:number]:
             if _is_same_place(path, other_path):
                 raise UserError(f"{flag} {path} is the file of {other} too; give another one")
+
+
+def require_outside_models(outputs: Mapping[str, str | None], models: Iterable[str | None]) -> None:
+    """Raise UserError where an output would replace a file of a model's folder; flag -> path, None where not given."""
+    folders = [Path(os.path.realpath(model)) for model in models if model is not None and os.path.isdir(model)]
+    for flag, path in outputs.items():
+        if path is None or not os.path.exists(path) or not is_model_file(os.path.basename(path)):
+            continue
+        if any(folder in Path(os.path.realpath(path)).parents for folder in folders):
+            raise UserError(f"{flag} {path} is a file of the model, and would replace it; give another one")
 
 
 def _is_same_place(path: str, other: str) -> bool:

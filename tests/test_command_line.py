@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -271,3 +272,47 @@ assert os.path.isdir(folder)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([PYTHON, "-c", program], cwd=REPOSITORY, env=environment, check=True)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_that_python_drops_ends_the_run_all_the_same_and_lets_it_clean_up():
+    """As in the hooks of a fork, or where an object is deleted."""
+    program = """
+import os, signal, sys, time
+from embedding_finetune import command_line
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+@command_line.command
+def main():
+    Dropping()
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(2.5)
+        print("cleaned up")
+
+main()
+"""
+    result = subprocess.run([PYTHON, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (143, "cleaned up\n"), result.stderr
+
+
+def test_mining_does_not_replace_a_file_of_the_model(tiny_bert, pairs, tmp_path, capsys):
+    config = shutil.copytree(tiny_bert, tmp_path / "bert") / "config.json"
+    before = config.read_bytes()
+    for flag in ("output_file", "report_file"):
+        flags = {"model_name_or_path": config.parent, "input_file": pairs, "output_file": tmp_path / "out.jsonl"}
+        with pytest.raises(SystemExit) as stop:
+            mine_hard_neg.main(argv_of(**flags | {flag: config}))
+        assert stop.value.code == 2
+        assert f"--{flag} {config} is a file of the model" in capsys.readouterr().err
+    assert config.read_bytes() == before
+
+
+def test_a_closed_stdout_is_no_failed_check(tiny_bert, candidates, pairs):
+    command = [PYTHON, str(REPOSITORY / "evaluate.py"), *evaluation(tiny_bert, candidates, pairs)]
+    result = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

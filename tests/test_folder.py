@@ -9,7 +9,8 @@ import pytest
 from helpers.data import REPOSITORY
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.folder import is_model_file, model_replaced, remove_unfinished
+from embedding_finetune.files import is_model_file
+from embedding_finetune.model.folder import model_replaced, remove_unfinished
 
 OLD = {
     "config.json": "old",
@@ -60,6 +61,15 @@ def test_all_files_can_be_read_by_those_who_may_read_new_files(tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_a_folder_that_only_has_a_name_like_a_models_stays_with_all_that_is_in_it(tmp_path):
+    users = {"2024_Reports/r.txt": "x", "merged/important.csv": "x", "1_Data/train.jsonl": "x", "adapter/a.py": "x"}
+    write(tmp_path, OLD | users)
+    with model_replaced(tmp_path) as staging:
+        write(staging, NEW)
+    mixed = {"adapter/adapter_config.json": "old", "merged/config.json": "old"}  # beside files of the user's
+    assert contents(tmp_path) == NEW | users | mixed
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a fault"), KeyboardInterrupt()])

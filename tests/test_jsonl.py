@@ -265,6 +265,7 @@ def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
     [
         (gzip.compress(b'{"text": "a"}'), "the file is compressed; give it a name that ends in .gz"),
         (b'[\n  {"text": "a"}\n]', ":1: the file is one JSON array; expected one object per line"),
+        (b'{"text": "a", "text": "b"}', ':1: not valid JSON ("text" is there twice); expected one object per line'),
         (b"question,answer\n", ":1: not valid JSON (Expecting value: column 1 (char 0)); expected one object per line"),
     ],
 )

@@ -217,7 +217,10 @@ def test_data_that_the_new_model_would_replace_is_refused(tiny_bert, mined, tmp_
         ({"resume_from_checkpoint": "{out}"}, "give one of those in it: checkpoint-2, checkpoint-4"),
         ({"resume_from_checkpoint": "{model}"}, "is no finished checkpoint"),
         ({"resume_from_checkpoint": "{file}"}, "there is no such folder"),
-        ({"resume_from_checkpoint": "{weights_only}"}, "as --save_only_model saves it"),
+        ({"resume_from_checkpoint": "{weights_only}"}, "as --save_only_model leaves them out"),
+        ({"resume_from_checkpoint": "{no_schedule}"}, "lacks scheduler.pt"),
+        ({"resume_from_checkpoint": "{damaged_state}"}, "a file of it is damaged"),
+        ({"resume_from_checkpoint": "{out}/checkpoint-4", "max_steps": 3}, "is at step 4 already"),
         ({"resume_from_checkpoint": "{out}/checkpoint-2", "lora_rank": 2}, "was trained without adapters"),
         ({"resume_from_checkpoint": "{adapters}/checkpoint-2"}, "was trained with --lora_rank 4, and no --lora_rank"),
         ({"resume_from_checkpoint": "{adapters}/checkpoint-2", "lora_rank": 2}, "--lora_rank 4, and --lora_rank is 2"),
@@ -245,7 +248,13 @@ def finished_runs(tiny_bert, tmp_path_factory):
     shutil.copytree(folder / "out" / "checkpoint-2", folder / "damaged")
     with (folder / "damaged" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
+    for name, file in (("no_schedule", "scheduler.pt"), ("damaged_state", "optimizer.pt")):
+        shutil.copytree(folder / "out" / "checkpoint-2", folder / name)
+        (folder / name / file).unlink()
+    (folder / "damaged_state" / "optimizer.pt").write_bytes(b"cut short")
     return {
+        "no_schedule": folder / "no_schedule",
+        "damaged_state": folder / "damaged_state",
         "data": data,
         "out": folder / "out",
         "adapters": folder / "adapters",
@@ -334,6 +343,17 @@ def test_a_run_goes_on_with_the_rows_and_flags_it_was_started_with(
     else:
         assert complaint in refusal(argv, capsys)
         assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_an_adapter_is_not_trained_on_with_another_base(tiny_bert, mined, tmp_path, capsys):
+    pytest.importorskip("peft")
+    given = {"lora_rank": 2, "save_strategy": "steps", "save_steps": 2}
+    finetune.main(flags(tiny_bert, mined, tmp_path / "out", **given))
+    other = make_tiny_bert(tmp_path / "other", seed=5)
+    argv = flags(other, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given)
+    assert "go on with another --model_name_or_path" in refusal(argv, capsys)
+    moved = shutil.copytree(tiny_bert, tmp_path / "moved")
+    finetune.main(flags(moved, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given))
 
 
 def test_a_finished_run_makes_no_step_beyond_its_last(tiny_bert, mined, tmp_path):

@@ -205,7 +205,7 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     if not text:
         return None
     try:
-        record = json.loads(text)
+        record = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         if line == 1 and text.startswith("["):
             raise UserError(f"{path}:1: the file is one JSON array; expected one object per line") from error
@@ -214,6 +214,18 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     if not isinstance(record, dict):
         raise UserError(f"{path}:{line}: a JSON {type(record).__name__}, expected an object")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'"{twice}" is there twice')
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _require_text(path: AnyPath, line: int, record: Record, field: str) -> None:

@@ -45,8 +45,13 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
 def file_name(model: str, models: list[str]) -> str:
     """A model's name as part of a file name, numbered where two would come out the same."""
     safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_MOST_CHARACTERS:] for name in models]
-    own = safe[models.index(model)]
-    return own if safe.count(own) == 1 else f"{own}.{models.index(model) + 1}"
+    number = models.index(model)
+    if safe.count(safe[number]) == 1:
+        return safe[number]
+    numbered = f"{safe[number]}.{number + 1}"
+    while numbered in safe:  # another model's own name
+        numbered += "_"
+    return numbered
 
 
 def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:

@@ -72,6 +72,7 @@ class MiningOptions(EncodingOptions, SelectionOptions):
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
         outputs = {f"--{name}": getattr(self, name) for name in ("output_file", "report_file", "embeddings_dir")}
+        files.require_outside_models(outputs, [*self.model_name_or_path, self.reranker_name_or_path])
         files.require_apart({"--candidate_pool": self.candidate_pool}, outputs)
         files.require_apart({"--input_file": self.input_file}, {"--report_file": self.report_file})
 

@@ -14,24 +14,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from embedding_finetune.command_line import UserError, first_line, uninterrupted
-from embedding_finetune.files import AnyPath
+from embedding_finetune.files import AnyPath, is_model_file
 
 _STAGING = ".saving-"
 _ENTRANCES = ("config.json", "adapter_config.json", "modules.json")
 """What loaders look for first: a folder without them holds no model."""
-_FILES = re.compile(
-    r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?"
-    r"|(config|adapter_config|modules|generation_config|config_sentence_transformers|sentence_\S+_config)\.json"
-    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|chat_template\.jinja"
-    r"|vocab\.txt|merges\.txt|bpe\.codes|(spiece|sentencepiece|sentencepiece\.bpe|tokenizer|spm)\.model"
-    r"|training_queries\.npy|training_summary\.json|training_run\.json"
-)
 _FOLDERS = re.compile(r"\d+_[A-Z]\w*|adapter|merged")
-
-
-def is_model_file(name: str) -> bool:
-    """Whether a file of this name belongs to a model, as this suite, transformers, peft or others save it."""
-    return _FILES.fullmatch(name) is not None
+"""Where models have folders; they are a model's when they hold nothing else."""
 
 
 @contextmanager
@@ -68,7 +57,7 @@ def _replace(folder: Path, staging: Path) -> None:
     for name in _ENTRANCES:
         (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink() and _FOLDERS.fullmatch(path.name):
+        if path.is_dir() and not path.is_symlink() and _is_model_folder(path):
             shutil.rmtree(path)
         elif is_model_file(path.name) and Path(path.name) not in staged:
             path.unlink()
@@ -77,6 +66,11 @@ def _replace(folder: Path, staging: Path) -> None:
         (folder / written).parent.mkdir(exist_ok=True)
         (staging / written).chmod(mode)  # safetensors' own files are for their owner alone
         os.replace(staging / written, folder / written)
+
+
+def _is_model_folder(path: Path) -> bool:
+    files = [file for file in path.rglob("*") if not file.is_dir()]
+    return _FOLDERS.fullmatch(path.name) is not None and all(is_model_file(file.name) for file in files)
 
 
 def _umask() -> int:

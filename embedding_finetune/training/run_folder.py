@@ -23,9 +23,9 @@ import datasets
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.jsonl import data_files
-from embedding_finetune.files import AnyPath, atomic_writer, require_folder
+from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
-from embedding_finetune.model.folder import is_model_file, remove_unfinished
+from embedding_finetune.model.folder import remove_unfinished
 from embedding_finetune.training.rows import list_lengths
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 Run = dict[str, Any]
 """What training_run.json holds."""
 
-_TRAINER_STATE, _OPTIMIZER_STATE = "trainer_state.json", "optimizer.pt"
-"""Transformers' names of two files of a checkpoint."""
+_TRAINER_STATE = "trainer_state.json"
+_STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Transformers' names of the files of a checkpoint that a run goes on with, beside its weights."""
 _RUN_FILE = "training_run.json"
 _LOCK_FILE = ".running"
 _DECIDES_NOTHING = re.compile(
@@ -119,6 +120,12 @@ def resume_point(args: "RetrieverTrainingArguments") -> str | None:
                 "started last; leave the flag out to start anew"
             )
     _check_is_checkpoint(folder)
+    state = _state(Path(folder)) or {}
+    if 0 < args.max_steps < state.get("global_step", 0):
+        raise UserError(
+            f"--max_steps {args.max_steps}: {folder} is at step {state['global_step']} already; raise it, or give an "
+            "earlier checkpoint"
+        )
     rank = adapter_rank(folder)
     if rank != args.lora_rank:
         given = "no --lora_rank is given" if args.lora_rank is None else f"--lora_rank is {args.lora_rank}"
@@ -135,9 +142,10 @@ def _check_is_checkpoint(folder: str) -> None:
         inside = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
         remedy = f"give one of those in it: {', '.join(inside)}" if inside else "give a checkpoint-N folder, or True"
         raise UserError(f"{what}: is no finished checkpoint ({_TRAINER_STATE} is missing or damaged); {remedy}")
-    if not (Path(folder) / _OPTIMIZER_STATE).exists():
+    missing = [name for name in _STATES if not any(Path(folder).glob(name))]
+    if missing:
         raise UserError(
-            f"{what}: holds no state of the optimizer, as --save_only_model saves it; "
+            f"{what}: lacks {', '.join(missing)}, as --save_only_model leaves them out; "
             "give it as --model_name_or_path to train on from its weights"
         )
 
@@ -235,11 +243,13 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     if began is None or "decided_by" not in began:
         return
     before, now = began["decided_by"], decided_by["decided_by"]
-    for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "rows", name != "rows_digest", name)):
+    names = before.keys() | now.keys() if "base_weights" in now else (before.keys() | now.keys()) - {"base_weights"}
+    for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
         if before.get(name) != now.get(name):
             what = {
                 "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
                 "rows_digest": "other training rows",
+                "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
             }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
             raise UserError(
@@ -283,4 +293,4 @@ def _state(checkpoint: Path) -> dict[str, Any] | None:
         state = json.loads((checkpoint / _TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
+    return state if isinstance(state, dict) and type(state.get("global_step", 0)) is int else None

@@ -1,10 +1,13 @@
 """transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
 
+import hashlib
 import logging
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +229,34 @@ class RetrievalTrainer(Trainer):
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
             self.model.projection.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _damage_named(checkpoint: str | None) -> Iterator[None]:
+    """Raise UserError for whatever torch raises for a file of a checkpoint that is cut short or none of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{checkpoint}: a file of it is damaged: {first_line(error)}; give another one") from error
+
+
+def all_weights(model: nn.Module) -> str:
+    """What tells the weights of a model from another's: a hash of all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {torch.hash_tensor(tensor.detach().cpu()).numpy()}".encode())
+    return digest.hexdigest()
 
 
 def _trained_weights(model: nn.Module) -> dict[str, str]:
