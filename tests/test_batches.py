@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
+from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.rows import load_rows
 
 

@@ -21,9 +21,9 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.model.tokens import TextKind, pad, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
+from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.rows import end_to_end, list_lengths
 
@@ -139,7 +139,7 @@ class EpochSampler(Sampler[EpochIndex]):
 
 
 class EmbedCollator:
-    """Examples -> the arguments of BiEncoder.forward, and `rows` and `cut_texts`; a repeated text is in a batch once.
+    """Examples -> the arguments of RetrievalLoss.forward, `rows` and `cut_texts`; a repeated text is in a batch once.
 
     rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
     """

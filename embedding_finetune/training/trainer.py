@@ -1,4 +1,4 @@
-"""transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
+"""transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
 import logging
 import re
@@ -23,7 +23,6 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
-from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import load_projection
@@ -32,6 +31,7 @@ from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.flags import SHARDED
+from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,9 @@ _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamW
 
 
 class RetrievalTrainer(Trainer):
-    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
+    """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
+    What it saves is the BiEncoder alone, so that any tool loads it.
     trained_before: what read_training_queries gave for the weights that training starts from. `run`: what
     checkpoints say about the run, see run_folder.py.
     """
@@ -51,7 +52,7 @@ class RetrievalTrainer(Trainer):
 
     def __init__(
         self,
-        model: BiEncoder,
+        model: RetrievalLoss,
         args: RetrieverTrainingArguments,
         *,
         train_dataset: TrainDataset,
@@ -70,12 +71,13 @@ class RetrievalTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
+        self.bi_encoder = model.bi_encoder
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
         length = saved_config.max_seq_length or max(data_collator.query.max_length, data_collator.passage.max_length)
         self.encoder = Encoder(
-            model,
+            model.bi_encoder,
             data_collator.tokenizer,
             query_max_len=length,
             passage_max_len=length,
@@ -190,7 +192,7 @@ class RetrievalTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder, model = output_dir or self.args.output_dir, self.model
+        folder, model = output_dir or self.args.output_dir, self.bi_encoder
         with model_replaced(folder) as staging:
             if self.args.lora_rank is not None:
                 save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
@@ -215,16 +217,16 @@ class RetrievalTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             if self.args.lora_rank is not None:
-                load_adapter(self.model.backbone, resume_from_checkpoint)
+                load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
             else:
-                self.model.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
+                self.bi_encoder.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
             ) from error
         if self.saved_config.dense:
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
-            self.model.projection.load_state_dict(saved.state_dict())
+            self.bi_encoder.projection.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
