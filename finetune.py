@@ -75,12 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         scores_required=args.distillation_weight > 0,
     )
-    dataset = TrainDataset(
-        rows,
-        group_size=data_args.train_group_size,
-        seed=args.seed,
-        neighbours_in_batch=data_args.neighbours_in_batch,
-    )
+    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
     logger.info("%d training rows", len(dataset))
     check_it_can_learn(dataset, args)
     task = load_evaluation(data_args, dataset)

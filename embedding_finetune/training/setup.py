@@ -26,6 +26,7 @@ from embedding_finetune.model.training_queries import read_training_queries, wri
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
+from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ def make_trainer(
     task: RetrievalTask | None,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
+    most = data_args.neighbours_in_batch
+    neighbours = Neighbours(dataset.rows, most=most) if most else None
     backbone, tokenizer, config = load_base(model_args)
     length_to_save = check_lengths(backbone, tokenizer, config, data_args)
     limit = length_limit(backbone, tokenizer)
@@ -65,6 +68,7 @@ def make_trainer(
         data_collator=collator,
         saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
         trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
+        neighbours=neighbours,
         task=task,
     )
 

@@ -32,6 +32,7 @@ from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, R
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.loss import RetrievalLoss
+from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamW
 class RetrievalTrainer(Trainer):
     """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
-    What it saves is the BiEncoder alone, so that any tool loads it.
-    trained_before: what read_training_queries gave for the weights that training starts from. `run`: what
+    What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
+    the weights that training starts from. neighbours: the rows that are to share a batch with each row. `run`: what
     checkpoints say about the run, see run_folder.py.
     """
 
@@ -59,6 +60,7 @@ class RetrievalTrainer(Trainer):
         data_collator: EmbedCollator,
         saved_config: EmbeddingConfig,
         trained_before: np.ndarray,
+        neighbours: Neighbours | None = None,
         task: RetrievalTask | None = None,
     ):
         super().__init__(
@@ -72,6 +74,7 @@ class RetrievalTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
         self.bi_encoder = model.bi_encoder
+        self.neighbours = neighbours
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
@@ -186,8 +189,7 @@ class RetrievalTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
-        neighbours = self.train_dataset.neighbours
-        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=neighbours)
+        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=self.neighbours)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
