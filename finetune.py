@@ -21,7 +21,6 @@ The output folder is a checkpoint that transformers and sentence-transformers lo
 TrainingArguments are flags here; docs/flags.md says which have no meaning and are refused.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -63,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_in,
             what_decides,
         )
+        from embedding_finetune.training.setup import make_trainer
         from embedding_finetune.training.trainer import all_weights
 
     checkpoint = resume_point(args)
@@ -76,12 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         scores_required=args.distillation_weight > 0,
     )
-    dataset = TrainDataset(
-        rows,
-        group_size=data_args.train_group_size,
-        seed=args.seed,
-        neighbours_in_batch=data_args.neighbours_in_batch,
-    )
+    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
     logger.info("%d training rows", len(dataset))
     check_it_can_learn(dataset, args)
     task = load_evaluation(data_args, dataset)
@@ -139,68 +134,6 @@ def load_evaluation(data_args: "DataArguments", dataset: "TrainDataset") -> Retr
             len(set().union(*task.relevant)),
         )
     return task
-
-
-def make_trainer(
-    model_args: "ModelArguments",
-    data_args: "DataArguments",
-    args: "RetrieverTrainingArguments",
-    dataset: "TrainDataset",
-    task: RetrievalTask | None,
-) -> "RetrievalTrainer":
-    """Load the model, settle how it embeds, and put it together with data and arguments."""
-    from embedding_finetune.model.bi_encoder import BiEncoder
-    from embedding_finetune.model.checks import check_training
-    from embedding_finetune.model.loading import check_instructions, length_limit, load_projection
-    from embedding_finetune.model.training_queries import read_training_queries
-    from embedding_finetune.training.batches import EmbedCollator
-    from embedding_finetune.training.setup import load_base, matryoshka_weights, settle_lengths, settle_parameters
-    from embedding_finetune.training.trainer import RetrievalTrainer
-
-    backbone, tokenizer, config = load_base(model_args)
-    saved_length = settle_lengths(backbone, tokenizer, config, data_args)
-    limit = length_limit(backbone, tokenizer)
-    backbone = settle_parameters(backbone, config, args)
-    config = config.with_flags(
-        pooling=args.sentence_pooling_method,
-        normalized=args.normalized,
-        query_instruction=data_args.query_instruction_for_retrieval,
-        passage_instruction=data_args.passage_instruction_for_retrieval,
-    )
-    lengths = {"query_max_len": data_args.query_max_len, "passage_max_len": data_args.passage_max_len}
-    check_instructions(tokenizer, config, **lengths)
-    model = BiEncoder(
-        backbone,
-        config,
-        projection=load_projection(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir),
-        temperature=args.temperature,
-        use_inbatch_neg=args.use_inbatch_neg,
-        mask_known_positives=args.mask_known_positives,
-        negatives_cross_device=args.negatives_cross_device,
-        tokens_per_sub_batch=args.tokens_per_sub_batch,
-        recompute_sub_batches=args.recompute_sub_batches,
-        matryoshka=matryoshka_weights(backbone, config, args),
-        distillation_weight=args.distillation_weight,
-        teacher_temperature=args.teacher_temperature,
-    )
-    check_training(model, tokenizer, limit=limit, what=f"--model_name_or_path {model_args.model_name_or_path}")
-    collator = EmbedCollator(
-        tokenizer,
-        config,
-        group_size=dataset.group_size,
-        **lengths,
-        with_teacher=args.distillation_weight > 0,
-    )
-    saved_config = dataclasses.replace(config, max_seq_length=saved_length, backbone_folder="")
-    return RetrievalTrainer(
-        model,
-        args,
-        train_dataset=dataset,
-        data_collator=collator,
-        saved_config=saved_config,
-        trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
-        task=task,
-    )
 
 
 def parse_arguments(

@@ -121,7 +121,6 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     backbone, tokenizer, config = load_backbone(model, flag="--model")
     embedder = BiEncoder(backbone, config).eval()
     encoder = Encoder(embedder, tokenizer, query_max_len=1, passage_max_len=config.max_seq_length)
-    embedder.forward = embedder.encode  # what is converted
     example = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -131,7 +130,7 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     def infer(**inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(request.infer({name: tensor.numpy() for name, tensor in inputs.items()})[0].copy())
 
-    embedder.encode = infer
+    embedder.forward = infer
     return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
+from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.rows import load_rows
 
 
@@ -86,7 +86,7 @@ def test_known_positives_are_those_of_every_row_with_the_same_query(tmp_path):
             {"query": " cafe\u0301 ", "pos": ["c", "a"]},
         ],
     )
-    known = set(KnownPositives(rows).of("caf\u00e9").tolist())
+    known = set(KnownPositives(rows).of(text_id("caf\u00e9")).tolist())
     assert known == {text_id("a"), text_id("c"), text_id("caf\u00e9")}
 
 

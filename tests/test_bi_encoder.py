@@ -41,7 +41,7 @@ def test_embeddings_are_float32_under_autocast_and_unit_length_when_normalised(t
     model = BiEncoder(backbone, EmbeddingConfig(pooling="mean", normalized=normalized)).eval()
     ids = torch.randint(5, 50, (3, 7))
     with torch.autocast("cpu", torch.bfloat16):
-        embeddings = model.encode(ids, torch.ones_like(ids))
+        embeddings = model(ids, torch.ones_like(ids))
     assert embeddings.dtype == torch.float32
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(3)) is normalized
 
@@ -133,12 +133,11 @@ def test_sub_batches_give_the_loss_and_gradients_of_one_batch(tmp_path, budget, 
     backbone, _, _ = load_backbone(str(make_rotary_model(tmp_path)), flag="--model")
     ids, mask = ragged_batch(padding_side=padding_side)
     config = EmbeddingConfig(pooling=pooling)
-    whole = BiEncoder(backbone, config).train()
-    parts = BiEncoder(backbone, config, tokens_per_sub_batch=budget).train()
+    model = BiEncoder(backbone, config).train()
     target = torch.randn(12, 32)
 
     gradients = []
-    for embeddings in (whole.encode(ids, mask), parts.encode_in_sub_batches(ids, mask)):
+    for embeddings in (model(ids, mask), model.encode_in_sub_batches(ids, mask, tokens_per_sub_batch=budget)):
         backbone.zero_grad()
         loss = (embeddings * target).sum()
         loss.backward()

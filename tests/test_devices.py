@@ -66,14 +66,14 @@ def test_running_out_of_memory_on_mps_halves_the_batch_too(tiny_bert, monkeypatc
     assert default_tokens_per_batch(torch.device("mps")) == 8192
     whole = embed_passages(encoder_for(tiny_bert), TEXTS)
     encoder = encoder_for(tiny_bert)
-    encode = encoder.model.encode
+    encode = encoder.model.forward
 
     def small(input_ids, attention_mask):
         if input_ids.numel() > 100:
             raise RuntimeError(MPS_ERROR)
         return encode(input_ids, attention_mask)
 
-    monkeypatch.setattr(encoder.model, "encode", small)
+    monkeypatch.setattr(encoder.model, "forward", small)
     assert np.array_equal(embed_passages(encoder, TEXTS), whole)
     assert "out of GPU memory: --tokens_per_batch is" in caplog.text
 

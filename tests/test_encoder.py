@@ -79,14 +79,14 @@ def test_texts_that_are_cut_are_counted(tiny_bert, caplog):
 def test_an_embedding_without_a_direction_is_an_error_that_names_the_text(tiny_bert, monkeypatch, value, complaint):
     monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 5)
     encoder = encoder_for(tiny_bert)
-    encode = encoder.model.encode
+    encode = encoder.model.forward
 
     def broken(input_ids, attention_mask):
         embeddings = encode(input_ids, attention_mask)
         embeddings[(input_ids == encoder.tokenizer.convert_tokens_to_ids("desk")).any(dim=1)] = value
         return embeddings
 
-    monkeypatch.setattr(encoder.model, "encode", broken)
+    monkeypatch.setattr(encoder.model, "forward", broken)
     with pytest.raises(UserError, match=f"passage 8 has an embedding that is {complaint}: 'my desk'"):
         list(encoder.encode_passages(["pump", "gate"] * 3 + ["red", "my desk", "panel"]))
 
@@ -94,7 +94,7 @@ def test_an_embedding_without_a_direction_is_an_error_that_names_the_text(tiny_b
 def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monkeypatch, caplog):
     whole = embed_passages(encoder_for(tiny_bert), TEXTS)
     encoder = encoder_for(tiny_bert)
-    encode, sizes = encoder.model.encode, []
+    encode, sizes = encoder.model.forward, []
 
     def small_gpu(input_ids, attention_mask):
         sizes.append(input_ids.numel())
@@ -102,7 +102,7 @@ def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monke
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(input_ids, attention_mask)
 
-    monkeypatch.setattr(encoder.model, "encode", small_gpu)
+    monkeypatch.setattr(encoder.model, "forward", small_gpu)
     assert np.array_equal(embed_passages(encoder, TEXTS), whole)
     assert "out of GPU memory: --tokens_per_batch is" in caplog.text
     sizes.clear()
@@ -113,6 +113,6 @@ def test_running_out_of_gpu_memory_halves_the_batch_and_says_so(tiny_bert, monke
 def test_other_errors_and_a_text_that_does_not_fit_alone_are_not_swallowed(tiny_bert, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("something else")):
         encoder = encoder_for(tiny_bert)
-        monkeypatch.setattr(encoder.model, "encode", lambda error=error, **_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(encoder.model, "forward", lambda error=error, **_: (_ for _ in ()).throw(error))
         with pytest.raises(type(error), match=str(error)):
             encoder.encode_queries(TEXTS)

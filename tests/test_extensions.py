@@ -15,9 +15,9 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.loss import contrastive_loss
 from embedding_finetune.model.tokens import pad, tokenize
 from embedding_finetune.retrieval.encoder import load_encoder
+from embedding_finetune.training.loss import LossOptions, RetrievalLoss, contrastive_loss
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "red green blue " * 30]
 
@@ -93,7 +93,7 @@ def test_the_adapter_alone_is_what_peft_loads_and_gives_the_merged_model(tiny_be
     model = BiEncoder(PeftModel.from_pretrained(backbone, str(alone)), config).eval()
     ids, _ = tokenize(tokenizer, TEXTS, instruction="", max_length=128)
     with torch.no_grad():
-        assert np.allclose(model.encode(**pad(tokenizer, ids, limit=128)), embeddings(merged), atol=1e-5)
+        assert np.allclose(model(**pad(tokenizer, ids, limit=128)), embeddings(merged), atol=1e-5)
 
 
 def test_without_peft_the_flag_says_what_to_install(tiny_bert, rows, tmp_path, monkeypatch, capsys):
@@ -108,14 +108,15 @@ def test_without_peft_the_flag_says_what_to_install(tiny_bert, rows, tmp_path, m
 def test_the_matryoshka_loss_is_the_weighted_sum_over_renormalised_prefixes(tmp_path, normalized):
     backbone, _, config = load_backbone(str(make_tiny_bert(tmp_path / "bert", dropout=0.0)), flag="--model")
     config = config.with_flags(normalized=normalized)
-    model = BiEncoder(backbone, config, temperature=0.5, matryoshka={32: 1.0, 8: 0.5, 2: 0.25})
+    model = BiEncoder(backbone, config)
+    loss_of = RetrievalLoss(model, LossOptions(temperature=0.5, matryoshka={32: 1.0, 8: 0.5, 2: 0.25}))
     ids = torch.randint(5, 60, (6, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     index = {"query_index": torch.tensor([0, 1]), "passage_index": torch.tensor([[2, 3], [4, 5]])}
     known = {"passage_ids": torch.arange(4).reshape(2, 2), "known_ids": torch.tensor([[0], [2]])}
-    loss = model(**batch, **index, **known)["loss"].item()
+    loss = loss_of(**batch, **index, **known)["loss"].item()
     expected = 0.0
-    whole = model.encode(**batch)
+    whole = model(**batch)
     for dimensions, weight in ((32, 1.0), (8, 0.5), (2, 0.25)):
         prefix = whole[:, :dimensions]
         prefix = prefix / prefix.norm(dim=1, keepdim=True) if normalized else prefix

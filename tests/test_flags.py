@@ -23,7 +23,9 @@ from embedding_finetune.training.arguments import DataArguments, ModelArguments,
 from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
 from embedding_finetune.training.flags import REFUSED
+from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.setup import make_trainer
 
 PAGE = (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8").split("## Every flag of finetune.py")[1]
 TABLE = dict(re.findall(r"^\| `--(\w+)` \| (\w[\w ]*) \|", PAGE, re.MULTILINE))
@@ -283,7 +285,7 @@ def test_fsdp_that_only_accelerate_knows_of_is_refused_when_the_trainer_is_made(
     args[0].model_name_or_path = str(tiny_bert)
     dataset = TrainDataset(load_rows("good.jsonl"), group_size=2, seed=0)
     with pytest.raises(UserError, match="torchrun alone"):
-        finetune.make_trainer(*args, dataset, None)
+        make_trainer(*args, dataset, None)
 
 
 # Given twice, empty, or not UTF-8
@@ -456,7 +458,7 @@ def test_a_fault_of_ours_keeps_its_traceback_also_when_a_framework_called_us(tin
     model = BiEncoder(backbone, config.with_flags(pooling="fp16"))
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with pytest.raises(ValueError, match="unknown pooling method 'fp16'"), errors_name_their_flag({"fp16": True}):
-        model.encode(**inputs)
+        model(**inputs)
 
 
 def test_only_what_differs_from_its_default_may_be_the_cause(folder):
@@ -473,13 +475,13 @@ def test_only_what_differs_from_its_default_may_be_the_cause(folder):
 def noisy_inputs(model, alpha, *, training=True):
     """What the backbone sees of two texts with one repeated token, with NEFTune's hook on."""
     seen = []
-    hook = model.backbone.register_forward_pre_hook(
+    hook = model.bi_encoder.backbone.register_forward_pre_hook(
         lambda _, args, inputs: seen.append(inputs["inputs_embeds"].detach()), with_kwargs=True
     )
     handle = activate_neftune(model, alpha) if alpha else None
     model.train(training)
     torch.manual_seed(0)
-    model.encode_in_sub_batches(torch.full((2, 64), 7), torch.ones(2, 64, dtype=torch.long))
+    model.bi_encoder.encode_in_sub_batches(torch.full((2, 64), 7), torch.ones(2, 64, dtype=torch.long))
     hook.remove()
     if handle:
         deactivate_neftune(model, handle)
@@ -488,7 +490,7 @@ def noisy_inputs(model, alpha, *, training=True):
 
 def test_neftune_adds_its_own_noise_to_each_token_of_each_text_in_training_only(tiny_bert):
     backbone, _, config = load_backbone(str(tiny_bert), flag="--model")
-    model = BiEncoder(backbone, config)
+    model = RetrievalLoss(BiEncoder(backbone, config), LossOptions())
     plain = noisy_inputs(model, None)
     noise = noisy_inputs(model, 5.0) - plain  # (2, 64, 32)
     limit = 5.0 / (64 * 32) ** 0.5
@@ -497,7 +499,7 @@ def test_neftune_adds_its_own_noise_to_each_token_of_each_text_in_training_only(
     assert len(noise[..., 0].unique()) == 2 * 64
     assert torch.equal(noisy_inputs(model, 5.0, training=False), plain)
     assert torch.equal(noisy_inputs(model, None), plain)
-    assert not any("token_embeddings" in name for name in model.state_dict() if not name.startswith("backbone."))
+    assert not any("token_embeddings" in name for name in model.state_dict() if ".backbone." not in name)
 
 
 def test_a_schedule_that_follows_a_measure_lowers_the_rate_when_the_measure_falls(folder):

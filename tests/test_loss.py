@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.model.loss import PADDING_ID, contrastive_loss, distillation_loss, masked_columns
+from embedding_finetune.training.loss import PADDING_ID, contrastive_loss, distillation_loss, masked_columns
 
 
 def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None):

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.training.batches import EpochSampler, TrainDataset
+from embedding_finetune.training.batches import EpochSampler
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.rows import load_rows
 
@@ -54,8 +54,8 @@ def test_batches_hold_neighbours_and_differ_from_epoch_to_epoch(tmp_path):
     negatives = [
         [rings[other][ring] for other in range(4) if other != place] for place in range(4) for ring in range(10)
     ]
-    dataset = TrainDataset(rows_of(tmp_path, positives, negatives), group_size=1, seed=0, neighbours_in_batch=3)
-    sampler = EpochSampler(len(dataset), seed=0, neighbours=dataset.neighbours)
+    neighbours = Neighbours(rows_of(tmp_path, positives, negatives), most=3)
+    sampler = EpochSampler(40, seed=0, neighbours=neighbours)
     epochs = []
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -68,4 +68,4 @@ def test_batches_hold_neighbours_and_differ_from_epoch_to_epoch(tmp_path):
 
 def test_rows_without_neighbours_are_refused(tmp_path):
     with pytest.raises(UserError, match="--neighbours_in_batch: no row's negatives are positives of other rows"):
-        TrainDataset(rows_of(tmp_path, "ab", "xy"), group_size=1, seed=0, neighbours_in_batch=2)
+        Neighbours(rows_of(tmp_path, "ab", "xy"), most=2)

@@ -24,6 +24,7 @@ from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.rows import load_rows
 from embedding_finetune.training.run_folder import last_checkpoint
+from embedding_finetune.training.setup import make_loss
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 
@@ -44,7 +45,7 @@ def make_trainer(tmp_path):
     )
     model_folder = make_tiny_bert(tmp_path / "bert", dropout=0.0)
 
-    def make(name="out", group_size=2, temperature=0.1, evaluate=False, **flags):
+    def make(name="out", group_size=2, evaluate=False, **flags):
         backbone, tokenizer, config = load_backbone(str(model_folder), flag="--model")
         args = RetrieverTrainingArguments(
             output_dir=str(tmp_path / name),
@@ -54,18 +55,12 @@ def make_trainer(tmp_path):
                 "max_steps": 3,
                 "save_strategy": "no",
                 "disable_tqdm": True,
+                "temperature": 0.1,
                 **flags,
             },
         )
         return RetrievalTrainer(
-            BiEncoder(
-                backbone,
-                config,
-                temperature=temperature,
-                use_inbatch_neg=args.use_inbatch_neg,
-                recompute_sub_batches=args.recompute_sub_batches,
-                tokens_per_sub_batch=args.tokens_per_sub_batch,
-            ),
+            make_loss(BiEncoder(backbone, config), args),
             args,
             train_dataset=TrainDataset(load_rows(str(data)), group_size=group_size, seed=args.seed),
             data_collator=EmbedCollator(tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32),
@@ -78,7 +73,7 @@ def make_trainer(tmp_path):
 
 
 def weights(trainer):
-    return {name: tensor.clone() for name, tensor in trainer.model.backbone.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trainer.bi_encoder.backbone.state_dict().items()}
 
 
 def test_accumulated_micro_batches_give_the_mean_of_their_gradients(make_trainer):
@@ -90,7 +85,7 @@ def test_accumulated_micro_batches_give_the_mean_of_their_gradients(make_trainer
         del batch["rows"], batch["cut_texts"]
         (expected(**batch)["loss"] / 4).backward()
     trainer.train()
-    for name, parameter in expected.backbone.named_parameters():
+    for name, parameter in expected.bi_encoder.backbone.named_parameters():
         if parameter.grad is not None:
             step = before[name] - weights(trainer)[name]
             assert torch.allclose(step, parameter.grad, rtol=1e-4, atol=1e-6), name
@@ -118,7 +113,7 @@ def test_the_temperature_changes_the_training_also_without_normalisation(make_tr
     losses = []
     for temperature in (0.5, 1.0):
         trainer = make_trainer(temperature=temperature)
-        trainer.model.embedding_config = trainer.model.embedding_config.with_flags(normalized=False)
+        trainer.bi_encoder.embedding_config = trainer.bi_encoder.embedding_config.with_flags(normalized=False)
         losses.append(trainer.train().training_loss)
     assert losses[0] != losses[1]
 
@@ -171,7 +166,7 @@ def test_recomputed_sub_batches_give_the_same_training_with_dropout_on(make_trai
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
-        use_cheap_dropout(trainer.model.backbone)
+        use_cheap_dropout(trainer.bi_encoder.backbone)
         losses.append(trainer.train().training_loss)
         runs.append(weights(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -199,7 +194,7 @@ def test_evaluating_while_training_changes_neither_weights_nor_mode(make_trainer
     use_modes, forward = [], watched.model.forward
 
     def note_mode(**batch):
-        use_modes.append(watched.model.backbone.training)
+        use_modes.append(watched.bi_encoder.backbone.training)
         return forward(**batch)
 
     watched.model.forward = note_mode

@@ -1,9 +1,7 @@
-"""The bi-encoder: one backbone that embeds queries and passages, and the loss over them.
+"""The bi-encoder: one backbone that embeds queries and passages.
 
-Shapes: N texts, T tokens, H dimensions; B queries with G passages each.
+Shapes: N texts, T tokens, H dimensions; H' dimensions before projection and cutting.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,9 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from embedding_finetune.distributed import gather_rows
 from embedding_finetune.model.checkpoint import DenseConfig, EmbeddingConfig
-from embedding_finetune.model.loss import contrastive_loss, distillation_loss
 from embedding_finetune.model.tokens import batches_by_length, padded_length
 
 _TOKENS_PER_SUB_BATCH = {"cpu": 1024}
@@ -22,42 +18,20 @@ _TOKENS_PER_SUB_BATCH = {"cpu": 1024}
 
 
 class BiEncoder(nn.Module):
-    """Backbone, pooling, projection and normalisation; `encode` gives embeddings, `forward` the training loss.
+    """Backbone, pooling, projection and normalisation: padded texts to embeddings.
 
-    projection: what loading.load_projection gives for the same checkpoint. matryoshka: dimensions -> weight of the loss
-    of embeddings cut to these (arXiv:2205.13147); None for the whole embeddings alone.
+    projection: what loading.load_projection gives for the same checkpoint. token_embeddings: passes the embeddings of
+    tokens on to the backbone in encode_in_sub_batches, a place for hooks.
     """
 
     def __init__(
-        self,
-        backbone: PreTrainedModel,
-        config: EmbeddingConfig,
-        *,
-        projection: nn.Sequential | None = None,
-        temperature: float = 0.02,
-        use_inbatch_neg: bool = True,
-        mask_known_positives: bool = True,
-        negatives_cross_device: bool = False,
-        tokens_per_sub_batch: int | None = None,
-        recompute_sub_batches: bool = False,
-        matryoshka: Mapping[int, float] | None = None,
-        distillation_weight: float = 0.0,
-        teacher_temperature: float = 1.0,
-    ):
+        self, backbone: PreTrainedModel, config: EmbeddingConfig, *, projection: nn.Sequential | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projection = nn.Sequential() if projection is None else projection
         self.embedding_config = config
-        self.temperature = temperature
-        self.use_inbatch_neg = use_inbatch_neg
-        self.mask_known_positives = mask_known_positives
-        self.negatives_cross_device = negatives_cross_device
-        self.tokens_per_sub_batch = tokens_per_sub_batch
-        self.recompute_sub_batches = recompute_sub_batches
-        self.matryoshka = matryoshka or {self.dimensions: 1.0}
-        self.distillation_weight = distillation_weight
-        self.teacher_temperature = teacher_temperature
-        self._token_embeddings = nn.Identity()
+        self.token_embeddings = nn.Identity()
         # Embeddings come from the last hidden states: a pooler on top gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
@@ -68,7 +42,7 @@ class BiEncoder(nn.Module):
         whole = embedding_dimensions(self.backbone, self.embedding_config)
         return min(self.embedding_config.truncate_dim or whole, whole)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Embeddings (N, H) float32 of padded texts (N, T), padding on either side.
 
         prompt_lengths: (N,), how many tokens at the beginning of each text the pooling leaves out; None for none.
@@ -76,15 +50,22 @@ class BiEncoder(nn.Module):
         return self._embed(attention_mask, prompt_lengths, input_ids=input_ids)
 
     def encode_in_sub_batches(
-        self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_lengths: Tensor | None = None,
+        *,
+        tokens_per_sub_batch: int | None = None,
+        recompute: bool = False,
     ) -> Tensor:
-        """What `encode` gives, computed in sub-batches of texts of similar length: (N, H) float32.
+        """What `forward` gives, computed in sub-batches of texts of similar length: (N, H) float32.
 
         Half of a random batch is padding; sorted by length, hardly any is, and activations stay small. With
-        recompute_sub_batches they are not kept at all: the backward pass computes each sub-batch again, so that
-        memory does not grow with the batch (the gradient cache of arXiv:2101.06983, dropout masks included).
+        `recompute` they are not kept at all: the backward pass computes each sub-batch again, so that memory does not
+        grow with the batch (the gradient cache of arXiv:2101.06983, dropout masks included). tokens_per_sub_batch:
+        padded tokens; None for what suits the device.
         """
-        budget = self.tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
+        budget = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
         lengths = attention_mask.sum(dim=1).cpu().numpy()  # (N,)
         left_padded = bool(attention_mask[:, 0].sum() < attention_mask[:, -1].sum())
         # The word embeddings of the whole batch are looked up once: the gradient of a lookup is as large
@@ -98,7 +79,7 @@ class BiEncoder(nn.Module):
             columns = slice(-width, None) if left_padded else slice(0, width)
             prompts = None if prompt_lengths is None else prompt_lengths[rows]
             inputs = (table, positions[rows, columns], attention_mask[rows, columns], prompts)
-            if self.recompute_sub_batches:
+            if recompute:
                 embeddings.append(checkpoint(self._embed_from_table, *inputs, use_reentrant=False))
             else:
                 embeddings.append(self._embed_from_table(*inputs))
@@ -108,7 +89,7 @@ class BiEncoder(nn.Module):
     def _embed_from_table(
         self, table: Tensor, positions: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None
     ) -> Tensor:
-        inputs = self._token_embeddings(F.embedding(positions, table))  # (n, t, H')
+        inputs = self.token_embeddings(F.embedding(positions, table))  # (n, t, H')
         return self._embed(attention_mask, prompt_lengths, inputs_embeds=inputs)
 
     def _embed(self, attention_mask: Tensor, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
@@ -124,62 +105,6 @@ class BiEncoder(nn.Module):
         """The first `dimensions` of embeddings (..., any), scaled to length 1 where this model's are."""
         prefix = embeddings[..., :dimensions]
         return F.normalize(prefix, dim=-1) if self.embedding_config.normalized else prefix
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        query_index: Tensor,
-        passage_index: Tensor,
-        passage_ids: Tensor,
-        known_ids: Tensor,
-        prompt_lengths: Tensor | None = None,
-        teacher_scores: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss of a batch as EmbedCollator makes it, under "loss".
-
-        input_ids, attention_mask: (N, T), the batch's distinct texts. query_index: (B,) and passage_index:
-        (B, G): which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in loss.py.
-        prompt_lengths: (N,) as in `encode`. teacher_scores: (B, G) as in distillation_loss; None for no teacher.
-        """
-        embeddings = self.encode_in_sub_batches(input_ids, attention_mask, prompt_lengths)  # (N, H)
-        queries, own_passages = embeddings[query_index], embeddings[passage_index]  # (B, H), (B, G, H)
-        passages, first_group = own_passages, 0
-        if self.negatives_cross_device and self.use_inbatch_neg:
-            passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
-            passage_ids, _ = gather_rows(passage_ids)  # (C, G)
-        loss = embeddings.new_zeros(())
-        for dimensions, weight in self.matryoshka.items():
-            whole = dimensions == self.dimensions
-            loss = loss + weight * contrastive_loss(
-                queries if whole else self.cut(queries, dimensions),
-                passages if whole else self.cut(passages, dimensions),
-                first_group=first_group,
-                temperature=self.temperature,
-                use_inbatch_neg=self.use_inbatch_neg,
-                passage_ids=passage_ids,
-                known_ids=known_ids if self.mask_known_positives else None,
-            )
-        if teacher_scores is not None:
-            loss = loss + self.distillation_weight * distillation_loss(
-                queries,
-                own_passages,
-                teacher_scores,
-                temperature=self.temperature,
-                teacher_temperature=self.teacher_temperature,
-            )
-        return {"loss": loss}
-
-    def get_input_embeddings(self) -> nn.Module:
-        """What transformers' Trainer hooks its noise to under --neftune_noise_alpha.
-
-        Not the table, of which each distinct token is looked up once: each token of each text is to have its own noise.
-        """
-        return self._token_embeddings
-
-    def activation_checkpointing_enable(self, **options: object) -> None:
-        """What transformers' Trainer calls under --gradient_checkpointing."""
-        self.backbone.activation_checkpointing_enable(**options)
 
 
 def embedding_dimensions(backbone: PreTrainedModel, config: EmbeddingConfig) -> int:

@@ -100,7 +100,8 @@ def check_encoding(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
 
     @torch.no_grad()
     def embedding(inputs: Inputs) -> Tensor:
-        return model.encode(**inputs)[0]
+        embeddings: Tensor = model(**inputs)
+        return embeddings[0]
 
     check_padding([embedding], model.backbone, tokenizer, limit=limit, what=what)
 
@@ -113,7 +114,7 @@ def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        paths = [lambda inputs: model.encode(**inputs)[0], lambda inputs: model.encode_in_sub_batches(**inputs)[0]]
+        paths = [lambda inputs: model(**inputs)[0], lambda inputs: model.encode_in_sub_batches(**inputs)[0]]
         with torch.enable_grad():  # in training, attention is computed in another way
             check_padding(paths, model.backbone, tokenizer, limit=limit, what=f"{what}, in training")
     finally:

@@ -197,7 +197,7 @@ class Encoder:
             try:
                 with torch.no_grad():
                     inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
-                    return self.model.encode(**inputs)[:count].cpu().numpy()
+                    return self.model(**inputs)[:count].cpu().numpy()
             except RuntimeError as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise

@@ -21,11 +21,11 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loss import PADDING_ID
 from embedding_finetune.model.tokens import TextKind, pad, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
+from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rows import end_to_end, list_lengths
+from embedding_finetune.training.rows import flatten_column, list_lengths
 
 EpochIndex = tuple[int, int]
 
@@ -33,12 +33,13 @@ EpochIndex = tuple[int, int]
 class TrainExample(NamedTuple):
     """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it.
 
-    teacher_scores stand beside the passages; there are none where the row has none.
+    passage_ids and teacher_scores stand beside the passages; there are no scores where the row has none.
     """
 
     row: int
     query: str
     passages: list[str]
+    passage_ids: list[int]
     known_ids: np.ndarray
     teacher_scores: list[float]
 
@@ -47,16 +48,15 @@ class KnownPositives:
     """Query -> the ids of every text that any row gives as an answer to it."""
 
     def __init__(self, rows: datasets.Dataset):
-        owners, answers = end_to_end(rows, "pos_ids")
+        owners, answers = flatten_column(rows, "pos_ids")
         queries = rows.select_columns(["query_id"]).with_format("arrow")[:]["query_id"].to_numpy()[owners]
         order = np.lexsort((answers, queries))
         self.query_ids, self.answer_ids = queries[order], answers[order]  # (pairs,) each, sorted by query
 
-    def of(self, query: str) -> np.ndarray:
-        """Ids of the query's answers and of the query itself: (P,) int64."""
-        own = text_id(query)
-        first, last = np.searchsorted(self.query_ids, [own, own + 1])
-        return np.append(np.unique(self.answer_ids[first:last]), own)
+    def of(self, query_id: int) -> np.ndarray:
+        """Ids of a query's answers and of the query itself: (P,) int64."""
+        first, last = np.searchsorted(self.query_ids, [query_id, query_id + 1])
+        return np.append(np.unique(self.answer_ids[first:last]), query_id)
 
     def overlap(self, task: RetrievalTask) -> tuple[int, int]:
         """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
@@ -67,13 +67,12 @@ class KnownPositives:
 class TrainDataset(Dataset[TrainExample]):
     """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
 
-    neighbours_in_batch: how many rows are to follow each into its batch, see neighbours.py. `group_size` is that of the
-    longest group that the rows can fill, where this is smaller: no batch is wider than it needs to be.
+    `group_size` is that of the longest group that the rows can fill, where this is smaller: no batch is wider than it
+    needs to be.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, neighbours_in_batch: int = 0):
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int):
         self.rows = rows
-        self.neighbours = Neighbours(rows, most=neighbours_in_batch) if neighbours_in_batch else None
         self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
         self.seed = seed
         self.known_positives = KnownPositives(rows)
@@ -87,11 +86,18 @@ class TrainDataset(Dataset[TrainExample]):
         rng = random.Random(f"{self.seed}:{epoch}:{index}")
         positive = rng.choice(range(len(row["pos"])))
         negatives = rng.sample(range(len(row["neg"])), min(self.group_size - 1, len(row["neg"])))
-        passages = [row["pos"][positive], *(row["neg"][place] for place in negatives)]
+        texts = [row["neg"][place] for place in negatives]
         scores = []
         if row["pos_scores"] and len(row["neg_scores"]) == len(row["neg"]):
             scores = [row["pos_scores"][positive], *(row["neg_scores"][place] for place in negatives)]
-        return TrainExample(index, row["query"], passages, self.known_positives.of(row["query"]), scores)
+        return TrainExample(
+            row=index,
+            query=row["query"],
+            passages=[row["pos"][positive], *texts],
+            passage_ids=[row["pos_ids"][positive], *map(text_id, texts)],
+            known_ids=self.known_positives.of(row["query_id"]),
+            teacher_scores=scores,
+        )
 
 
 def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) -> None:
@@ -139,7 +145,7 @@ class EpochSampler(Sampler[EpochIndex]):
 
 
 class EmbedCollator:
-    """Examples -> the arguments of BiEncoder.forward, and `rows` and `cut_texts`; a repeated text is in a batch once.
+    """Examples -> the arguments of RetrievalLoss.forward, `rows` and `cut_texts`; a repeated text is in a batch once.
 
     rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
     """
@@ -177,7 +183,7 @@ class EmbedCollator:
         if self.with_teacher:
             scores = [example.teacher_scores for example in examples]
             batch["teacher_scores"] = _matrix(scores, self.group_size, float("-inf"), torch.float32)  # (B, G)
-        passage_ids = [[text_id(text) for text in texts] for texts in texts_of]
+        passage_ids = [example.passage_ids for example in examples]
         known_ids = [example.known_ids for example in examples]
         return {
             **batch,

@@ -1,7 +1,7 @@
 """Rows whose positives are one another's mined negatives, put into one batch.
 
-In a batch of such rows the negatives that come for nothing, the other rows' positives, are hard ones: what topic-aware
-sampling (TAS-B, arXiv:2104.06967) does with clusters of queries, done with what mining found.
+In such a batch the other rows' positives, which are encoded anyway, are hard negatives. Topic-aware sampling (TAS-B,
+arXiv:2104.06967) gets them from clusters of queries; here they come from mining.
 
 Shapes: R rows, P positives of all rows, N neighbours of all rows.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import text_id
-from embedding_finetune.training.rows import end_to_end
+from embedding_finetune.training.rows import flatten_column
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class Neighbours:
 
     def __init__(self, rows: datasets.Dataset, *, most: int):
         self.most = most
-        own_rows, own_ids = end_to_end(rows, "pos_ids")
-        positives, first = np.unique(own_ids, return_index=True)  # (P,) each
-        owners = own_rows[first]  # (P,), the first row that has it
+        row_numbers, positive_ids = flatten_column(rows, "pos_ids")
+        positives, first = np.unique(positive_ids, return_index=True)  # (P,) each
+        owners = row_numbers[first]  # (P,), the first row that has it
         found, counts = [], []
         for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
             negatives = table["neg"].combine_chunks()
@@ -54,10 +54,10 @@ class Neighbours:
         return list(dict.fromkeys(self.rows[self.starts[row] : self.starts[row + 1]].tolist()))
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """All rows once, in groups of a row and up to `most` of its neighbours, the groups shuffled: (R,) int64.
+        """All rows once, in groups of a row and up to `most` of its neighbours: (R,) int64.
 
-        Rows are drawn at random, each takes the first of its neighbours that no row has taken yet. Groups that are
-        drawn late find few left, so that the groups are shuffled again in the end.
+        Rows are drawn at random. Each takes the first of its neighbours that no row has taken yet. Rows drawn late find
+        few left, so the groups are shuffled again in the end.
         """
         taken = np.zeros(len(self.starts) - 1, dtype=bool)
         groups = []

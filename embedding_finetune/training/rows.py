@@ -57,8 +57,8 @@ def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *lengths])
 
 
-def end_to_end(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists of int64: the row that each number stands in, and the numbers, row after row: (N,) each."""
+def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The row number of each item in a column of lists of int64, and the items, row after row: (N,) each."""
     numbers, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         lists = table[column].combine_chunks()

@@ -1,16 +1,20 @@
-"""The model as finetune.py's flags want it: what it starts from, what is trained, and its mean with the base."""
+"""A trainer as finetune.py's flags want it: what training starts from, what is trained, and the mean of both."""
 
+import dataclasses
 import logging
 import os
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
-from embedding_finetune.model.bi_encoder import embedding_dimensions
+from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
+from embedding_finetune.model.checks import check_training
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import (
+    check_instructions,
     check_max_length,
     freeze_position_embeddings,
     length_limit,
@@ -18,28 +22,55 @@ from embedding_finetune.model.loading import (
     load_projection,
 )
 from embedding_finetune.model.training_kernels import use_cheap_dropout
-from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training.batches import EmbedCollator, TrainDataset
+from embedding_finetune.training.loss import LossOptions, RetrievalLoss
+from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def settle_lengths(
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EmbeddingConfig,
+def make_trainer(
+    model_args: ModelArguments,
     data_args: DataArguments,
-) -> int:
-    """Check the length flags against the model; the max_seq_length that the finished model gets.
-
-    It keeps the one it came with, and takes at least what it was trained on.
-    """
+    args: RetrieverTrainingArguments,
+    dataset: TrainDataset,
+    task: RetrievalTask | None,
+) -> RetrievalTrainer:
+    """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
+    most = data_args.neighbours_in_batch
+    neighbours = Neighbours(dataset.rows, most=most) if most else None
+    backbone, tokenizer, config = load_base(model_args)
+    length_to_save = check_lengths(backbone, tokenizer, config, data_args)
     limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", data_args.query_max_len, limit)
-    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
-    own_length = min(config.max_seq_length or limit, limit)
-    return max(data_args.query_max_len, data_args.passage_max_len, own_length)
+    backbone = prepare_for_training(backbone, config, args)
+    config = config.with_flags(
+        pooling=args.sentence_pooling_method,
+        normalized=args.normalized,
+        query_instruction=data_args.query_instruction_for_retrieval,
+        passage_instruction=data_args.passage_instruction_for_retrieval,
+    )
+    lengths = {"query_max_len": data_args.query_max_len, "passage_max_len": data_args.passage_max_len}
+    check_instructions(tokenizer, config, **lengths)
+    projection = load_projection(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir)
+    bi_encoder = BiEncoder(backbone, config, projection=projection)
+    loss = make_loss(bi_encoder, args)
+    check_training(bi_encoder, tokenizer, limit=limit, what=f"--model_name_or_path {model_args.model_name_or_path}")
+    collator = EmbedCollator(
+        tokenizer, config, group_size=dataset.group_size, **lengths, with_teacher=args.distillation_weight > 0
+    )
+    return RetrievalTrainer(
+        loss,
+        args,
+        train_dataset=dataset,
+        data_collator=collator,
+        saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
+        trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
+        neighbours=neighbours,
+        task=task,
+    )
 
 
 def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
@@ -54,10 +85,30 @@ def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     )
 
 
-def settle_parameters(
+def check_lengths(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EmbeddingConfig,
+    data_args: DataArguments,
+) -> int:
+    """Check the length flags against the model.
+
+    Returns the max_seq_length to save: the checkpoint's own, or the longest training length if that is larger.
+    """
+    limit = length_limit(backbone, tokenizer)
+    check_max_length("--query_max_len", data_args.query_max_len, limit)
+    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
+    length_of_checkpoint = min(config.max_seq_length or limit, limit)
+    return max(data_args.query_max_len, data_args.passage_max_len, length_of_checkpoint)
+
+
+def prepare_for_training(
     backbone: PreTrainedModel, config: EmbeddingConfig, args: RetrieverTrainingArguments
 ) -> PreTrainedModel:
-    """Make dropout cheap, freeze what is to stay, add adapters, and say so where a flag has nothing to act on."""
+    """The backbone to train: with cheap dropout, frozen where it is to stay, with adapters.
+
+    A log line says where a flag has nothing to act on. Raises UserError for adapters that the model cannot have.
+    """
     use_cheap_dropout(backbone)
     if args.fix_position_embedding:
         freeze_position_embeddings(backbone)
@@ -74,11 +125,28 @@ def settle_parameters(
     return add_adapters(backbone, args.lora_rank, seed=args.seed)
 
 
-def matryoshka_weights(
-    backbone: PreTrainedModel, config: EmbeddingConfig, args: RetrieverTrainingArguments
-) -> dict[int, float]:
-    """Dimensions -> weight of the loss of embeddings cut to them; whole embeddings are always among them."""
-    whole, dims = embedding_dimensions(backbone, config), args.matryoshka_dims or []
+def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> RetrievalLoss:
+    """The loss as the flags want it. Raises UserError for dimensions that the embeddings do not have."""
+    options = LossOptions(
+        temperature=args.temperature,
+        use_inbatch_neg=args.use_inbatch_neg,
+        mask_known_positives=args.mask_known_positives,
+        negatives_cross_device=args.negatives_cross_device,
+        matryoshka=matryoshka_weights(bi_encoder.dimensions, args),
+        distillation_weight=args.distillation_weight,
+        teacher_temperature=args.teacher_temperature,
+    )
+    return RetrievalLoss(
+        bi_encoder,
+        options,
+        tokens_per_sub_batch=args.tokens_per_sub_batch,
+        recompute_sub_batches=args.recompute_sub_batches,
+    )
+
+
+def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int, float]:
+    """Dimensions -> weight of the loss of embeddings cut to them; those of `whole` embeddings are always among them."""
+    dims = args.matryoshka_dims or []
     if dims and max(dims) > whole:
         raise UserError(f"--matryoshka_dims {max(dims)}: the model's embeddings have {whole} dimensions")
     return {whole: 1.0, **dict(zip(dims, args.matryoshka_weights or [1.0] * len(dims)))}
@@ -89,7 +157,7 @@ def save_merged_with_base(
 ) -> None:
     """Save share * tuned + (1 - share) * base weights beside the tuned ones: what was forgotten comes back in part."""
     base, _, config = load_base(model_args)
-    backbone, projection = merged(trainer.model.backbone), trainer.model.projection
+    backbone, projection = merged(trainer.bi_encoder.backbone), trainer.bi_encoder.projection
     mix_with(backbone.cpu(), base, share)
     mix_with(
         projection.cpu(),

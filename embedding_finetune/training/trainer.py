@@ -1,4 +1,4 @@
-"""transformers' Trainer for a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
+"""transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
 import hashlib
 import logging
@@ -26,7 +26,6 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
-from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import load_projection
@@ -35,6 +34,8 @@ from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.flags import SHARDED
+from embedding_finetune.training.loss import RetrievalLoss
+from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,10 @@ _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamW
 
 
 class RetrievalTrainer(Trainer):
-    """Trains a BiEncoder on a TrainDataset, measures it on a RetrievalTask, saves it so that any tool loads it.
+    """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
-    trained_before: what read_training_queries gave for the weights that training starts from. `run`: what
+    What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
+    the weights that training starts from. neighbours: the rows that are to share a batch with each row. `run`: what
     checkpoints say about the run, see run_folder.py.
     """
 
@@ -54,13 +56,14 @@ class RetrievalTrainer(Trainer):
 
     def __init__(
         self,
-        model: BiEncoder,
+        model: RetrievalLoss,
         args: RetrieverTrainingArguments,
         *,
         train_dataset: TrainDataset,
         data_collator: EmbedCollator,
         saved_config: EmbeddingConfig,
         trained_before: np.ndarray,
+        neighbours: Neighbours | None = None,
         task: RetrievalTask | None = None,
     ):
         super().__init__(
@@ -73,12 +76,14 @@ class RetrievalTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
+        self.bi_encoder = model.bi_encoder
+        self.neighbours = neighbours
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
         length = saved_config.max_seq_length or max(data_collator.query.max_length, data_collator.passage.max_length)
         self.encoder = Encoder(
-            model,
+            model.bi_encoder,
             data_collator.tokenizer,
             query_max_len=length,
             passage_max_len=length,
@@ -187,13 +192,12 @@ class RetrievalTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
-        neighbours = self.train_dataset.neighbours
-        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=neighbours)
+        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=self.neighbours)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder, model = output_dir or self.args.output_dir, self.model
+        folder, model = output_dir or self.args.output_dir, self.bi_encoder
         with model_replaced(folder) as staging:
             if self.args.lora_rank is not None:
                 save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
@@ -218,16 +222,16 @@ class RetrievalTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         try:
             if self.args.lora_rank is not None:
-                load_adapter(self.model.backbone, resume_from_checkpoint)
+                load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
             else:
-                self.model.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
+                self.bi_encoder.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
             ) from error
         if self.saved_config.dense:
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
-            self.model.projection.load_state_dict(saved.state_dict())
+            self.bi_encoder.projection.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_named(checkpoint):

@@ -1,0 +1,204 @@
+"""The loss: pure tensor functions, and a module that computes them over a BiEncoder.
+
+Shapes: B queries, C groups of G passages (each led by a positive), H dimensions, N candidate
+columns: every passage in-batch (N = C*G), only the query's own group otherwise (N = G).
+In RetrievalLoss: D distinct texts of a batch, T tokens of the longest of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedding_finetune.distributed import gather_rows
+from embedding_finetune.model.bi_encoder import BiEncoder
+
+PADDING_ID = -1
+"""Text id of a column or list entry that stands for no text."""
+
+
+def contrastive_loss(
+    queries: Tensor,
+    passages: Tensor,
+    *,
+    temperature: float,
+    use_inbatch_neg: bool = True,
+    passage_ids: Tensor | None = None,
+    known_ids: Tensor | None = None,
+    first_group: int = 0,
+) -> Tensor:
+    """Mean over queries of the temperature-scaled softmax cross entropy (InfoNCE, arXiv:1807.03748).
+
+    queries: (B, H). passages: (C, G, H); query b's own group is number `first_group + b`, so that
+    groups gathered from other ranks can stand before and after. passage_ids: (C, G) text ids, to
+    mask columns with; known_ids: (B, P), see `masked_columns`. Without passage_ids nothing is masked.
+
+    Scores and loss are float32 whatever the inputs and autocast say: cosines near 1 are 0.004 apart
+    in bfloat16, which a temperature of 0.02 turns into 0.2 in the logit.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, passages = queries.float(), passages.float()
+        own = first_group + torch.arange(len(queries), device=queries.device)  # (B,)
+        if use_inbatch_neg:
+            scores = queries @ passages.flatten(0, 1).T / temperature  # (B, C*G)
+            columns = None if passage_ids is None else passage_ids.reshape(1, -1)  # (1, C*G)
+            targets = own * passages.shape[1]  # (B,)
+        else:
+            scores = torch.einsum("bh,bgh->bg", queries, passages[own]) / temperature  # (B, G)
+            columns = None if passage_ids is None else passage_ids[own]  # (B, G)
+            targets = torch.zeros_like(own)  # (B,)
+        if columns is not None:
+            scores = scores.masked_fill(masked_columns(columns, targets, known_ids), float("-inf"))
+        return F.cross_entropy(scores, targets)
+
+
+def distillation_loss(
+    queries: Tensor, passages: Tensor, teacher_scores: Tensor, *, temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Mean over queries of the Kullback-Leibler divergence KL(teacher || student) over each query's own group.
+
+    queries: (B, H). passages: (B, G, H). teacher_scores: (B, G), -inf in a column of no text. The teacher's
+    distribution is the softmax of its scores / teacher_temperature, the student's that of its own / temperature
+    (Hinton et al., arXiv:1503.02531); all in float32.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = torch.einsum("bh,bgh->bg", queries.float(), passages.float()) / temperature  # (B, G)
+        empty = teacher_scores == float("-inf")
+        teacher = (teacher_scores.float() / teacher_temperature).softmax(dim=1)  # (B, G)
+        log_student = scores.masked_fill(empty, float("-inf")).log_softmax(dim=1).masked_fill(empty, 0.0)  # (B, G)
+        return (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dim=1).mean()
+
+
+def masked_columns(columns: Tensor, targets: Tensor, known_ids: Tensor | None) -> Tensor:
+    """Which columns do not count as negatives of which query: (B, N) bool.
+
+    columns: (B, N) text ids, or (1, N) where all queries share them. targets: (B,), never masked.
+    Columns of PADDING_ID are masked always. With known_ids (B, P), the ids of all texts that are
+    known to answer query b or are the query itself (filled up with PADDING_ID), so are those
+    texts and every text that stands in an earlier column already.
+    """
+    masked = columns == PADDING_ID  # (1 or B, N)
+    if known_ids is not None:
+        masked = masked | _repeats_of_earlier_columns(columns)
+        for ids in known_ids.unbind(1):
+            masked = masked | (columns == ids[:, None])  # (B, N)
+    masked = masked.expand(len(targets), -1).clone()  # (B, N)
+    return masked.scatter_(1, targets[:, None], False)
+
+
+def _repeats_of_earlier_columns(columns: Tensor) -> Tensor:
+    """True where a row holds the same id in an earlier column: (R, N) -> (R, N) bool."""
+    in_order, positions = columns.sort(dim=1, stable=True)  # (R, N)
+    repeats = torch.zeros_like(columns, dtype=torch.bool)
+    repeats[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
+    return torch.zeros_like(repeats).scatter_(1, positions, repeats)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What the loss is; the flags of the same names say it.
+
+    matryoshka: dimensions -> weight of the loss of embeddings cut to these (arXiv:2205.13147); None for whole
+    embeddings alone.
+    """
+
+    temperature: float = 0.02
+    use_inbatch_neg: bool = True
+    mask_known_positives: bool = True
+    negatives_cross_device: bool = False
+    matryoshka: Mapping[int, float] | None = None
+    distillation_weight: float = 0.0
+    teacher_temperature: float = 1.0
+
+
+class RetrievalLoss(nn.Module):
+    """The loss of a BiEncoder on batches as EmbedCollator makes them: what transformers' Trainer trains.
+
+    tokens_per_sub_batch, recompute_sub_batches: as in BiEncoder.encode_in_sub_batches.
+    """
+
+    def __init__(
+        self,
+        bi_encoder: BiEncoder,
+        options: LossOptions,
+        *,
+        tokens_per_sub_batch: int | None = None,
+        recompute_sub_batches: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bi_encoder = bi_encoder
+        self.options = options
+        self.tokens_per_sub_batch = tokens_per_sub_batch
+        self.recompute_sub_batches = recompute_sub_batches
+
+    # Trainer takes a forward with **kwargs for one that averages over accumulated micro-batches itself.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        query_index: Tensor,
+        passage_index: Tensor,
+        passage_ids: Tensor,
+        known_ids: Tensor,
+        prompt_lengths: Tensor | None = None,
+        teacher_scores: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss under "loss", a scalar.
+
+        input_ids, attention_mask: (D, T), the batch's distinct texts. query_index: (B,) and passage_index: (B, G):
+        which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in contrastive_loss.
+        prompt_lengths: (D,) as in BiEncoder. teacher_scores: (B, G) as in distillation_loss; None for no teacher.
+        """
+        embeddings = self.bi_encoder.encode_in_sub_batches(
+            input_ids,
+            attention_mask,
+            prompt_lengths,
+            tokens_per_sub_batch=self.tokens_per_sub_batch,
+            recompute=self.recompute_sub_batches,
+        )  # (D, H)
+        queries, passages = embeddings[query_index], embeddings[passage_index]  # (B, H), (B, G, H)
+        loss = self._contrastive(queries, passages, passage_ids, known_ids)
+        if teacher_scores is not None:
+            divergence = distillation_loss(
+                queries,
+                passages,
+                teacher_scores,
+                temperature=self.options.temperature,
+                teacher_temperature=self.options.teacher_temperature,
+            )
+            loss = loss + self.options.distillation_weight * divergence
+        return {"loss": loss}
+
+    def _contrastive(self, queries: Tensor, passages: Tensor, passage_ids: Tensor, known_ids: Tensor) -> Tensor:
+        """The contrastive loss of embeddings (B, H) and (B, G, H), summed over the Matryoshka dimensions."""
+        options, encoder, first_group = self.options, self.bi_encoder, 0
+        if options.negatives_cross_device and options.use_inbatch_neg:
+            passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
+            passage_ids, _ = gather_rows(passage_ids)  # (C, G)
+        loss = queries.new_zeros(())
+        for dimensions, weight in (options.matryoshka or {encoder.dimensions: 1.0}).items():
+            whole = dimensions == encoder.dimensions
+            loss = loss + weight * contrastive_loss(
+                queries if whole else encoder.cut(queries, dimensions),
+                passages if whole else encoder.cut(passages, dimensions),
+                first_group=first_group,
+                temperature=options.temperature,
+                use_inbatch_neg=options.use_inbatch_neg,
+                passage_ids=passage_ids,
+                known_ids=known_ids if options.mask_known_positives else None,
+            )
+        return loss
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What transformers' Trainer hooks its noise to under --neftune_noise_alpha.
+
+        Not the table, of which each distinct token is looked up once: each token of each text is to have its own noise.
+        """
+        return self.bi_encoder.token_embeddings
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """What transformers' Trainer calls under --gradient_checkpointing."""
+        self.bi_encoder.backbone.activation_checkpointing_enable(**options)
