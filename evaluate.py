@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedding_finetune.command_line import command, log_to_stderr, uninterrupted
+from embedding_finetune.command_line import command, importing, log_to_stderr
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     task = load_task(options.query_file_jsonl_path, Corpus(jsonl.read_passages(options.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.
-    with uninterrupted():
+    with importing():
         from embedding_finetune.distributed import own_gpu, rank, start
         from embedding_finetune.evaluation.files import SHOWN, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query

@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from embedding_finetune import files
-from embedding_finetune.command_line import UserError, command, first_line, log_to_stderr, uninterrupted
+from embedding_finetune.command_line import UserError, command, first_line, importing, log_to_stderr
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     model_args, data_args, args = parse_arguments(argv)
 
-    with uninterrupted():
+    with importing():
         from embedding_finetune.distributed import end_at_exit
         from embedding_finetune.model.allocator import keep_freed_memory
         from embedding_finetune.training.arguments import settle_resuming
@@ -140,7 +140,7 @@ def parse_arguments(
     argv: Sequence[str] | None,
 ) -> tuple["ModelArguments", "DataArguments", "RetrieverTrainingArguments"]:
     """The flags, checked as far as that needs neither data nor model."""
-    with uninterrupted():
+    with importing():
         from transformers import HfArgumentParser
 
     from embedding_finetune.parser import OneLineErrorParser

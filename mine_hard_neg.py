@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedding_finetune import __version__, files
-from embedding_finetune.command_line import UserError, command, log_to_stderr, uninterrupted
+from embedding_finetune.command_line import UserError, command, importing, log_to_stderr
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stopwatch.lap("read")
 
     # Heavy imports wait until flags and data are known to be good.
-    with uninterrupted():
+    with importing():
         from embedding_finetune.distributed import rank, start
         from embedding_finetune.mining.ranking import rank_candidates
         from embedding_finetune.mining.selection import choose_negatives, positive_pairs, with_all_scores

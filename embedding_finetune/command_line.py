@@ -40,8 +40,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     2 for a UserError and for a disk that cannot be written, 141 for a reader of stdout that went away, 128 + its
     number for a signal: 130 for Ctrl-C, 143 for SIGTERM.
 
-    The garbage collector is off until loading.load_backbone has a model, and at exit: it would take half a second of
-    the imports and a whole one of the process's end.
+    Called from Python, it leaves the process as it was: signal handlers, logging, stdout, progress bars, environment.
     """
 
     @functools.wraps(main)
@@ -55,11 +54,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
 
         if os.name != "posix":
             raise end(BAD_INPUT, "error: this runs on Linux and macOS only; on Windows use WSL")
-        gc.disable()
-        atexit.register(gc.freeze)
+        _skip_garbage_collection_at_exit()
         _received.clear()
         try:
-            with _signals_raised_as_keyboard_interrupt(), _any_character_on_stdout():
+            with _libraries_as_they_were(), _signals_raised_as_keyboard_interrupt(), _any_character_on_stdout():
                 return main(*args, **kwargs)
         except UserError as error:
             raise end(BAD_INPUT, f"error: {error}") from error
@@ -75,10 +73,53 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             _discard_stdout()
             where = "" if error.filename is None else f"{error.filename}: "
             raise end(BAD_INPUT, f"error: {where}{error.strerror}; make room, and start again") from error
-        finally:
-            gc.enable()
 
     return wrapped
+
+
+@functools.cache
+def _skip_garbage_collection_at_exit() -> None:
+    """Python would take a second to look through all that torch and transformers hold."""
+    atexit.register(gc.freeze)
+
+
+@contextmanager
+def _libraries_as_they_were() -> Iterator[None]:
+    """Put back what a run switches for the whole process: logging, progress bars, torch's compiler."""
+    root, package = logging.getLogger(), logging.getLogger("embedding_finetune")
+    handlers, levels = root.handlers[:], (root.level, package.level)
+    tqdm_disabled = os.environ.get("TQDM_DISABLE")
+    bars = {name: _are_bars_shown(name) for name in ("transformers", "datasets")}
+    freezing = getattr(sys.modules.get("torch._inductor.config"), "freezing", False)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
+        if tqdm_disabled is None:
+            os.environ.pop("TQDM_DISABLE", None)
+        for name, shown in bars.items():
+            if shown and not _are_bars_shown(name):
+                _show_bars(name)
+        if "torch._inductor.config" in sys.modules:
+            sys.modules["torch._inductor.config"].freezing = freezing  # type: ignore[attr-defined]
+
+
+def _are_bars_shown(library: str) -> bool:
+    """Whether a library, imported or not, shows progress bars."""
+    if library not in sys.modules:
+        return True
+    if library == "datasets":
+        return bool(sys.modules["datasets"].are_progress_bars_disabled() is False)
+    return bool(sys.modules["transformers"].logging.is_progress_bar_enabled())
+
+
+def _show_bars(library: str) -> None:
+    if library == "datasets":
+        sys.modules["datasets"].enable_progress_bars()
+    else:
+        sys.modules["transformers"].logging.enable_progress_bar()
 
 
 _received: list[int] = []
@@ -129,7 +170,7 @@ def uninterrupted() -> Iterator[None]:
     """Let ending signals wait until the block is done.
 
     For steps that must be taken together or not at all, and for imports: some C extensions swallow a KeyboardInterrupt
-    while they are imported, and the run would go on as if nothing had happened.
+    while they are imported.
     """
     before = len(_received)
     _holding.append(None)
@@ -139,6 +180,19 @@ def uninterrupted() -> Iterator[None]:
         _holding.pop()
     if len(_received) > before and not _holding:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For blocks of heavy imports: signals wait, and the garbage collector is off, which would take half a second."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with uninterrupted():
+            yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

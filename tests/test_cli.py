@@ -1,6 +1,7 @@
 """The scripts as programs: exit statuses, one-line errors, what goes to stdout, when heavy imports happen."""
 
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -16,8 +17,6 @@ import evaluate
 import finetune
 import mine_hard_neg
 from embedding_finetune import command_line
-from embedding_finetune.model import loading
-from embedding_finetune.retrieval import encoder as encoding
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {
@@ -49,8 +48,9 @@ def folder(tmp_path, monkeypatch):
     def no_model(*args, **kwargs):
         raise AssertionError("a model was loaded before the input was found to be bad")
 
-    # encoding first: were it imported while loading is patched, it would keep the patch.
+    # Those that import it first: were they imported while it is patched, they would keep the patch.
     monkeypatch.setattr("embedding_finetune.retrieval.encoder.load_backbone", no_model)
+    monkeypatch.setattr("embedding_finetune.training.setup.load_backbone", no_model)
     monkeypatch.setattr("embedding_finetune.model.loading.load_backbone", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
     (tmp_path / "mined.jsonl").write_bytes(b'{"query": "q", "pos": ["p"], "neg": ["n"]}\n')
@@ -337,18 +337,47 @@ def test_nohup_keeps_a_run_going_when_the_terminal_hangs_up():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_garbage_collector_rests_until_the_model_is_there_and_no_longer(tiny_bert, folder, capsys, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    seen = {}
-    load, digest = loading.load_backbone, encoding.weights_digest
-    monkeypatch.setattr(encoding, "load_backbone", lambda *a, **k: seen.update(before=gc.isenabled()) or load(*a, **k))
-    monkeypatch.setattr(encoding, "weights_digest", lambda *a: seen.update(after=gc.isenabled()) or digest(*a))
-    evaluate.main(evaluate_argv(model_name=tiny_bert))
-    assert seen == {"before": False, "after": True}
-    with pytest.raises(SystemExit):
-        evaluate.main(["--no_such_flag"])
-    assert gc.isenabled()
+def state_of_the_process():
+    import datasets
+    import transformers
+    from torch._inductor import config as inductor
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    root, package = logging.getLogger(), logging.getLogger("embedding_finetune")
+    return {
+        "garbage collector": gc.isenabled(),
+        "signals": {**handlers, "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ())},
+        "environment": dict(os.environ),
+        "logging": (root.handlers[:], root.level, package.handlers[:], package.level),
+        "stdout": (sys.stdout, getattr(sys.stdout, "errors", None)),
+        "progress bars": (transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()),
+        "compiler": inductor.freezing,
+        "folder": os.getcwd(),
+    }
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_each_main_called_from_python_leaves_the_process_as_it_was(
+    tiny_bert, pairs, candidates, tmp_path, monkeypatch, is_on
+):
+    monkeypatch.setenv("RANK", "0")
+    mined, tuned = tmp_path / "mined.jsonl", tmp_path / "tuned"
+    runs = [
+        (mine_hard_neg.main, mine_argv(model_name_or_path=tiny_bert, input_file=pairs, output_file=mined)),
+        (finetune.main, finetune_argv(model_name_or_path=tiny_bert, train_data=mined, output_dir=tuned, max_steps=1)),
+        (evaluate.main, evaluate_argv(model_name=tuned, index_file_jsonl_path=candidates, query_file_jsonl_path=pairs)),
+    ]
+    (gc.enable if is_on else gc.disable)()
+    try:
+        before = state_of_the_process()
+        for main, argv in runs:
+            main(argv)
+            assert state_of_the_process() == before
+            with pytest.raises(SystemExit):
+                main([*argv, "--no_such_flag"])
+            assert state_of_the_process() == before
+    finally:
+        gc.enable()
 
 
 def test_each_main_reads_sys_argv_when_called_with_nothing(tiny_bert, pairs, candidates, tmp_path, monkeypatch):

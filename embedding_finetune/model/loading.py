@@ -1,6 +1,5 @@
 """Checkpoints -> modules: the backbone with its tokenizer, the layers after pooling, and what limits them."""
 
-import gc
 import hashlib
 import logging
 import os
@@ -107,7 +106,6 @@ def load_backbone(
     what = f"{flag} {name_or_path}"
     check_tokenizer(tokenizer, backbone, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
     check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
-    gc.enable()  # command_line.command has it rest until here
     return backbone, tokenizer, config
 
 
