@@ -30,13 +30,10 @@ from typing import TYPE_CHECKING, Any
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, command, first_line, importing, log_to_stderr
-from embedding_finetune.data import jsonl
-from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task
 
 if TYPE_CHECKING:
     from embedding_finetune.data.jsonl import Record
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
-    from embedding_finetune.training.batches import TrainDataset
     from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger("embedding_finetune.finetune")
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_in,
             what_decides,
         )
-        from embedding_finetune.training.setup import make_trainer
+        from embedding_finetune.training.setup import load_evaluation, make_trainer
         from embedding_finetune.training.trainer import all_weights
 
     checkpoint = resume_point(args)
@@ -111,29 +108,6 @@ def write_outcome(
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
     for name, value in summary.items():
         logger.info("%-18s  %s", name, value)
-
-
-def load_evaluation(data_args: "DataArguments", dataset: "TrainDataset") -> RetrievalTask | None:
-    """The queries to measure with and the passages to search, if any; warns where training has seen them."""
-    if data_args.eval_query_file_jsonl_path is None:
-        return None
-    if data_args.eval_index_file_jsonl_path is not None:
-        corpus = Corpus(jsonl.read_passages(data_args.eval_index_file_jsonl_path))
-    else:
-        queries = jsonl.read_queries(data_args.eval_query_file_jsonl_path, unused=None)  # load_task will say it
-        rows = (*dataset.rows.select_columns(["pos"]), *queries)
-        corpus = Corpus(text for row in rows for text in row["pos"])
-    task = load_task(data_args.eval_query_file_jsonl_path, corpus)
-    seen_queries, seen_passages = dataset.known_positives.overlap(task)
-    if seen_queries or seen_passages:
-        logger.warning(
-            "warning: of the evaluation, %d of %d queries and %d of %d relevant passages are also in the training data",
-            seen_queries,
-            len(task.queries),
-            seen_passages,
-            len(set().union(*task.relevant)),
-        )
-    return task
 
 
 def parse_arguments(

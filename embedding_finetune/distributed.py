@@ -2,12 +2,15 @@
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from embedding_finetune.command_line import BAD_INPUT, UserError
 
 T = TypeVar("T")
 
@@ -59,6 +62,32 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def once_per_machine(work: Callable[[], T]) -> T:
+    """What `work` gives, done by the first process of each machine while the others wait, however long it takes.
+
+    The value must be picklable. A UserError ends all processes with status 2, and one of them says it.
+    """
+    if world_size() == 1:
+        return work()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    outcome: T | UserError | None = None
+    if local_rank == 0:
+        try:
+            outcome = work()
+        except UserError as error:
+            outcome = error
+    outcomes: list[Any] = [None] * world_size()
+    dist.all_gather_object(outcomes, outcome, group=waiting)
+    dist.destroy_process_group(waiting)
+    failed = next((number for number, outcome in enumerate(outcomes) if isinstance(outcome, UserError)), None)
+    if failed is None:
+        return outcomes[rank() - local_rank]  # torchrun numbers the processes of a machine one after the other
+    if failed == rank():
+        raise outcomes[failed]
+    raise SystemExit(BAD_INPUT)
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:

@@ -5,7 +5,6 @@ from helpers.data import write_jsonl
 from helpers.tiny import make_tokenizer
 from torch.utils.data import DataLoader
 
-from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
@@ -132,30 +131,6 @@ def test_instructions_go_before_queries_and_passages_and_never_into_text_ids(tmp
     assert batch["passage_ids"].tolist() == [[text_id("green"), text_id("blue")]]
 
 
-def test_at_most_so_many_rows_of_each_file_are_drawn_by_seed(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_jsonl(folder / "a.jsonl", many(50))
-    write_jsonl(folder / "b.jsonl", many(3))
-    draw = lambda seed: load_rows(str(folder), max_rows_per_file=10, seed=seed)["query"]  # noqa: E731
-    assert len(list(draw(0))) == 13
-    assert list(draw(0)) == list(draw(0))
-    assert list(draw(0)) != list(draw(1))
-
-
-def test_a_changed_file_is_read_anew(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "old", "pos": ["p"]}])
-    assert list(load_rows(str(path))["query"]) == ["old"]
-    write_jsonl(path, [{"query": "new", "pos": ["p"]}])
-    assert list(load_rows(str(path))["query"]) == ["new"]
-
-
-def test_a_bad_row_is_named_by_path_and_line(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": "p"}])
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: \"pos\" is a str"):
-        load_rows(str(path))
-
-
 def test_known_ids_of_unequal_number_are_filled_up(tmp_path):
     rows = rows_of(tmp_path, [{"query": "a", "pos": ["p", "q"]}, {"query": "b", "pos": ["p"]}])
     dataset = TrainDataset(rows, group_size=1, seed=0)
@@ -163,14 +138,6 @@ def test_known_ids_of_unequal_number_are_filled_up(tmp_path):
     assert known.shape == (2, 3)
     assert (known == PADDING_ID).sum(axis=1).tolist() == [0, 1]
     assert np.isin([text_id("p"), text_id("b")], known[1]).all()
-
-
-def test_texts_are_mapped_with_offsets_that_do_not_overflow_at_2_gib(tmp_path):
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p" * 3_000_000], "neg": ["n"]}] * 3)
-    rows = load_rows(str(data))
-    schema = rows.data.schema
-    assert [str(schema.field(name).type) for name in ("query", "pos")] == ["large_string", "list<item: large_string>"]
-    assert rows[2]["pos"] == ["p" * 3_000_000]
 
 
 def test_a_group_size_beyond_all_negatives_is_cut_to_what_the_rows_can_fill(tmp_path):

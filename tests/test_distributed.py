@@ -162,6 +162,59 @@ finetune.main({flags!r})
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+READ_ROWS = """
+import os, sys, hashlib, tempfile
+from pathlib import Path
+import torch.distributed as dist
+from embedding_finetune import command_line, distributed
+from embedding_finetune.training import rows
+write = rows._write_rows
+rows._write_rows = lambda *arguments: print("validates", flush=True) or write(*arguments)
+
+@command_line.command
+def main():
+    distributed.start()
+    loaded = rows.load_rows(sys.argv[1], max_rows_per_file=20, seed=3)
+    files = list(Path(tempfile.gettempdir()).rglob("*.arrow"))
+    dist.barrier()
+    print(len(files), "files", len(loaded), hashlib.sha256(repr(loaded[:]).encode()).hexdigest(), flush=True)
+
+main()
+"""
+
+
+def test_one_process_of_a_machine_validates_the_rows_and_all_map_the_same(data, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    result = launch(READ_ROWS, tmp_path, str(data), processes=2, TMPDIR=str(scratch))
+    assert result.returncode == 0, result.stderr
+    validated, first, second = sorted(result.stdout.splitlines(), reverse=True)
+    assert validated == "validates"
+    assert first == second
+    assert first.startswith("1 files 20 ")
+    assert list(scratch.rglob("*.arrow")) == []
+    assert list(scratch.glob("embedding_finetune_*")) == []
+
+
+def test_bad_rows_end_all_processes_with_one_line(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": []}])
+    model = make_tiny_bert(tmp_path / "bert")
+    program = f"""
+import os, finetune
+try:
+    finetune.main({training_flags(model, data, tmp_path / "out", 2)!r})
+except SystemExit as stop:
+    open(f"{tmp_path}/status_" + os.environ["RANK"], "w").write(str(stop.code))
+"""
+    result = launch(program, tmp_path, processes=2)
+    assert [(tmp_path / f"status_{rank}").read_text() for rank in range(2)] == ["2", "2"], result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "rows.jsonl:2:" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 MINE_AND_EVALUATE = """
 import sys, mine_hard_neg, evaluate
 model, other, reranker, rows, folder, *pools = sys.argv[1:]

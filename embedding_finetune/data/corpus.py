@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedding_finetune.data.jsonl import read_queries
+from embedding_finetune.data.jsonl import Record, read_queries
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
 from embedding_finetune.files import AnyPath
 
@@ -83,8 +83,12 @@ class RetrievalTask(NamedTuple):
 
 
 def load_task(query_file: AnyPath, corpus: Corpus) -> RetrievalTask:
-    """Read queries and find their positives in the corpus; a warning counts those that it does not hold."""
-    rows = list(read_queries(query_file))
+    """Read queries and find their positives in the corpus, as make_task does."""
+    return make_task(list(read_queries(query_file)), corpus)
+
+
+def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
+    """Find the positives of queries, as read_queries gives them, in the corpus; a warning counts those it lacks."""
     answers = [corpus.positions(row["pos"]) for row in rows]
     digits = len(str(len(rows)))
     task = RetrievalTask(

@@ -63,11 +63,11 @@ def read_training_rows(
     _log_others(path, others, unused)
 
 
-def read_queries(path: AnyPath, *, unused: str | None = "ignored") -> Iterator[Record]:
+def read_queries(path: AnyPath) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
 
     They may carry an `id` (a string without whitespace or a whole number; all rows or none, each its own) and a
-    `group` (any string); null is the same as none. A log line counts other fields, unless `unused` is None.
+    `group` (any string); null is the same as none. A log line counts other fields.
     """
     used = {"query", "pos", "id", "group"}
     others: Counter[str] = Counter()
@@ -93,8 +93,7 @@ def read_queries(path: AnyPath, *, unused: str | None = "ignored") -> Iterator[R
             raise UserError(f'{path}:{line}: some rows have an "id" and some do not; give all of them one, or none')
         others.update(_fields_beyond(used, record))
         yield record
-    if unused is not None:
-        _log_others(path, others, unused)
+    _log_others(path, others, "ignored")
 
 
 def read_passages(path: AnyPath) -> Iterator[str]:

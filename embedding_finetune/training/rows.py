@@ -14,6 +14,7 @@ import numpy as np
 from embedding_finetune.command_line import UserError, first_line, scratch_folder
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.texts import text_id
+from embedding_finetune.distributed import once_per_machine
 
 _ROWS_PER_WRITE = 100
 """Rows that are held until they are written: few, since each may hold megabytes."""
@@ -37,12 +38,15 @@ def load_rows(
 ) -> datasets.Dataset:
     """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
 
+    Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
     Raises UserError naming `path:line`, with scores_required also where a row has texts without scores.
     """
+    paths = jsonl.data_files(train_data)
+    written = once_per_machine(lambda: [_write_rows(path, scores_required) for path in paths])
     per_file = []
-    for path in jsonl.data_files(train_data):
-        rows = _mapped_rows(path, scores_required)
+    for path, files in zip(paths, written):
+        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
         if max_rows_per_file is not None and len(rows) > max_rows_per_file:
             chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
             rows = rows.select(sorted(chosen))
@@ -67,12 +71,12 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
     return np.repeat(np.arange(len(rows)), np.concatenate(counts)), np.concatenate(numbers)
 
 
-def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
-    """One file's rows in Arrow format on disk. They are written anew in every run: no cache can be stale."""
+def _write_rows(path: Path, scores_required: bool) -> list[str]:
+    """Write one file's rows in Arrow format; gives the files. Every run writes them anew: no cache can be stale."""
     datasets.disable_progress_bars()
     folder = tempfile.mkdtemp(dir=scratch_folder())
     try:
-        return datasets.Dataset.from_generator(
+        rows = datasets.Dataset.from_generator(
             _training_rows,
             gen_kwargs={"path": str(path), "scores_required": scores_required},
             features=ROW_FEATURES,
@@ -89,6 +93,7 @@ def _mapped_rows(path: Path, scores_required: bool) -> datasets.Dataset:
                 "make room, or set TMPDIR to another folder"
             ) from error
         raise
+    return [file["filename"] for file in rows.cache_files]
 
 
 def _training_rows(path: str, scores_required: bool) -> Iterator[jsonl.Record]:

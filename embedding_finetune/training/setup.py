@@ -1,13 +1,15 @@
 """A trainer as finetune.py's flags want it: what training starts from, what is trained, and the mean of both."""
 
 import dataclasses
+import itertools
 import logging
 import os
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data import jsonl
+from embedding_finetune.data.corpus import Corpus, RetrievalTask, make_task
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
@@ -30,6 +32,30 @@ from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
+
+
+def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> RetrievalTask | None:
+    """The queries to measure with and the passages to search, if any; warns where training has seen them."""
+    if data_args.eval_query_file_jsonl_path is None:
+        return None
+    queries = list(jsonl.read_queries(data_args.eval_query_file_jsonl_path))
+    if data_args.eval_index_file_jsonl_path is not None:
+        corpus = Corpus(jsonl.read_passages(data_args.eval_index_file_jsonl_path))
+    else:
+        # Training rows stay on disk: they are read one after the other.
+        rows = itertools.chain(dataset.rows.select_columns(["pos"]), queries)
+        corpus = Corpus(text for row in rows for text in row["pos"])
+    task = make_task(queries, corpus)
+    known_queries, known_passages = dataset.known_positives.overlap(task)
+    if known_queries or known_passages:
+        logger.warning(
+            "warning: of the evaluation, %d of %d queries and %d of %d relevant passages are also in the training data",
+            known_queries,
+            len(task.queries),
+            known_passages,
+            len(set().union(*task.relevant)),
+        )
+    return task
 
 
 def make_trainer(

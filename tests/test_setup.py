@@ -1,0 +1,76 @@
+"""What finetune.py's flags make of data and model before training."""
+
+import tracemalloc
+
+import pytest
+from helpers.data import write_jsonl
+from transformers import BertConfig, BertModel
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments
+from embedding_finetune.training.batches import TrainDataset
+from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.setup import load_evaluation, make_loss
+
+
+def evaluation(tmp_path, rows, queries, index=None):
+    """What load_evaluation takes."""
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    arguments = DataArguments(
+        train_data=str(data),
+        eval_query_file_jsonl_path=str(write_jsonl(tmp_path / "queries.jsonl", queries)),
+        eval_index_file_jsonl_path=index,
+    )
+    return arguments, TrainDataset(load_rows(str(data)), group_size=1, seed=0)
+
+
+def test_evaluation_without_an_index_leaves_the_training_rows_on_disk(tmp_path):
+    rows = [{"query": f"q{n}", "pos": [f"{n} " + "passage " * 500]} for n in range(5000)]
+    arguments, dataset = evaluation(tmp_path, rows, [{"query": "q", "pos": ["answer"]}])
+    tracemalloc.start()
+    try:
+        task = load_evaluation(arguments, dataset)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(task.corpus) == 5001
+    assert peak < 10e6  # of 20 MB of passages
+
+
+def test_the_query_file_of_evaluation_is_read_once(tmp_path, monkeypatch):
+    from embedding_finetune.data import jsonl
+
+    opened, read = [], jsonl.read
+    monkeypatch.setattr(jsonl, "read", lambda path: opened.append(str(path)) or read(path))
+    arguments, dataset = evaluation(tmp_path, [{"query": "a", "pos": ["p"]}], [{"query": "q", "pos": ["answer"]}])
+    opened.clear()
+    task = load_evaluation(arguments, dataset)
+    assert [task.corpus.texts[position] for position in range(2)] == ["p", "answer"]
+    assert opened == [arguments.eval_query_file_jsonl_path]
+
+
+def test_without_queries_nothing_is_measured(tmp_path):
+    _, dataset = evaluation(tmp_path, [{"query": "a", "pos": ["p"]}], [])
+    assert load_evaluation(DataArguments(train_data="rows.jsonl"), dataset) is None
+
+
+def loss_with(tmp_path, **flags):
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    args = RetrieverTrainingArguments(output_dir=str(tmp_path), **flags)
+    return make_loss(BiEncoder(BertModel(config), EmbeddingConfig()), args)
+
+
+def test_the_loss_has_what_the_flags_say(tmp_path):
+    loss = loss_with(tmp_path, temperature=0.5, use_inbatch_neg=False, matryoshka_dims=[4, 2], tokens_per_sub_batch=7)
+    assert (loss.options.temperature, loss.options.use_inbatch_neg, loss.tokens_per_sub_batch) == (0.5, False, 7)
+    assert loss.options.matryoshka == {8: 1.0, 4: 1.0, 2: 1.0}
+    loss = loss_with(tmp_path, matryoshka_dims=[8, 4], matryoshka_weights=[0.5, 0.25])
+    assert loss.options.matryoshka == {8: 0.5, 4: 0.25}
+    assert loss_with(tmp_path).options.matryoshka == {8: 1.0}
+
+
+def test_more_matryoshka_dimensions_than_the_model_has_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--matryoshka_dims 9: the model's embeddings have 8 dimensions"):
+        loss_with(tmp_path, matryoshka_dims=[9])
