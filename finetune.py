@@ -26,10 +26,10 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from embedding_finetune import files
-from embedding_finetune.command_line import UserError, command, first_line, importing, log_to_stderr
+from embedding_finetune.command_line import command, importing, log_to_stderr
 
 if TYPE_CHECKING:
     from embedding_finetune.data.jsonl import Record
@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with importing():
         from embedding_finetune.distributed import end_at_exit
         from embedding_finetune.model.allocator import keep_freed_memory
-        from embedding_finetune.training.arguments import settle_resuming
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.rows import load_rows
@@ -64,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = resume_point(args)
 
-    settle_resuming(args, checkpoint)
     keep_freed_memory()
     end_at_exit()
     rows = load_rows(
@@ -115,55 +113,9 @@ def parse_arguments(
 ) -> tuple["ModelArguments", "DataArguments", "RetrieverTrainingArguments"]:
     """The flags, checked as far as that needs neither data nor model."""
     with importing():
-        from transformers import HfArgumentParser
+        from embedding_finetune.training import parser
 
-    from embedding_finetune.parser import OneLineErrorParser
-    from embedding_finetune.training.arguments import (
-        DataArguments,
-        ModelArguments,
-        RetrieverTrainingArguments,
-        check_evaluation,
-        check_loss_is_not_zero,
-        check_neighbours,
-        check_reporting,
-    )
-    from embedding_finetune.training.flag_errors import errors_name_their_flag
-    from embedding_finetune.training.flags import check_given, check_known, check_needs
-    from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
-    from embedding_finetune.training.run_folder import check_output_dir
-
-    class Parser(HfArgumentParser, OneLineErrorParser):
-        """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""
-
-        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            found, rest = super().parse_known_args(args, namespace)
-            check_known(rest)
-            check_given(self.given, {flag: self.get_default(flag) for flag in self.given})
-            return found, rest
-
-    parser = Parser(
-        (ModelArguments, DataArguments, RetrieverTrainingArguments), description=__doc__, allow_abbrev=False
-    )
-    try:
-        with errors_name_their_flag(parser.given):
-            # A file finetune.args beside the script would else be read as flags.
-            model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{first_line(error)} (--help lists the flags)") from error
-    check_needs(parser.given, data_args, args)
-    check_optimizer(parser.given, args)
-    check_schedule(args)
-    check_activation_checkpointing(args)
-    check_output_dir(model_args, data_args, args)
-    check_loss_is_not_zero(data_args, args)
-    check_neighbours(data_args, args)
-    check_evaluation(data_args, args)
-    check_reporting(args)
-    files.require_file("--train_data", data_args.train_data, folder_allowed=True)
-    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
-        if getattr(data_args, flag) is not None:
-            files.require_file(f"--{flag}", getattr(data_args, flag))
-    return model_args, data_args, args
+    return parser.parse_arguments(argv, __doc__)
 
 
 if __name__ == "__main__":

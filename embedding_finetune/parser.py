@@ -87,7 +87,7 @@ class _Once(argparse.Action):
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring and every flag with its default."""
-    return OneLineErrorParser(description=docstring, formatter_class=_DocstringAndDefaults, allow_abbrev=False)
+    return OneLineErrorParser(description=docstring, formatter_class=DocstringAndDefaults, allow_abbrev=False)
 
 
 def add_switch(group: argparse._ActionsContainer, flag: str, text: str) -> None:
@@ -163,7 +163,7 @@ def repeated_model(names: Sequence[str]) -> str | None:
     return None
 
 
-class _DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):
+class DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and names every default that a flag's help does not."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -53,7 +53,7 @@ def test_the_query_file_of_evaluation_is_read_once(tmp_path, monkeypatch):
 
 def test_without_queries_nothing_is_measured(tmp_path):
     _, dataset = evaluation(tmp_path, [{"query": "a", "pos": ["p"]}], [])
-    assert load_evaluation(DataArguments(train_data="rows.jsonl"), dataset) is None
+    assert load_evaluation(DataArguments(train_data=str(tmp_path / "rows.jsonl")), dataset) is None
 
 
 def loss_with(tmp_path, **flags):

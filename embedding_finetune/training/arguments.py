@@ -1,18 +1,22 @@
 """Flags of finetune.py: three dataclasses, of which the last passes transformers' own flags through.
 
-The flags of the other two scripts are in arguments.py, which imports nothing heavy.
+Each checks itself when it is made, and settles its defaults. What only all three together tell, and what was given on
+the command line, is checked in training/parser.py.
 """
 
 import importlib.util
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.training.flags import check_numbers
+from embedding_finetune.training.flags import check_launcher, check_numbers
+from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
 EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
 EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
@@ -69,6 +73,10 @@ class DataArguments:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         check_numbers(self)
+        files.require_file("--train_data", self.train_data, folder_allowed=True)
+        for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+            if getattr(self, flag) is not None:
+                files.require_file(f"--{flag}", getattr(self, flag))
 
 
 @dataclass
@@ -125,26 +133,12 @@ class RetrieverTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
     def __post_init__(self) -> None:
+        check_launcher()
         check_numbers(self)
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
-        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            self.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
-        if self.early_stopping_patience is not None:
-            if self.eval_strategy == "no":
-                raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
-            self.load_best_model_at_end = True
-        by_measure = self.lr_scheduler_type in _SCHEDULES_BY_MEASURE
-        if self.load_best_model_at_end or self.save_strategy == "best" or by_measure:
-            self.metric_for_best_model = self.metric_for_best_model or "eval_MRR@10"  # type: ignore[has-type]
+        _set_defaults(self)
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:
             raise UserError("--fp16 needs a GPU; --bf16 True works without one")
-        if by_measure:
-            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[has-type]
-            if self.lr_scheduler_kwargs["mode"] != "max":
-                raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
-        _check_extensions(self)
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise UserError(
                 f"--train_sampling_strategy {self.train_sampling_strategy}: only random and sequential are supported"
@@ -155,28 +149,49 @@ class RetrieverTrainingArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process: start it with "
                 f"torchrun --nproc-per-node {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        _check_matryoshka(self)
+        _check_adapters(self)
+        _check_metric(self)
+        _check_mode_of_schedule(self)
+        check_optimizer(self)
+        check_schedule(self)
+        check_activation_checkpointing(self)
+        _check_reporting(self)
 
 
-def settle_resuming(args: RetrieverTrainingArguments, checkpoint: str | None) -> None:
-    """Let a resumed run take over all that the checkpoint's had counted."""
-    if checkpoint is not None:
-        args.eval_on_start = False  # measured by the run that made it, and early stopping would count it twice
-        args.restore_callback_states_from_checkpoint = True
+def _set_defaults(args: RetrieverTrainingArguments) -> None:
+    """Where transformers' defaults, or what it makes of missing values, do not fit a bi-encoder."""
+    if not torch.accelerator.is_available():
+        args.use_cpu = True  # else transformers refuses --bf16 on a machine without an accelerator
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
+    if args.early_stopping_patience is not None:
+        if args.eval_strategy == "no":
+            raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
+        args.load_best_model_at_end = True
+    by_measure = args.lr_scheduler_type in _SCHEDULES_BY_MEASURE
+    if args.load_best_model_at_end or args.save_strategy == "best" or by_measure:
+        args.metric_for_best_model = args.metric_for_best_model or "eval_MRR@10"
+    if by_measure:
+        # Every measure is better when it is greater; transformers' default follows a loss.
+        given = args.lr_scheduler_kwargs or {}
+        args.lr_scheduler_kwargs = {"mode": "max", **(json.loads(given) if isinstance(given, str) else given)}
 
 
-def check_evaluation(data: DataArguments, args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where evaluation is asked for without queries, or would not be used; settle its defaults."""
-    if data.eval_query_file_jsonl_path is None:
-        if args.eval_strategy != IntervalStrategy.NO:
-            raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
-        return
-    args.eval_on_start = True
+def _check_mode_of_schedule(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError for a schedule that would lower the learning rate when the measure rises."""
+    if args.lr_scheduler_type in _SCHEDULES_BY_MEASURE and args.lr_scheduler_kwargs["mode"] != "max":
+        raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
+
+
+def _check_metric(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError for a --metric_for_best_model that evaluation does not give."""
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVAL_METRICS:
         raise UserError(f"--metric_for_best_model {metric}: must be one of {', '.join(sorted(EVAL_METRICS))}")
 
 
-def check_reporting(args: RetrieverTrainingArguments) -> None:
+def _check_reporting(args: RetrieverTrainingArguments) -> None:
     """Raise UserError where --report_to names a tool that is not installed."""
     try:
         for callback in get_reporting_integration_callbacks(args.report_to):
@@ -185,34 +200,15 @@ def check_reporting(args: RetrieverTrainingArguments) -> None:
         raise UserError(f"--report_to: {first_line(error)}") from error
 
 
-def check_loss_is_not_zero(data: DataArguments, args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where every query would have only its positive to be compared with."""
-    if data.train_group_size > 1:
-        return
-    if not args.use_inbatch_neg:
-        raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
-    if args.per_device_train_batch_size == 1:
-        raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
-
-
-def check_neighbours(data: DataArguments, args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where neighbours are asked for that would not come together, or not count."""
-    if not data.neighbours_in_batch:
-        return
-    if not args.use_inbatch_neg:
-        raise UserError("--neighbours_in_batch needs --use_inbatch_neg True: they are negatives of one another")
-    if args.per_device_train_batch_size == 1:
-        raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
-    if args.train_sampling_strategy != "random":
-        raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
-
-
-def _check_extensions(args: RetrieverTrainingArguments) -> None:
+def _check_matryoshka(args: RetrieverTrainingArguments) -> None:
     dims, weights = args.matryoshka_dims, args.matryoshka_weights
     if weights is not None and len(weights) != len(dims or ()):
         raise UserError("--matryoshka_weights: give as many as --matryoshka_dims")
     if dims is not None and len(set(dims)) < len(dims):
         raise UserError(f"--matryoshka_dims {' '.join(map(str, dims))}: different numbers are needed")
+
+
+def _check_adapters(args: RetrieverTrainingArguments) -> None:
     if args.lora_rank is not None:
         if importlib.util.find_spec("peft") is None:
             raise UserError("--lora_rank needs the package peft: pip install peft")

@@ -174,7 +174,6 @@ def check_given(given: Mapping[str, object], defaults: Mapping[str, object]) -> 
 
     given: flag -> value, of the flags on the command line alone. defaults: flag -> default, of at least these.
     """
-    check_launcher()
     for flag, value in given.items():
         if flag in REFUSED and value != _DESCRIBES_THIS_SUITE.get(flag, defaults[flag]):
             values = value if isinstance(value, list) else [value]

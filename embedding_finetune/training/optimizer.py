@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler, trainer_optimizer
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.training.arguments import RetrieverTrainingArguments
+
+if TYPE_CHECKING:
+    from embedding_finetune.training.arguments import RetrieverTrainingArguments
 
 _NOT_SAVED_BY_US = ("lomo", "adalomo", "schedule_free_", "_layerwise")
 """They step inside the backward pass, or keep other weights for evaluation: nothing here would save or resume these."""
@@ -21,8 +24,8 @@ _ON_MODULES = ("galore_", "apollo_")
 _CHECKPOINTING_OPTIONS = ("every_n_layers", "offload", "determinism_check", "debug", "early_stop")
 
 
-def check_optimizer(given: Mapping[str, object], args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where --optim cannot be had, or would not use what other flags give it."""
+def check_optimizer(args: "RetrieverTrainingArguments") -> None:
+    """Raise UserError where --optim cannot be had, or would not use what --optim_args gives it."""
     name = args.optim.value
     if any(part in name for part in _NOT_SAVED_BY_US):
         raise UserError(f"--optim {name}: not supported; adamw_torch_fused, adafactor and sgd are")
@@ -36,14 +39,22 @@ def check_optimizer(given: Mapping[str, object], args: RetrieverTrainingArgument
     with _named(f"--optim {name}" if args.optim_args is None else f"--optim {name} --optim_args {args.optim_args}"):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         kind([torch.nn.Parameter(torch.zeros(2, 2))], **options)
-    for flag, option in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
-        if flag in given and option not in options:
-            raise UserError(f"--{flag}: --optim {name} does not take it; leave it out")
     for option in options_given:
         if option == "weight_decay":
             raise UserError("--optim_args weight_decay: give --weight_decay instead")
         if not _is_read(args, options_given, option):
             raise UserError(f"--optim_args {option}: --optim {name} takes no such option")
+
+
+def check_optimizer_takes(given: Mapping[str, object], args: "RetrieverTrainingArguments") -> None:
+    """Raise UserError for a flag that was given and that --optim does not take; check_optimizer has passed."""
+    name = args.optim.value
+    if name.startswith(_ON_MODULES):
+        return
+    _, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    for flag, option in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
+        if flag in given and option not in options:
+            raise UserError(f"--{flag}: --optim {name} does not take it; leave it out")
 
 
 def _optimizer_options(text: str | None) -> dict[str, str]:
@@ -65,7 +76,7 @@ def _check_package(name: str) -> None:
         raise UserError(f"--optim {name} needs the package {package}: pip install {package.replace('_', '-')}")
 
 
-def _is_read(args: RetrieverTrainingArguments, options: Mapping[str, str], option: str) -> bool:
+def _is_read(args: "RetrieverTrainingArguments", options: Mapping[str, str], option: str) -> bool:
     """Whether what the optimizer gets changes with this one of --optim_args."""
     seen = set()
     for value in ("0.123", "true", options[option]):
@@ -78,7 +89,7 @@ def _is_read(args: RetrieverTrainingArguments, options: Mapping[str, str], optio
     return len(seen) > 1
 
 
-def check_schedule(args: RetrieverTrainingArguments) -> None:
+def check_schedule(args: "RetrieverTrainingArguments") -> None:
     """Raise UserError where --lr_scheduler_type cannot be had with --lr_scheduler_kwargs, or gives no learning rate."""
     steps = args.max_steps if args.max_steps > 0 else 1000
     warmup = args.get_warmup_steps(steps)
@@ -102,7 +113,7 @@ def check_schedule(args: RetrieverTrainingArguments) -> None:
                     raise ValueError(f"the learning rate at step {step} would be {factor * args.learning_rate}")
 
 
-def check_activation_checkpointing(args: RetrieverTrainingArguments) -> None:
+def check_activation_checkpointing(args: "RetrieverTrainingArguments") -> None:
     """Raise UserError for an option that nothing takes, or that would spoil gradients.
 
     With use_reentrant, or without preserve_rng_state, the second forward pass would draw other dropout masks.

@@ -100,9 +100,15 @@ class RetrievalTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
-    def train(self, *args: object, **kwargs: object) -> TrainOutput:
-        """Train as transformers does. Raises UserError when nothing was learned, whatever the cause."""
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        """Train as transformers does, after a first evaluation where there is a task.
+
+        A resumed run takes over all that the checkpoint's had counted: it was measured then, and early stopping would
+        count another evaluation. Raises UserError when nothing was learned, whatever the cause.
+        """
+        self.args.eval_on_start = self.eval_dataset is not None and resume_from_checkpoint is None
+        self.args.restore_callback_states_from_checkpoint = resume_from_checkpoint is not None
+        result = super().train(resume_from_checkpoint)
         largest_losses = [loss for loss in gather_objects(self.largest_loss) if loss is not None]
         if not self.state.global_step:
             reason = "no step was made; give more rows, or a smaller batch"

@@ -1,0 +1,127 @@
+"""The command line of finetune.py: help in groups, and checks of flags that belong to several dataclasses."""
+
+from argparse import Action
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import HfArgumentParser, IntervalStrategy
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.parser import DocstringAndDefaults, OneLineErrorParser
+from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training.flag_errors import errors_name_their_flag
+from embedding_finetune.training.flags import REFUSED, check_given, check_known, check_needs
+from embedding_finetune.training.optimizer import check_optimizer_takes
+from embedding_finetune.training.run_folder import check_output_dir
+
+GROUPS = {
+    "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
+    "normalized fix_position_embedding lora_rank",
+    "data": "train_data train_group_size neighbours_in_batch query_max_len passage_max_len "
+    "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
+    "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
+    "matryoshka_weights distillation_weight teacher_temperature",
+    "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
+    "evaluation during training": "eval_query_file_jsonl_path eval_index_file_jsonl_path early_stopping_patience",
+    "output": "output_dir overwrite_output_dir save_adapter_only merge_with_base",
+}
+"""Title -> the suite's own flags, and --output_dir. Help shows them in this order, before transformers' own."""
+
+_TRANSFORMERS = "training, as transformers does it"
+_REFUSED = "transformers' flags that are refused, since they would do nothing or harm here"
+_USAGE = "finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR [further flags]"
+
+Arguments = tuple[ModelArguments, DataArguments, RetrieverTrainingArguments]
+
+
+class Parser(HfArgumentParser, OneLineErrorParser):
+    """transformers' parser of dataclasses, with our one-line errors, before it makes the dataclasses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if f"--no_{action.dest}" in action.option_strings:
+                action.help = f"the same as --{action.dest} False"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        check_known(rest)
+        check_given(self.given, {flag: self.get_default(flag) for flag in self.given})
+        return found, rest
+
+    def format_help(self) -> str:
+        """The help in sections, as GROUPS has them."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        for title, actions in self._sections():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _sections(self) -> Iterator[tuple[str, list[Action]]]:
+        left: dict[str, list[Action]] = {action.dest: [] for action in self._actions}
+        for action in self._actions:
+            left[action.dest].append(action)
+        for title, flags in GROUPS.items():
+            yield title, [action for flag in flags.split() for action in left.pop(flag)]
+        refused = [action for flag in REFUSED for action in left.pop(flag)]
+        yield _TRANSFORMERS, [action for actions in left.values() for action in actions]
+        yield _REFUSED, refused
+
+
+def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
+    """The flags, checked as far as that needs neither data nor model. Raises UserError for what makes no sense."""
+    parser = Parser(
+        (ModelArguments, DataArguments, RetrieverTrainingArguments),
+        usage=_USAGE,
+        description=description,
+        formatter_class=DocstringAndDefaults,
+        allow_abbrev=False,
+    )
+    try:
+        with errors_name_their_flag(parser.given):
+            # A file finetune.args beside the script would else be read as flags.
+            model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{first_line(error)} (--help lists the flags)") from error
+    check_together(parser.given, model_args, data_args, args)
+    return model_args, data_args, args
+
+
+def check_together(
+    given: Mapping[str, object], model_args: ModelArguments, data_args: DataArguments, args: RetrieverTrainingArguments
+) -> None:
+    """Raise UserError for flags that are good each by itself, and not together.
+
+    given: flag -> value, of the flags on the command line alone.
+    """
+    check_needs(given, data_args, args)
+    check_optimizer_takes(given, args)
+    check_output_dir(model_args, data_args, args)
+    _check_negatives(data_args, args)
+    if data_args.neighbours_in_batch:
+        _check_neighbours(args)
+    if data_args.eval_query_file_jsonl_path is None and args.eval_strategy != IntervalStrategy.NO:
+        raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
+
+
+def _check_negatives(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where every query would have only its positive to be compared with."""
+    if data_args.train_group_size > 1:
+        return
+    if not args.use_inbatch_neg:
+        raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
+    if args.per_device_train_batch_size == 1:
+        raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
+
+
+def _check_neighbours(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where --neighbours_in_batch could have no effect."""
+    if not args.use_inbatch_neg:
+        raise UserError("--neighbours_in_batch needs --use_inbatch_neg True: they are negatives of one another")
+    if args.per_device_train_batch_size == 1:
+        raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
+    if args.train_sampling_strategy != "random":
+        raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
