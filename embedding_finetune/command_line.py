@@ -153,13 +153,21 @@ def _signals_raised_as_keyboard_interrupt() -> Iterator[None]:
         if not _holding:
             raise KeyboardInterrupt
 
+    told = sys.unraisablehook
+
+    def tell_others(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):  # which is raised again, and needs no traceback
+            told(dropped)
+
     before = {number: signal.getsignal(number) for number in (*_ENDING_SIGNALS, signal.SIGALRM)}
     heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in heeded:
         signal.signal(number, interrupt)
+    sys.unraisablehook = tell_others
     try:
         yield
     finally:
+        sys.unraisablehook = told
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in heeded:
             signal.signal(number, before[number])

@@ -352,6 +352,7 @@ def state_of_the_process():
         "stdout": (sys.stdout, getattr(sys.stdout, "errors", None)),
         "progress bars": (transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()),
         "compiler": inductor.freezing,
+        "exceptions": (sys.excepthook, sys.unraisablehook),
         "folder": os.getcwd(),
     }
 

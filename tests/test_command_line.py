@@ -298,6 +298,8 @@ main()
 """
     result = subprocess.run([PYTHON, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (143, "cleaned up\n"), result.stderr
+    assert result.stderr.endswith(": terminated\n")
+    assert "Traceback" not in result.stderr
 
 
 def test_mining_does_not_replace_a_file_of_the_model(tiny_bert, pairs, tmp_path, capsys):
