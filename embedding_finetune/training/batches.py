@@ -101,12 +101,12 @@ class TrainDataset(Dataset[TrainExample]):
 
 
 def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where no batch would be made, or none could hold a negative."""
-    together = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(dataset) < together:
+    """Raise UserError where there would be no batch, or no batch with a negative."""
+    global_batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(dataset) < global_batch:
         raise UserError(
             f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
-            f"{together}; lower --per_device_train_batch_size, or leave the flag out"
+            f"{global_batch}; lower --per_device_train_batch_size, or leave the flag out"
         )
     negatives_of_others = (
         args.use_inbatch_neg

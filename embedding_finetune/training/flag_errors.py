@@ -19,8 +19,8 @@ _OURS = Path(__file__).resolve().parent.parent
 def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
     """Raise UserError with the flag where a framework refuses a flag, by a ValueError, ImportError or OSError.
 
-    Everything else keeps its traceback: what this package raised, or what numpy or torch raised when it called them,
-    and what cannot be laid to a flag. given: flag -> value, of the flags that may be the cause.
+    Everything else keeps its traceback: what this package raised, what numpy or torch raised when it called them, and
+    what names no flag. given: flag -> value, of the flags that may be the cause.
     """
     try:
         yield
@@ -39,21 +39,21 @@ def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
 
 def flags_not_at_default(*arguments: Any) -> dict[str, object]:
     """flag -> value of every field of these dataclasses that is not at its default."""
-    found = {}
+    changed = {}
     for group in arguments:
         for field in fields(group):
             value = getattr(group, field.name)
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             if value != default:
-                found[field.name] = value
-    return found
+                changed[field.name] = value
+    return changed
 
 
 def _raised_for(error: Exception) -> str | None:
     """The framework that raised it, itself or by way of other libraries; None where this package did.
 
-    Whose call it was is told by the innermost frame that is a framework's or our own. What a worker process raised
-    comes through torch's DataLoader and was our collator's.
+    The innermost frame that belongs to a framework or to this package decides. What a worker process raised comes
+    through torch's DataLoader, and is our collator's.
     """
     if "in DataLoader worker process" in str(error):
         return None

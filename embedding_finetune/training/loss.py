@@ -41,15 +41,15 @@ def contrastive_loss(
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, passages = queries.float(), passages.float()
-        own = first_group + torch.arange(len(queries), device=queries.device)  # (B,)
+        groups = first_group + torch.arange(len(queries), device=queries.device)  # (B,), each query's own
         if use_inbatch_neg:
             scores = queries @ passages.flatten(0, 1).T / temperature  # (B, C*G)
             columns = None if passage_ids is None else passage_ids.reshape(1, -1)  # (1, C*G)
-            targets = own * passages.shape[1]  # (B,)
+            targets = groups * passages.shape[1]  # (B,)
         else:
-            scores = torch.einsum("bh,bgh->bg", queries, passages[own]) / temperature  # (B, G)
-            columns = None if passage_ids is None else passage_ids[own]  # (B, G)
-            targets = torch.zeros_like(own)  # (B,)
+            scores = torch.einsum("bh,bgh->bg", queries, passages[groups]) / temperature  # (B, G)
+            columns = None if passage_ids is None else passage_ids[groups]  # (B, G)
+            targets = torch.zeros_like(groups)  # (B,)
         if columns is not None:
             scores = scores.masked_fill(masked_columns(columns, targets, known_ids), float("-inf"))
         return F.cross_entropy(scores, targets)

@@ -30,16 +30,16 @@ class Neighbours:
         row_numbers, positive_ids = flatten_column(rows, "pos_ids")
         positives, first = np.unique(positive_ids, return_index=True)  # (P,) each
         owners = row_numbers[first]  # (P,), the first row that has it
-        found, counts = [], []
+        neighbours, counts = [], []
         for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
             negatives = table["neg"].combine_chunks()
             ids = np.fromiter(map(text_id, negatives.flatten().to_pylist()), np.int64)
             row = np.repeat(np.arange(len(negatives)), negatives.value_lengths().to_numpy())
             places = np.searchsorted(positives, ids).clip(max=len(positives) - 1)
             known = positives[places] == ids
-            found.append(owners[places[known]])
+            neighbours.append(owners[places[known]])
             counts.append(np.bincount(row[known], minlength=len(negatives)))
-        self.rows = np.concatenate(found)  # (N,), those of the first row, then those of the second, ...
+        self.rows = np.concatenate(neighbours)  # (N,), those of the first row, then those of the second, ...
         self.starts = np.concatenate([[0], np.concatenate(counts).cumsum()])  # (R + 1,), where each row's begin
         having = np.count_nonzero(np.diff(self.starts))
         if not having:

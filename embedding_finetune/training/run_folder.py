@@ -169,7 +169,7 @@ def run_in(output_dir: str, checkpoint: str | None, decided_by: Run) -> Iterator
 
 
 def _take(lock: IO[bytes], output_dir: str) -> None:
-    """Lock a file until it is closed, however the process ends; workers that outlive it for a moment do not hold it."""
+    """Lock a file until it is closed or the process ends; worker processes that live a moment longer do not hold it."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -265,8 +265,8 @@ def _shown(value: object) -> str:
 def last_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint of the folder's run that was written to its end, None when there is none."""
     run = run_of(output_dir)
-    own = [path for path in _checkpoints(Path(output_dir)) if run_of(path) == run and is_finished(path)]
-    return str(max(own, key=_step)) if own else None
+    finished = [path for path in _checkpoints(Path(output_dir)) if run_of(path) == run and is_finished(path)]
+    return str(max(finished, key=_step)) if finished else None
 
 
 def is_finished(checkpoint: AnyPath) -> bool:

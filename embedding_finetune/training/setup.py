@@ -1,4 +1,4 @@
-"""A trainer as finetune.py's flags want it: what training starts from, what is trained, and the mean of both."""
+"""What finetune.py's flags make of data and model: the evaluation task, the trainer, the merged weights."""
 
 import dataclasses
 import itertools
@@ -181,7 +181,7 @@ def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int
 def save_merged_with_base(
     trainer: RetrievalTrainer, model_args: ModelArguments, args: RetrieverTrainingArguments, *, share: float
 ) -> None:
-    """Save share * tuned + (1 - share) * base weights beside the tuned ones: what was forgotten comes back in part."""
+    """Save share * tuned + (1 - share) * base weights in the folder `merged`: they keep more of what the base knew."""
     base, _, config = load_base(model_args)
     backbone, projection = merged(trainer.bi_encoder.backbone), trainer.bi_encoder.projection
     mix_with(backbone.cpu(), base, share)
