@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import finetune
+from embedding_finetune import __version__
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.model.bi_encoder import BiEncoder
@@ -256,6 +257,7 @@ def test_the_metrics_of_training_are_those_of_evaluate_and_stand_in_the_summary(
     instruction = ("--query_instruction_for_retrieval", "how: ")
     assert summary["metrics_before"] == evaluate.main(["--model_name", str(tiny_bert), *flags, *instruction])
     assert (summary["rows"], summary["steps"], summary["checkpoint"]) == (30, 6, str(output))
+    assert summary["version"] == __version__
     assert "30 of 30 queries and 10 of 10 relevant passages are also in the training data" in caplog.text
     assert list(output.rglob("events.out.tfevents*"))
 

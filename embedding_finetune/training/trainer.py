@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from embedding_finetune import __version__
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
@@ -193,6 +194,7 @@ class RetrievalTrainer(Trainer):
             "metrics_before": self.metrics_at(0),
             "metrics_after": self.metrics_at(final),
             "checkpoint": self.args.output_dir,
+            "version": __version__,
         }
 
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
