@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.training.loss import PADDING_ID, contrastive_loss, distillation_loss, masked_columns
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.training.loss import (
+    PADDING_ID,
+    LossOptions,
+    RetrievalLoss,
+    contrastive_loss,
+    distillation_loss,
+    masked_columns,
+)
 
 
 def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None):
@@ -141,3 +150,26 @@ def test_groups_gathered_from_other_ranks_shift_the_targets():
     whole = contrastive_loss(queries, passages, temperature=0.1)
     parts = [contrastive_loss(queries[rank : rank + 2], passages, temperature=0.1, first_group=rank) for rank in (0, 2)]
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_module_adds_the_teachers_divergence_to_the_contrastive_loss_of_the_texts_embeddings(tiny_bert, recompute):
+    backbone, _, config = load_backbone(str(tiny_bert), flag="--model")
+    model = BiEncoder(backbone, config).eval()
+    ids = torch.randint(5, 60, (5, 9), generator=torch.Generator().manual_seed(0))
+    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # Both queries are told apart from text 3, which the first one has as its negative and the second as its positive.
+    batch = {"query_index": torch.tensor([0, 1]), "passage_index": torch.tensor([[2, 3], [3, 4]])}
+    batch |= {"passage_ids": torch.tensor([[20, 30], [30, 40]]), "known_ids": torch.tensor([[20, 1], [30, 2]])}
+    teacher = torch.tensor([[2.0, 1.0], [3.0, float("-inf")]])
+    options = LossOptions(temperature=0.3, distillation_weight=0.5, teacher_temperature=2.0)
+    loss = RetrievalLoss(model, options, tokens_per_sub_batch=18, recompute_sub_batches=recompute)
+    embeddings = model(**texts)
+    queries, passages = embeddings[:2], embeddings[torch.tensor([[2, 3], [3, 4]])]
+    contrast = contrastive_loss(
+        queries, passages, temperature=0.3, passage_ids=batch["passage_ids"], known_ids=batch["known_ids"]
+    )
+    divergence = distillation_loss(queries, passages, teacher, temperature=0.3, teacher_temperature=2.0)
+    assert loss(**texts, **batch)["loss"].item() == pytest.approx(contrast.item(), rel=1e-5)
+    expected = contrast.item() + 0.5 * divergence.item()
+    assert loss(**texts, **batch, teacher_scores=teacher)["loss"].item() == pytest.approx(expected, rel=1e-5)
