@@ -1,9 +1,17 @@
-"""Which attention may be computed by the batched products of our own; all other is left to transformers' sdpa."""
+"""What training_kernels and encoding_kernels share: attention as two batched products, and its place in transformers.
 
-from collections.abc import Mapping
+Attention that is anything more than that is left to transformers' sdpa.
 
+Shapes: n texts, t tokens, h heads, d dimensions of a head.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 _IN_THE_MASK = {"sliding_window", "position_ids"}
 _WITHOUT_EFFECT = {
@@ -19,6 +27,18 @@ _WITHOUT_EFFECT = {
 }
 _DROPPED_BY_SDPA = {"s_aux", "sinks"}
 """Learned logits that join the softmax. The classes that have them say that they do not work with sdpa."""
+
+
+def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
+    """Let transformers' models compute attention with a function that takes the masks of sdpa."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def replace_sdpa(backbone: PreTrainedModel, name: str) -> None:
+    """Use the attention that was registered under this name, if the backbone uses sdpa; another one is left alone."""
+    if backbone.config._attn_implementation == "sdpa":
+        backbone.set_attn_implementation(name)
 
 
 def is_plain_attention(
@@ -55,3 +75,24 @@ def attention_by_sdpa(
         if keywords[name] is not None:
             raise ValueError(f"sdpa attention does not apply {name}")
     return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+
+
+def attention_scores(query: Tensor, key: Tensor, scaling: float | None, bias: Tensor | None = None) -> Tensor:
+    """query @ key * scaling + bias, with d^-0.5 for a scaling of None: (n*h, t, t).
+
+    query, key: (n, h, t, d); bias: whatever broadcasts to (n, h, t, t).
+    """
+    n, h, t, d = query.shape
+    return torch.baddbmm(
+        query.new_empty(1, 1, 1) if bias is None else bias.expand(n, h, t, t).reshape(n * h, t, t),
+        query.reshape(n * h, t, d),
+        key.reshape(n * h, t, d).transpose(1, 2),
+        beta=0 if bias is None else 1,
+        alpha=d**-0.5 if scaling is None else scaling,
+    )
+
+
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """weights (n*h, t, t) @ value (n, h, t, d), as transformers' attention functions give it: (n, t, h, d)."""
+    n, h, t, d = value.shape
+    return torch.bmm(weights, value.reshape(n * h, t, d)).view(n, h, t, d).transpose(1, 2).contiguous()

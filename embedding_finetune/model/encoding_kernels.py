@@ -9,11 +9,17 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.attention import attention_by_sdpa, is_plain_attention
+from embedding_finetune.model.attention import (
+    attention_by_sdpa,
+    attention_scores,
+    is_plain_attention,
+    register_attention,
+    replace_sdpa,
+    weighted_values,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +72,8 @@ def prepare_for_encoding(
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
     backbone.to(device)  # after that: float32 weights might not fit there
-    if device.type == "cpu" and backbone.config._attn_implementation == "sdpa":
-        backbone.set_attn_implementation(_ATTENTION)
+    if device.type == "cpu":
+        replace_sdpa(backbone, _ATTENTION)
     if torch_compile:
         _compile(backbone, device)
     elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
@@ -129,7 +135,7 @@ def attention_in_batched_products(
     query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products
     and a softmax take half the time of torch's sdpa at head sizes of 32 to 64; all else is left to that.
     """
-    n, h, t, d = query.shape
+    n, h, t, _ = query.shape
     if (
         query.dtype != torch.bfloat16
         or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
@@ -137,17 +143,10 @@ def attention_in_batched_products(
         or n * h * t * t > _MOST_SCORES
     ):
         return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    scores = torch.baddbmm(
-        query.new_empty(1, 1, 1),
-        query.reshape(n * h, t, d),
-        key.reshape(n * h, t, d).transpose(1, 2),
-        beta=0,
-        alpha=d**-0.5 if scaling is None else scaling,
-    )  # (n*h, t, t)
+    scores = attention_scores(query, key, scaling)  # (n*h, t, t)
     if attention_mask is not None:
         _mask(scores.view(n, h, t, t), attention_mask)
-    context = torch.bmm(_softmax(scores), value.reshape(n * h, t, d))  # (n*h, t, d)
-    return context.view(n, h, t, d).transpose(1, 2).contiguous(), None
+    return weighted_values(_softmax(scores), value), None
 
 
 def _mask(scores: Tensor, seen: Tensor) -> None:
@@ -170,8 +169,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.to_mkldnn().softmax(dim=-1).to_dense()
 
 
-AttentionInterface.register(_ATTENTION, attention_in_batched_products)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+register_attention(_ATTENTION, attention_in_batched_products)
 
 
 def _compile(backbone: PreTrainedModel, device: torch.device) -> None:

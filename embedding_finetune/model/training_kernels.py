@@ -1,18 +1,26 @@
-"""Dropout with masks that are cheap on a CPU, in place of torch's own, during training.
+"""What makes a training step cheap on a CPU: dropout masks, and attention written out.
 
-torch draws one random number per element, one after the other; on a CPU that took a fifth of a training step,
-and dropout of attention weights besides forces a slow path with several copies of them. Here a 64-bit draw of
-numpy's SFC64 serves four elements, 16 bits each, so that a probability is met to 2^-17. The generator is seeded from
-torch's for every mask: seeding, resuming and activation checkpointing work as with torch's own dropout.
+torch draws the random numbers of a dropout mask one by one, which took a fifth of a training step, and dropout of
+attention weights forces a slow path that copies them several times. Here one 64-bit draw of numpy's SFC64 serves four
+elements, 16 bits each, so a probability is exact to 2^-17. Every mask seeds its generator from torch's: seeds,
+resumed runs and activation checkpointing work as they do with torch's own dropout.
+
+Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
-from embedding_finetune.model.attention import attention_by_sdpa, is_plain_attention
+from embedding_finetune.model.attention import (
+    attention_by_sdpa,
+    attention_scores,
+    is_plain_attention,
+    register_attention,
+    replace_sdpa,
+    weighted_values,
+)
 
 _ATTENTION = "cheap_dropout"
 
@@ -32,8 +40,7 @@ def use_cheap_dropout(backbone: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, CheapDropout(child.p))
-    if backbone.config._attn_implementation == "sdpa":
-        backbone.set_attn_implementation(_ATTENTION)
+    replace_sdpa(backbone, _ATTENTION)
 
 
 def scaled_keep_mask(like: Tensor, probability: float) -> Tensor:
@@ -65,24 +72,15 @@ def attention_with_cheap_dropout(
     plain = is_plain_attention(module, query, key, value, attention_mask, kwargs)
     if not torch.is_grad_enabled() or query.device.type != "cpu" or not plain:
         return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    n, h, t, d = query.shape
     bias = query.new_zeros(())
     if attention_mask is not None:
         bias = attention_mask
         if bias.dtype == torch.bool:
             bias = query.new_zeros(bias.shape).masked_fill_(~bias, torch.finfo(query.dtype).min)
-    scores = torch.baddbmm(
-        bias.expand(n, h, t, t).reshape(n * h, t, t),
-        query.reshape(n * h, t, d),
-        key.reshape(n * h, t, d).transpose(1, 2),
-        alpha=d**-0.5 if scaling is None else scaling,
-    )  # (n*h, t, t)
-    weights = scores.softmax(dim=-1)
+    weights = attention_scores(query, key, scaling, bias).softmax(dim=-1)  # (n*h, t, t)
     if dropout > 0:
         weights = weights * scaled_keep_mask(weights, dropout)
-    context = torch.bmm(weights, value.reshape(n * h, t, d))  # (n*h, t, d)
-    return context.view(n, h, t, d).transpose(1, 2).contiguous(), None
+    return weighted_values(weights, value), None
 
 
-AttentionInterface.register(_ATTENTION, attention_with_cheap_dropout)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+register_attention(_ATTENTION, attention_with_cheap_dropout)
