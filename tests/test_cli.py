@@ -46,12 +46,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def no_model(*args, **kwargs):
-        raise AssertionError("a model was loaded before the input was found to be bad")
+        pytest.fail("a model was loaded before the input was found to be bad")
 
-    # Those that import it first: were they imported while it is patched, they would keep the patch.
-    monkeypatch.setattr("embedding_finetune.retrieval.encoder.load_backbone", no_model)
-    monkeypatch.setattr("embedding_finetune.training.setup.load_backbone", no_model)
-    monkeypatch.setattr("embedding_finetune.model.loading.load_backbone", no_model)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", no_model)
     (tmp_path / "good.jsonl").write_bytes(GOOD_ROW)
     (tmp_path / "mined.jsonl").write_bytes(b'{"query": "q", "pos": ["p"], "neg": ["n"]}\n')
     (tmp_path / "candidates.jsonl").write_bytes(b'{"context": ["p"]}\n')

@@ -15,8 +15,8 @@ import evaluate
 import finetune
 import mine_hard_neg
 from embedding_finetune.data.texts import canonical
+from embedding_finetune.model import loading
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.retrieval import encoder as encoding
 
 
 def mine(model, source, target, *flags):
@@ -130,7 +130,7 @@ def test_mined_negatives_never_contain_a_positive_the_query_or_a_text_twice(
 def shared_encoder(tiny_bert, monkeypatch):
     """Load the tiny model once, however often mining asks for it."""
     load = functools.cache(lambda: load_backbone(str(tiny_bert), flag="--model"))
-    monkeypatch.setattr(encoding, "load_backbone", lambda *args, **kwargs: load())
+    monkeypatch.setattr(loading, "load_backbone", lambda *args, **kwargs: load())
 
 
 def test_mining_writes_the_same_bytes_under_another_hash_seed_and_batch_size(tiny_bert, pairs, tmp_path):

@@ -1,5 +1,7 @@
 """Cross-encoders: scores equal to a plain forward pass, and models that are none are refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from helpers import kinds
 from helpers.data import TOPICS, passage_about
 from helpers.running import encoding_arguments
 from helpers.tiny import make_tiny_bert, make_tiny_reranker, make_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from embedding_finetune.command_line import UserError
@@ -61,7 +64,7 @@ def test_a_model_without_a_single_logit_is_refused_by_its_config_and_one_without
     config = (headless / "config.json").read_text()
     (headless / "config.json").write_text(config.replace("{", '{"id2label": {"0": "score"},', 1))
     check_reranker(str(headless), encoding_arguments())
-    with pytest.raises(UserError, match=r"classifier\.\w+ is missing"):
+    with pytest.raises(UserError, match=r"2 tensors are missing, classifier\.bias among them; give a cross-encoder"):
         load_reranker(str(headless), encoding_arguments())
 
 
@@ -102,3 +105,23 @@ def test_a_reranker_without_tokenizer_files_is_refused(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"^--reranker_name_or_path .*the tokenizer knows no words"):
         load_reranker(str(folder), encoding_arguments())
+
+
+def test_a_reranker_that_is_a_pickle_or_has_code_of_its_own_is_refused_with_the_remedy(tmp_path):
+    folder = make_tiny_reranker(tmp_path / "pickled")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^--reranker_name_or_path .*pickled: its weights are a pickle") as refusal:
+        load_reranker(str(folder), encoding_arguments())
+    # AutoModel would convert all but the head.
+    command = str(refusal.value).split("python -c ")[1].strip('"')
+    exec(command)
+    assert np.isfinite(load_reranker(str(folder), encoding_arguments()).scores(["pump"], ["valve"])).all()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.Config"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise AssertionError('it was run')")
+    for load in (check_reranker, load_reranker):
+        with pytest.raises(UserError, match="read it, and give --trust_remote_code True"):
+            load(str(folder), encoding_arguments())

@@ -3,7 +3,10 @@
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -51,6 +54,75 @@ def _is_folder(name: str, flag: str) -> bool:
     return False
 
 
+def load_pretrained(
+    auto_class: Any,
+    name_or_path: str,
+    *,
+    flag: str,
+    remedy: str,
+    may_lack: str | None = None,
+    subfolder: str = "",
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a folder's or hub model's weights, as float32, with one of transformers' Auto classes, and its tokenizer.
+
+    flag: what the user gave the name with. remedy: what to give where the weights do not fill the model. may_lack: a
+    part of the names of tensors that need not be there. Raises UserError when something cannot be loaded, the weights
+    do not fill the model, or the tokenizer is not the model's.
+    """
+    transformers.logging.disable_progress_bar()  # ours are enough
+    what = f"{flag} {name_or_path}"
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    with errors_name_the_model(auto_class, name_or_path, flag=flag, **hub):
+        model, loading = auto_class.from_pretrained(
+            name_or_path,
+            config=AutoConfig.from_pretrained(config_name, **hub) if config_name else None,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            subfolder=subfolder,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_name or name_or_path, subfolder="" if tokenizer_name else subfolder, **hub
+        )
+    missing = sorted(name for name in loading["missing_keys"] if may_lack is None or may_lack not in name)
+    if missing:
+        raise UserError(
+            f"{what}: the weights do not fill a {type(model).__name__}: "
+            f"{len(missing)} tensors are missing, {missing[0]} among them; {remedy}"
+        )
+    check_tokenizer(tokenizer, model, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
+    return model, tokenizer
+
+
+@contextmanager
+def errors_name_the_model(
+    auto_class: Any, name_or_path: str, *, flag: str, cache_dir: str | None, trust_remote_code: bool
+) -> Iterator[None]:
+    """Raise UserError, with flag, name and remedy, for whatever goes wrong while files of a model are loaded."""
+    what, is_folder = f"{flag} {name_or_path}", os.path.isdir(name_or_path)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
+        _refuse_pickle(auto_class, what, name_or_path, cache_dir)
+        if "custom code" in str(error) and not trust_remote_code:
+            raise UserError(
+                f"{what}: the model comes with code of its own; read it, and give "
+                "--trust_remote_code True if you trust it"
+            ) from error
+        kind = "" if is_folder else " (there is no such folder; tried as a hub name)"
+        raise UserError(
+            f"{what}{kind}: cannot be loaded: {first_line(error)} "
+            "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
+        ) from error
+
+
 def load_backbone(
     name_or_path: str,
     *,
@@ -62,54 +134,86 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
     """Load a folder's or hub model's weights (as float32), tokenizer and embedding config.
 
-    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded or
-    the weights do not fill the backbone.
+    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded, the weights do not
+    fill the backbone, or it does not give a state for every token.
     """
-    transformers.logging.disable_progress_bar()  # ours are enough
-    is_folder = _is_folder(name_or_path, flag)
-    hub = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    try:
+    _is_folder(name_or_path, flag)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    with errors_name_the_model(AutoModel, name_or_path, flag=flag, **hub):
         config = read_config(name_or_path, cache_dir=cache_dir)
-        hub["subfolder"] = config.backbone_folder
-        model_config = AutoConfig.from_pretrained(config_name, **{**hub, "subfolder": ""}) if config_name else None
-        backbone, loading = AutoModel.from_pretrained(
-            name_or_path,
-            config=model_config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **hub,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_name or name_or_path, **({**hub, "subfolder": ""} if tokenizer_name else hub)
-        )
-    except UserError:
-        raise
-    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
-        _refuse_pickle(f"{flag} {name_or_path}", name_or_path, cache_dir)
-        if "custom code" in str(error) and not trust_remote_code:
-            raise UserError(
-                f"{flag} {name_or_path}: the model comes with code of its own; read it, and give "
-                "--trust_remote_code True if you trust it"
-            ) from error
-        kind = "" if is_folder else " (there is no such folder; tried as a hub name)"
-        raise UserError(
-            f"{flag} {name_or_path}{kind}: cannot be loaded: {first_line(error)} "
-            "Give a folder with config.json, model.safetensors and tokenizer files, or a hub name."
-        ) from error
-    missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise UserError(
-            f"{flag} {name_or_path}: the weights do not fill a {type(backbone).__name__}: "
-            f"{len(missing)} tensors are missing, {missing[0]} among them; give an encoder's checkpoint"
-        )
-    what = f"{flag} {name_or_path}"
-    check_tokenizer(tokenizer, backbone, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
-    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
+    backbone, tokenizer = load_pretrained(
+        AutoModel,
+        name_or_path,
+        flag=flag,
+        remedy="give an encoder's checkpoint",
+        may_lack="pooler",
+        subfolder=config.backbone_folder,
+        config_name=config_name,
+        tokenizer_name=tokenizer_name,
+        **hub,
+    )
+    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=f"{flag} {name_or_path}")
     return backbone, tokenizer, config
 
 
-def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """What embeds texts, as the checkpoint and the flags have it, not yet made ready for encoding or training.
+
+    query_max_len, passage_max_len: in tokens, special ones included. own_max_len: the checkpoint's own length.
+    length_limit: the most tokens that backbone and tokenizer take.
+    """
+
+    backbone: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: EmbeddingConfig
+    projection: nn.Sequential
+    query_max_len: int
+    passage_max_len: int
+    own_max_len: int
+    length_limit: int
+
+
+def load_embedding_model(
+    name_or_path: str,
+    *,
+    flag: str,
+    given: Mapping[str, Any],
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> EmbeddingModel:
+    """Load all that embeds texts, for encoding as for training, with what flags say in the checkpoint's place.
+
+    given: values for EmbeddingConfig.with_flags, None for what no flag says. A length of None is the checkpoint's own.
+    Raises UserError like load_backbone, and where flags ask for what the model does not have.
+    """
+    backbone, tokenizer, config = load_backbone(
+        name_or_path,
+        flag=flag,
+        config_name=config_name,
+        tokenizer_name=tokenizer_name,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
+    limit = length_limit(backbone, tokenizer)
+    check_max_length("--query_max_len", query_max_len or 0, limit)
+    check_max_length("--passage_max_len", passage_max_len or 0, limit)
+    own_max_len = min(config.max_seq_length or limit, limit)
+    config = config.with_flags(**given)
+    lengths = {"query_max_len": query_max_len or own_max_len, "passage_max_len": passage_max_len or own_max_len}
+    check_instructions(tokenizer, config, **lengths)
+    check_truncate_dim(backbone, config)
+    projection = load_projection(name_or_path, config, cache_dir=cache_dir)
+    return EmbeddingModel(
+        backbone, tokenizer, config, projection, **lengths, own_max_len=own_max_len, length_limit=limit
+    )
+
+
+def _refuse_pickle(auto_class: Any, what: str, name_or_path: str, cache_dir: str | None) -> None:
     """Raise UserError where weights are there, but only as a pickle."""
     try:
         found = [name for name in (*_PICKLES, *_SAFE) if find_file(name_or_path, name, cache_dir) is not None]
@@ -118,7 +222,7 @@ def _refuse_pickle(what: str, name_or_path: str, cache_dir: str | None) -> None:
     if found and not set(found) & set(_SAFE):
         raise UserError(
             f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
-            'trust it, convert it: python -c "from transformers import AutoModel as M; '
+            f'trust it, convert it: python -c "from transformers import {auto_class.__name__} as M; '
             f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
         )
 

@@ -30,15 +30,7 @@ from embedding_finetune.model.encoding_kernels import (
     prepare_for_encoding,
     working_device,
 )
-from embedding_finetune.model.loading import (
-    check_instructions,
-    check_max_length,
-    check_truncate_dim,
-    length_limit,
-    load_backbone,
-    load_projection,
-    weights_digest,
-)
+from embedding_finetune.model.loading import load_embedding_model, weights_digest
 from embedding_finetune.model.tokens import TextKind, batches_of_one_length, pad, padded_length, text_kinds
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
@@ -219,39 +211,35 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
     """
     keep_freed_memory()
-    backbone, tokenizer, config = load_backbone(
-        name_or_path, flag=flag, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
+    loaded = load_embedding_model(
+        name_or_path,
+        flag=flag,
+        given={
+            "pooling": options.sentence_pooling_method,
+            "normalized": options.normalized,
+            "query_instruction": options.query_instruction_for_retrieval,
+            "passage_instruction": options.passage_instruction_for_retrieval,
+            "truncate_dim": options.truncate_dim,
+        },
+        query_max_len=options.query_max_len,
+        passage_max_len=options.passage_max_len,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
     )
-    limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", options.query_max_len or 0, limit)
-    check_max_length("--passage_max_len", options.passage_max_len or 0, limit)
-    config = config.with_flags(
-        pooling=options.sentence_pooling_method,
-        normalized=options.normalized,
-        query_instruction=options.query_instruction_for_retrieval,
-        passage_instruction=options.passage_instruction_for_retrieval,
-        truncate_dim=options.truncate_dim,
-    )
-    default_length = min(config.max_seq_length or limit, limit)
-    lengths = {
-        "query_max_len": options.query_max_len or default_length,
-        "passage_max_len": options.passage_max_len or default_length,
-    }
-    check_instructions(tokenizer, config, **lengths)
-    check_truncate_dim(backbone, config)
-    projection = load_projection(name_or_path, config, cache_dir=options.cache_dir)
-    digest = weights_digest(backbone, projection)  # of the weights as they are stored, before they change precision
+    backbone = loaded.backbone
+    digest = weights_digest(backbone, loaded.projection)  # as they are stored, before they change precision
     device = working_device()
     dtype = choose_dtype(options.dtype, device)
     logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     leave_out_pooler(backbone)
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
-    model = BiEncoder(backbone, config, projection=projection.to(device)).eval()
-    check_encoding(model, tokenizer, limit=limit, what=f"{flag} {name_or_path}")
+    model = BiEncoder(backbone, loaded.config, projection=loaded.projection.to(device)).eval()
+    check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=f"{flag} {name_or_path}")
     encoder = Encoder(
         model,
-        tokenizer,
-        **lengths,
+        loaded.tokenizer,
+        query_max_len=loaded.query_max_len,
+        passage_max_len=loaded.passage_max_len,
         tokens_per_batch=options.tokens_per_batch,
         weights_digest=digest,
     )

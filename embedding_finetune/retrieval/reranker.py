@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.checks import check_scores, check_tokenizer
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model.checks import check_scores
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
     free_memory,
@@ -28,7 +26,7 @@ from embedding_finetune.model.encoding_kernels import (
     prepare_for_encoding,
     working_device,
 )
-from embedding_finetune.model.loading import length_limit, weights_digest
+from embedding_finetune.model.loading import errors_name_the_model, length_limit, load_pretrained, weights_digest
 from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import default_tokens_per_batch
@@ -36,6 +34,7 @@ from embedding_finetune.retrieval.encoder import default_tokens_per_batch
 logger = logging.getLogger(__name__)
 
 _FLAG = "--reranker_name_or_path"
+_REMEDY = "give a cross-encoder such as BAAI/bge-reranker-base"
 _MOST_TOKENS = 512
 """Of a pair: rerankers are trained on no more, and the time of one grows with it."""
 _PAIRS_PER_BLOCK = 8192
@@ -110,37 +109,26 @@ class Reranker:
 
 def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
     """Raise UserError, before any weights are read, unless the model's config says that it has one logit."""
-    try:
-        config = AutoConfig.from_pretrained(
-            name_or_path, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
-        )
-    except Exception as error:  # of transformers and tokenizers, which share no class
-        raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
+    with errors_name_the_model(AutoModelForSequenceClassification, name_or_path, flag=_FLAG, **hub):
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
     if config.num_labels != 1:
         raise UserError(
-            f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, a reranker has one; "
-            "give a cross-encoder such as BAAI/bge-reranker-base"
+            f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, a reranker has one; {_REMEDY}"
         )
 
 
 def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
     """Load a cross-encoder, with what the flags of arguments.add_encoding_arguments say about dtype and batches."""
-    transformers.logging.disable_progress_bar()
-    hub = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **hub
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
-        raise UserError(f"{_FLAG} {name_or_path}: cannot be loaded: {first_line(error)}") from error
-    if loading["missing_keys"]:
-        raise UserError(
-            f"{_FLAG} {name_or_path}: the weights do not fill a {type(model).__name__}: "
-            f"{min(loading['missing_keys'])} is missing; give a cross-encoder such as BAAI/bge-reranker-base"
-        )
+    model, tokenizer = load_pretrained(
+        AutoModelForSequenceClassification,
+        name_or_path,
+        flag=_FLAG,
+        remedy=_REMEDY,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
+    )
     limit = min(length_limit(model.base_model, tokenizer), _MOST_TOKENS)
-    check_tokenizer(tokenizer, model, f"{_FLAG} {name_or_path}")
     check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     digest = weights_digest(model)
     device = working_device()
