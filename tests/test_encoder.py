@@ -116,3 +116,10 @@ def test_other_errors_and_a_text_that_does_not_fit_alone_are_not_swallowed(tiny_
         monkeypatch.setattr(encoder.model, "forward", lambda error=error, **_: (_ for _ in ()).throw(error))
         with pytest.raises(type(error), match=str(error)):
             encoder.encode_queries(TEXTS)
+
+
+def test_an_encoder_that_does_not_know_its_weights_keeps_no_embeddings(tiny_bert, tmp_path):
+    encoder = encoder_for(tiny_bert)
+    encoder.weights_digest = ""
+    with pytest.raises(ValueError, match="two models would share them"):
+        encoder.keep_embeddings(str(tmp_path), torch.float32)

@@ -6,7 +6,7 @@ import pytest
 from helpers.data import REPOSITORY
 
 PACKAGE = REPOSITORY / "embedding_finetune"
-TOP = {"command_line", "files", "distributed", "parser"}
+TOP = {"command_line", "files", "distributed", "parser", "progress"}
 MAY_IMPORT = {
     "top": set(),
     "data": {"top"},

@@ -189,7 +189,7 @@ def _encoder_scores(
     distinct, places = np.unique(pairs.positions, return_inverse=True)
     scores = PairScores(queries, pairs.rows, places)
     stopwatch.lap("search")
-    for first, block in encoder.encode_passages(corpus.texts.at(distinct), _own_part(distinct, corpus)):
+    for first, block in encoder.encode_passages(corpus.texts.at(distinct), _own_part(distinct, corpus), quiet=True):
         stopwatch.lap("encode")
         scores.add(first, block)
         stopwatch.lap("search")

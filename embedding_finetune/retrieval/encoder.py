@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
@@ -32,6 +31,7 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.loading import load_embedding_model, weights_digest
 from embedding_finetune.model.tokens import TextKind, batches_of_one_length, pad, padded_length, text_kinds
+from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
 
@@ -43,8 +43,7 @@ TEXTS_PER_BLOCK = 8192
 """Texts that are tokenized, encoded, searched and stored together; bounds memory, changes no result."""
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192}
-_TOKENS_PER_BATCH_ELSEWHERE = 65_536
-"""Where --tokens_per_batch does not say; see benchmarks/README.md."""
+"""By kind of device, where --tokens_per_batch does not say; see benchmarks/README.md."""
 
 _TOKENS_STEP = 256
 """Batches are filled up to about a multiple of this with copies of a text: kernels are kept for each shape, and memory
@@ -95,6 +94,8 @@ class Encoder:
 
         is_scratch: the folder serves this run alone, and nobody asked for it.
         """
+        if not self.weights_digest:
+            raise ValueError("embeddings are kept by weights_digest: without it two models would share them")
         config, dimensions = self.model.embedding_config, self.model.dimensions
         shared = {
             "weights": self.weights_digest,
@@ -117,14 +118,19 @@ class Encoder:
         blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
         return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
 
-    def encode_passages(self, passages: Sequence[str], share: slice = slice(None)) -> Iterator[tuple[int, np.ndarray]]:
+    def encode_passages(
+        self, passages: Sequence[str], share: slice = slice(None), *, quiet: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (position of its first passage, embeddings (n, H) float32) block by block, of passages[share] only.
 
-        Raises UserError like encode_queries.
+        quiet: do not tell how many were stored, for passages that are looked up again and again. Raises UserError like
+        encode_queries.
         """
-        yield from self._encode(passages, self.passage, share)
+        yield from self._encode(passages, self.passage, share, quiet=quiet)
 
-    def _encode(self, texts: Sequence[str], kind: TextKind, share: slice) -> Iterator[tuple[int, np.ndarray]]:
+    def _encode(
+        self, texts: Sequence[str], kind: TextKind, share: slice, *, quiet: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         store = self.stores.get(kind.name)
         if store is not None:
             store.refresh()
@@ -132,17 +138,18 @@ class Encoder:
         starts = range(first, stop, TEXTS_PER_BLOCK)
         blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
         cut = encoded = 0
-        with tqdm(total=stop - first, desc=f"Encoding {kind.name} texts", unit="text", disable=not starts) as progress:
+        with Progress(stop - first, f"Encoding {kind.name} texts", "text") as progress:
             for block in _one_ahead(blocks):
-                progress.update(len(block.texts) - len(block.missing))
+                progress.skip(len(block.texts) - len(block.missing))
                 if len(block.missing):
+                    progress.show()
                     block.embeddings[block.missing] = self._embed(block, kind, progress)
                     _check_directions(block, kind)
                     if store is not None:
                         store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
-        if store is not None and not store.is_scratch and starts:
+        if store is not None and not store.is_scratch and starts and not quiet:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
@@ -158,7 +165,7 @@ class Encoder:
         token_ids, cut = kind.tokenize(self.tokenizer, [texts[row] for row in missing.tolist()])
         return Block(start, texts, embeddings, missing, token_ids, cut)
 
-    def _embed(self, block: Block, kind: TextKind, progress: "tqdm[Any]") -> np.ndarray:
+    def _embed(self, block: Block, kind: TextKind, progress: Progress) -> np.ndarray:
         """Embeddings of a block's missing texts: (m, H)."""
         # Texts with the same tokens are encoded once.
         rows_of: dict[tuple[int, ...], int] = {}
@@ -202,7 +209,7 @@ class Encoder:
 
 def default_tokens_per_batch(device: torch.device) -> int:
     """Padded tokens at once where --tokens_per_batch does not say."""
-    return _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+    return _TOKENS_PER_BATCH.get(device.type, 2**16)
 
 
 def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:

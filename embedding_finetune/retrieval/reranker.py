@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -28,6 +27,7 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.loading import errors_name_the_model, length_limit, load_pretrained, weights_digest
 from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
+from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import default_tokens_per_batch
 
@@ -51,7 +51,7 @@ class Reranker:
         *,
         max_length: int,
         tokens_per_batch: int,
-        weights_digest: str = "",
+        weights_digest: str,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -65,7 +65,7 @@ class Reranker:
         Raises UserError when a score is not a finite number.
         """
         scores = np.empty(len(queries), dtype=np.float32)
-        with tqdm(total=len(scores), desc="Rescoring", unit="pair", disable=not len(scores)) as progress:
+        with Progress(len(scores), "Rescoring", "pair") as progress:
             for first in range(0, len(scores), _PAIRS_PER_BLOCK):
                 part = slice(first, first + _PAIRS_PER_BLOCK)
                 scores[part] = self._scores_of_block(queries[part], passages[part], progress)
@@ -77,7 +77,7 @@ class Reranker:
             )
         return scores
 
-    def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: "tqdm[Any]") -> np.ndarray:
+    def _scores_of_block(self, queries: Sequence[str], passages: Sequence[str], progress: Progress) -> np.ndarray:
         queries, passages = pair_beginnings(self.tokenizer, queries, passages, self.max_length)
         pairs = self.tokenizer(queries, passages, truncation="longest_first", max_length=self.max_length, padding=False)
         lengths = [len(ids) for ids in pairs["input_ids"]]

@@ -9,15 +9,16 @@ pair by pair in float64 and rounded to float32, and ties are decided by position
 A result, a score at a position, is held as one 64-bit integer: the smaller, the better. Merging lists is sorting them.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import faiss
 import numpy as np
-from tqdm import tqdm
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,13 @@ class TopK:
             unsettled = []
             rows_at_once = max(_RESULTS_PER_SEARCH // width, 1)
             starts = range(0, len(pending), rows_at_once)
-            for first in tqdm(starts, desc="Searching", unit="batch", leave=False, disable=len(starts) == 1):
-                rows = pending[first : first + rows_at_once]
-                best, settled = self._with_best_of(index, rows, width, start, tolerance[rows])
-                self.best[rows[settled]] = best[settled]
-                unsettled.append(rows[~settled])
+            with Progress(len(starts), "Searching", "batch", leave=False, disable=len(starts) == 1) as progress:
+                for first in starts:
+                    rows = pending[first : first + rows_at_once]
+                    best, settled = self._with_best_of(index, rows, width, start, tolerance[rows])
+                    self.best[rows[settled]] = best[settled]
+                    unsettled.append(rows[~settled])
+                    progress.update(1)
             pending, width = np.concatenate(unsettled), min(width * 4, len(block))
 
     def _with_best_of(
@@ -235,8 +238,6 @@ def gpus_to_search_on(own: int | None = None) -> list[int]:
 class _Index:
     """A block of passages (n, H) to search: on the GPUs, and on the CPU where these cannot serve."""
 
-    _has_said = False
-
     def __init__(self, block: np.ndarray, gpus: Sequence[int]):
         self.block = np.ascontiguousarray(block, dtype=np.float32)
         self._gpus = gpus
@@ -245,13 +246,8 @@ class _Index:
     def search(self, queries: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the `width` best passages, best first: (q, width) each."""
         on_gpu = bool(self._gpus) and width <= _FAISS_GPU_MAX_K
-        if self._gpus and not on_gpu and not _Index._has_said:
-            _Index._has_said = True
-            logger.warning(
-                "warning: faiss-gpu gives at most %d results, %d are needed: searching on the CPU",
-                _FAISS_GPU_MAX_K,
-                width,
-            )
+        if self._gpus and not on_gpu:
+            _say_that_the_cpu_searches()
         if on_gpu not in self._indices:
             self._indices[on_gpu] = self._build(on_gpu)
         return self._indices[on_gpu].search(np.ascontiguousarray(queries, dtype=np.float32), width)
@@ -264,6 +260,13 @@ class _Index:
             index = faiss.index_cpu_to_gpus_list(index, options, list(self._gpus))
         index.add(self.block)
         return index
+
+
+@functools.cache  # once is enough
+def _say_that_the_cpu_searches() -> None:
+    logger.warning(
+        "warning: faiss-gpu gives at most %d results, more are needed: searching on the CPU", _FAISS_GPU_MAX_K
+    )
 
 
 def _rounding_error(queries: np.ndarray, block: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -31,6 +29,7 @@ from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, sa
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import load_projection
 from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.progress import Progress, write_line
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
@@ -307,16 +306,17 @@ class CutTexts(TrainerCallback):
 
 
 class StderrProgress(ProgressCallback):
-    """A progress bar and log lines, all on stderr: stdout carries results only."""
+    """Progress and log lines, all on stderr: stdout carries results only."""
 
     def __init__(self, *, disabled: bool):
         super().__init__()
         self.disabled = disabled
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None and self.disabled:
-            self.training_bar.disable = True
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = Progress(state.max_steps, "Training", "step", disable=self.disabled)
+            self.training_bar.show()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs is not None:
@@ -325,4 +325,4 @@ class StderrProgress(ProgressCallback):
                 for name, value in logs.items()
                 if name != "total_flos"
             )
-            tqdm.write(f"step {state.global_step}  {line}", file=sys.stderr)
+            write_line(f"step {state.global_step}  {line}")
