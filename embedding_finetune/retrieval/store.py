@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,7 +26,8 @@ from embedding_finetune.files import AnyPath, atomic_writer
 
 logger = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<IQQ")
+_CHECKSUM, _SIZES = struct.Struct("<I"), struct.Struct("<QQ")
+_HEADER_BYTES = _CHECKSUM.size + _SIZES.size
 _FORMAT = 1
 
 
@@ -87,13 +89,13 @@ class EmbeddingStore:
         if not len(texts):
             return
         digests = raw_digests(texts).tobytes()
-        sizes = _HEADER.pack(0, len(texts), embeddings.shape[1])[4:]
+        sizes = _SIZES.pack(len(texts), embeddings.shape[1])
         vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
         checksum = zlib.crc32(vectors, zlib.crc32(digests, zlib.crc32(sizes)))
         name = hashlib.blake2b(digests, digest_size=16).hexdigest() + ".segment"
         try:
             with atomic_writer(self.folder / name) as file:
-                for part in (struct.pack("<I", checksum), sizes, digests, vectors):
+                for part in (_CHECKSUM.pack(checksum), sizes, digests, vectors):
                     file.write(part)
         except UserError as error:
             raise UserError(f"{self._named}: {error}") from error
@@ -102,8 +104,8 @@ class EmbeddingStore:
         """Whether a segment has the size that its header tells; a shorter one is removed."""
         try:
             with path.open("rb") as file:
-                _, count, dimensions = _HEADER.unpack(file.read(_HEADER.size))
-            expected = _HEADER.size + count * (DIGEST_BYTES + 4 * dimensions)
+                count, dimensions = _read_sizes(file)
+            expected = _HEADER_BYTES + count * (DIGEST_BYTES + 4 * dimensions)
             complete = dimensions == self.dimensions and path.stat().st_size == expected
         except (OSError, struct.error):
             complete = False
@@ -116,7 +118,7 @@ class EmbeddingStore:
         digests, segments, rows = [np.empty(0, "S16")], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
         for number, path in enumerate(self._segments):
             with path.open("rb") as file:
-                _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
+                count, _ = _read_sizes(file)
                 digests.append(np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16"))
             segments.append(np.full(count, number, dtype=np.int32))
             rows.append(np.arange(count, dtype=np.int32))
@@ -133,7 +135,7 @@ class EmbeddingStore:
         self._checked.add(segment)
         try:
             with path.open("rb") as file:
-                expected, checksum = struct.unpack("<I", file.read(4))[0], 0
+                expected, checksum = _CHECKSUM.unpack(file.read(_CHECKSUM.size))[0], 0
                 while part := file.read(2**20):
                     checksum = zlib.crc32(part, checksum)
         except (OSError, struct.error):
@@ -148,8 +150,8 @@ class EmbeddingStore:
         order = np.argsort(rows, kind="stable")
         result = np.empty((len(rows), self.dimensions), dtype=np.float32)
         with self._segments[segment].open("rb") as file:
-            _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
-            vectors_at, row_bytes = _HEADER.size + count * DIGEST_BYTES, 4 * self.dimensions
+            count, _ = _read_sizes(file)
+            vectors_at, row_bytes = _HEADER_BYTES + count * DIGEST_BYTES, 4 * self.dimensions
             for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
                 raw = os.pread(file.fileno(), len(run) * row_bytes, vectors_at + int(rows[run[0]]) * row_bytes)
                 result[run] = np.frombuffer(raw, dtype="<f4").reshape(len(run), self.dimensions)
@@ -158,3 +160,10 @@ class EmbeddingStore:
     def _discard(self, path: Path) -> None:
         logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._named, path)
         path.unlink(missing_ok=True)
+
+
+def _read_sizes(file: BinaryIO) -> tuple[int, int]:
+    """The number of texts and of dimensions of a segment that was just opened; its digests come next."""
+    file.seek(_CHECKSUM.size)
+    count, dimensions = _SIZES.unpack(file.read(_SIZES.size))
+    return count, dimensions
