@@ -18,13 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedding_finetune.command_line import command, importing, log_to_stderr
+from embedding_finetune.command_line import command
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
+from embedding_finetune.process import importing
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 logger = logging.getLogger("embedding_finetune.evaluate")
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> Record:
     Returns `{"MRR@1": 0.83, ...}` for one model, `{model name: {"MRR@1": 0.83, ...}, ...}` for several.
     """
     options = parse_arguments(argv)
-    log_to_stderr()
     task = load_task(options.query_file_jsonl_path, Corpus(jsonl.read_passages(options.index_file_jsonl_path)))
 
     # Heavy imports wait until flags and data are known to be good.

@@ -29,7 +29,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from embedding_finetune import files
-from embedding_finetune.command_line import command, importing, log_to_stderr
+from embedding_finetune.command_line import command
+from embedding_finetune.process import importing
 
 if TYPE_CHECKING:
     from embedding_finetune.data.jsonl import Record
@@ -42,12 +43,10 @@ logger = logging.getLogger("embedding_finetune.finetune")
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything, load rows and model, train, save the checkpoint, say what was done."""
-    log_to_stderr()
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
         from embedding_finetune.distributed import end_at_exit
-        from embedding_finetune.model.allocator import keep_freed_memory
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.rows import load_rows
@@ -59,11 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             what_decides,
         )
         from embedding_finetune.training.setup import load_evaluation, make_trainer
-        from embedding_finetune.training.trainer import all_weights
+        from embedding_finetune.training.weights import weights_hash
 
     checkpoint = resume_point(args)
 
-    keep_freed_memory()
     end_at_exit()
     rows = load_rows(
         data_args.train_data,
@@ -81,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
         trainer = make_trainer(model_args, data_args, args, dataset, task)
-    decided_by["decided_by"]["base_weights"] = all_weights(trainer.model)
+    decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
         with errors_name_their_flag(given):

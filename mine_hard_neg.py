@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedding_finetune import __version__, files
-from embedding_finetune.command_line import UserError, command, importing, log_to_stderr
+from embedding_finetune.command_line import UserError, command
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
@@ -30,6 +30,7 @@ from embedding_finetune.mining.arguments import MiningOptions, add_mining_output
 from embedding_finetune.mining.choice import Selection, lowest_scores
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.parser import new_parser
+from embedding_finetune.process import importing
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read rows, rank the candidates for each, choose negatives, write the rows, give the audit."""
     stopwatch = Stopwatch()
     options = parse_arguments(argv)
-    log_to_stderr()
     rows = read_rows(options)
     corpus = Corpus(candidate_texts(rows, options.candidate_pool), beyond=own_texts(rows, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))

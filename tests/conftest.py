@@ -1,11 +1,15 @@
 """Fixtures: a tiny random model, a small made-up data set, the real demo model."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
 from helpers.tiny import make_tiny_bert
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`; runs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"

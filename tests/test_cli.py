@@ -16,7 +16,7 @@ from helpers.tiny import make_tiny_bert
 import evaluate
 import finetune
 import mine_hard_neg
-from embedding_finetune import command_line
+from embedding_finetune import command_line, process
 
 GOOD_ROW = b'{"query": "q", "pos": ["p"]}\n'
 BAD_FILES = {
@@ -285,7 +285,7 @@ def test_a_signal_during_an_import_that_would_swallow_it_ends_the_run_after_it(c
 
     @command_line.command
     def main():
-        with command_line.uninterrupted():
+        with process.uninterrupted():
             try:
                 os.kill(os.getpid(), signal.SIGINT)
                 done.append("import")

@@ -6,7 +6,7 @@ import pytest
 from helpers.data import REPOSITORY
 
 PACKAGE = REPOSITORY / "embedding_finetune"
-TOP = {"command_line", "files", "distributed", "parser", "progress"}
+TOP = {"command_line", "files", "distributed", "parser", "process", "progress"}
 MAY_IMPORT = {
     "top": set(),
     "data": {"top"},

@@ -32,7 +32,6 @@ CACHED_FILE = {
     "_raise_exceptions_for_missing_entries",
 }
 DOORS = {"encoding_kernels.py", "training_kernels.py", "attention.py", "checkpoint.py", "trainer.py"}
-DOORS |= {"command_line.py"}  # puts back what a run switched
 
 
 @pytest.mark.parametrize(("place", "names"), ATTRIBUTES.items(), ids=ATTRIBUTES)

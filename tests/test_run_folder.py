@@ -221,6 +221,10 @@ def test_data_that_the_new_model_would_replace_is_refused(tiny_bert, mined, tmp_
         ({"resume_from_checkpoint": "{no_schedule}"}, "lacks scheduler.pt"),
         ({"resume_from_checkpoint": "{damaged_state}"}, "a file of it is damaged"),
         ({"resume_from_checkpoint": "{out}/checkpoint-4", "max_steps": 3}, "is at step 4 already"),
+        (
+            {"resume_from_checkpoint": "{out}/checkpoint-4", "max_steps": -1, "num_train_epochs": 0.25},
+            "--num_train_epochs 0.25 ends at step 1: the checkpoint is at step 4 already",
+        ),
         ({"resume_from_checkpoint": "{out}/checkpoint-2", "lora_rank": 2}, "was trained without adapters"),
         ({"resume_from_checkpoint": "{adapters}/checkpoint-2"}, "was trained with --lora_rank 4, and no --lora_rank"),
         ({"resume_from_checkpoint": "{adapters}/checkpoint-2", "lora_rank": 2}, "--lora_rank 4, and --lora_rank is 2"),

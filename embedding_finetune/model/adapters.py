@@ -45,6 +45,9 @@ def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, alone: bool) 
     """Write the adapter as peft does: into the folder itself when it is all that is saved, else into `adapter`."""
     target = Path(folder) if alone else Path(folder) / _FOLDER
     backbone.save_pretrained(target)
+    config = json.loads((target / _CONFIG).read_text(encoding="utf-8"))
+    config["target_modules"].sort()  # a set in peft: its order would change from run to run
+    (target / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (target / "README.md").unlink(missing_ok=True)  # peft's model card, a form that nobody filled in
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from embedding_finetune.command_line import UserError, first_line, uninterrupted
+from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.files import AnyPath, is_model_file
+from embedding_finetune.process import uninterrupted
 
 _STAGING = ".saving-"
 _ENTRANCES = ("config.json", "adapter_config.json", "modules.json")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -73,7 +72,6 @@ def load_pretrained(
     part of the names of tensors that need not be there. Raises UserError when something cannot be loaded, the weights
     do not fill the model, or the tokenizer is not the model's.
     """
-    transformers.logging.disable_progress_bar()  # ours are enough
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with errors_name_the_model(auto_class, name_or_path, flag=flag, **hub):

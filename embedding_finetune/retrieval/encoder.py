@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.allocator import keep_freed_memory
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
@@ -217,7 +216,6 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
 
     scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
     """
-    keep_freed_memory()
     loaded = load_embedding_model(
         name_or_path,
         flag=flag,

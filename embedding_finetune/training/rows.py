@@ -73,7 +73,6 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
 
 def _write_rows(path: Path, scores_required: bool) -> list[str]:
     """Write one file's rows in Arrow format; gives the files. Every run writes them anew: no cache can be stale."""
-    datasets.disable_progress_bars()
     folder = tempfile.mkdtemp(dir=scratch_folder())
     try:
         rows = datasets.Dataset.from_generator(

@@ -1,6 +1,5 @@
 """transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
-import hashlib
 import logging
 import re
 import shutil
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from embedding_finetune import __version__
@@ -29,14 +27,15 @@ from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, sa
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import load_projection
 from embedding_finetune.model.training_queries import write_training_queries
-from embedding_finetune.progress import Progress, write_line
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
+from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
+from embedding_finetune.training.weights import saved_weights, trained_weight_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +89,14 @@ class RetrievalTrainer(Trainer):
         )
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False
-        self.cut_texts = np.zeros((2, 2), dtype=np.int64)  # of the first epoch, as EmbedCollator counts
-        self.weights_before = _trained_weights(model)
+        self.cut_texts = CutTexts(query=data_collator.query.max_length, passage=data_collator.passage.max_length)
+        self.weights_before = trained_weight_hashes(model)
         self.largest_loss: float | None = None  # of this process's micro-batches
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StderrProgress(disabled=args.disable_tqdm))
-        self.add_callback(CutTexts(self))
+        self.add_callback(self.cut_texts)
+        self.add_callback(RunLength())
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -114,7 +114,7 @@ class RetrievalTrainer(Trainer):
             reason = "no step was made; give more rows, or a smaller batch"
         elif largest_losses and max(largest_losses) == 0:
             reason = "the loss was 0 at every step: no query had a negative; mine some, or enlarge the batch"
-        elif _trained_weights(self.model) == self.weights_before:
+        elif trained_weight_hashes(self.model) == self.weights_before:
             reason = "no weight has moved; raise --learning_rate, or leave --fp16 out"
         else:
             return result
@@ -136,7 +136,7 @@ class RetrievalTrainer(Trainer):
         """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
         rows = inputs["rows"]
         if self.model.training and (self.state.epoch or 0) < 1:
-            self.cut_texts += inputs["cut_texts"].cpu().numpy()
+            self.cut_texts.count(inputs["cut_texts"])
         inputs = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "cut_texts")}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not torch.isfinite(loss):
@@ -231,7 +231,7 @@ class RetrievalTrainer(Trainer):
             if self.args.lora_rank is not None:
                 load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
             else:
-                self.bi_encoder.backbone.load_state_dict(_saved_weights(resume_from_checkpoint))
+                self.bi_encoder.backbone.load_state_dict(saved_weights(resume_from_checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
@@ -260,69 +260,3 @@ def _damage_named(checkpoint: str | None) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{checkpoint}: a file of it is damaged: {first_line(error)}; give another one") from error
-
-
-def all_weights(model: nn.Module) -> str:
-    """What tells the weights of a model from another's: a hash of all of them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {torch.hash_tensor(tensor.detach().cpu()).numpy()}".encode())
-    return digest.hexdigest()
-
-
-def _trained_weights(model: nn.Module) -> dict[str, str]:
-    """A hash of each parameter that is trained."""
-    return {
-        name: str(torch.hash_tensor(parameter.detach().cpu()).numpy())
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _saved_weights(folder: str) -> dict[str, torch.Tensor]:
-    """The backbone's weights of a checkpoint, which large models have in several files."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-class CutTexts(TrainerCallback):
-    """Says after the first epoch how many texts were longer than the lengths they are trained with."""
-
-    def __init__(self, trainer: RetrievalTrainer):
-        self.trainer = trainer
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.cut_texts.any():
-            return
-        counts = np.sum(gather_objects(self.trainer.cut_texts), axis=0).tolist()
-        self.trainer.cut_texts[:] = 0
-        collator = self.trainer.data_collator
-        lengths = {kind.name: kind.max_length for kind in (collator.query, collator.passage)}
-        for (kind, length), (cut, texts) in zip(lengths.items(), counts):
-            if cut:
-                logger.info(
-                    "%d of %d %s texts of the first epoch were cut to --%s_max_len %d", cut, texts, kind, kind, length
-                )
-
-
-class StderrProgress(ProgressCallback):
-    """Progress and log lines, all on stderr: stdout carries results only."""
-
-    def __init__(self, *, disabled: bool):
-        super().__init__()
-        self.disabled = disabled
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.current_step = 0
-        if state.is_world_process_zero:
-            self.training_bar = Progress(state.max_steps, "Training", "step", disable=self.disabled)
-            self.training_bar.show()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs is not None:
-            line = "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in logs.items()
-                if name != "total_flos"
-            )
-            write_line(f"step {state.global_step}  {line}")

@@ -1,0 +1,63 @@
+"""What a run switches for the whole process."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+from helpers.data import REPOSITORY
+
+from embedding_finetune import process
+
+
+class MallocInfo(ctypes.Structure):
+    """mallinfo2 of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def blocks_mapped_for(size):
+    """How many blocks the kernel maps for one of this size: 0 where malloc has kept one."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    libc.mallinfo2.restype = MallocInfo
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(size)
+    mapped = libc.mallinfo2().hblks - before
+    libc.free(block)
+    return mapped
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_malloc_reuses_large_blocks_during_a_run_and_maps_them_after_it():
+    with process.as_a_run():
+        with process.importing():
+            pass
+        assert blocks_mapped_for(2**28) == 0
+    assert blocks_mapped_for(2**29) == 1
+
+
+def test_what_a_library_imports_of_the_package_switches_nothing():
+    program = """
+import gc, os, signal
+import transformers, datasets
+bars = transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+before = dict(os.environ)
+import embedding_finetune.training.setup, embedding_finetune.retrieval.encoder, embedding_finetune.process
+assert bars == (transformers.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+assert gc.isenabled()
+assert {**os.environ, **before} == dict(os.environ)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
