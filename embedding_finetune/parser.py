@@ -36,12 +36,14 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.register("action", "store_false", functools.partial(_Once, nargs=0, const=False, default=True))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own, after checking that every argument is text and no value is empty."""
         args = sys.argv[1:] if args is None else list(args)
         self.given.clear()
         self._check_texts(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def print_help(self, file: Any = None) -> None:

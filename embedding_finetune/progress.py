@@ -33,7 +33,7 @@ class Progress:
         leave: bool = True,
         disable: bool = False,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
         self.total = total
         self.done = 0
         self._description = description

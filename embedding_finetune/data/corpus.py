@@ -21,7 +21,7 @@ class Corpus:
     positions from len(corpus) on: they are known, but not to be retrieved.
     """
 
-    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()):
+    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()) -> None:
         digests = bytearray()
         sizes = []
 

@@ -49,7 +49,7 @@ class TextsOnDisk(Sequence[str]):
     Read by offset rather than mapped, so that its pages do not count as this process's memory.
     """
 
-    def __init__(self, texts: Iterable[str]):
+    def __init__(self, texts: Iterable[str]) -> None:
         # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
         self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
         ends = array("q", [0])

@@ -45,7 +45,7 @@ class ExcludedTexts:
     near_duplicates: (n, 2), a positive's position and that of a passage as good as equal to it.
     """
 
-    def __init__(self, rows: Sequence[Record], corpus: Corpus, near_duplicates: np.ndarray):
+    def __init__(self, rows: Sequence[Record], corpus: Corpus, near_duplicates: np.ndarray) -> None:
         self._queries = corpus.positions([row["query"] for row in rows]).tolist()
         self._positives = [corpus.positions(row["pos"]).tolist() for row in rows]
         numbers: dict[str, int] = {}
@@ -74,7 +74,7 @@ class FilteredScores:
     lowest_positive: (Q,), the score of each row's lowest-scoring positive.
     """
 
-    def __init__(self, filters: ScoreFilters, score: Score, lowest_positive: np.ndarray, stopwatch: Stopwatch):
+    def __init__(self, filters: ScoreFilters, score: Score, lowest_positive: np.ndarray, stopwatch: Stopwatch) -> None:
         self.filters = filters
         self._score = score
         self._lowest_positive = lowest_positive

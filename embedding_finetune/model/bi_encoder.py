@@ -127,12 +127,13 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
 
 
 class Dense(nn.Module):
-    """A linear layer and its activation: (N, in) -> (N, out)."""
+    """A linear layer and its activation."""
 
-    def __init__(self, config: DenseConfig):
+    def __init__(self, config: DenseConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
         self.activation = {"tanh": nn.Tanh(), "identity": nn.Identity()}[config.activation]
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        """(N, in) -> (N, out)."""
         return self.activation(self.linear(embeddings))

@@ -96,7 +96,7 @@ class PackedLinear(nn.Module):
     weight out anew for every call.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -108,6 +108,7 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 

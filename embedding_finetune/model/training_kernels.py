@@ -29,6 +29,7 @@ class CheapDropout(nn.Dropout):
     """nn.Dropout with the same probability and scaling, and masks that are cheap on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """The input, with a mask on it while training; any shape."""
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
         return input * scaled_keep_mask(input, self.p)

@@ -79,7 +79,7 @@ class Encoder:
         passage_max_len: int,
         tokens_per_batch: int | None = None,
         weights_digest: str = "",
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch

@@ -52,7 +52,7 @@ class Reranker:
         max_length: int,
         tokens_per_batch: int,
         weights_digest: str,
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length

@@ -46,7 +46,7 @@ class EmbeddingStore:
         *,
         dimensions: int,
         is_scratch: bool = False,
-    ):
+    ) -> None:
         described = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
         self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:32]
         self.dimensions = dimensions

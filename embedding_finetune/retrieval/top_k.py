@@ -53,7 +53,7 @@ class TopK:
     fit into memory.
     """
 
-    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()):
+    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()) -> None:
         self.queries = queries
         self.ties: Ties = ties
         self.gpus = gpus
@@ -146,7 +146,7 @@ class PairScores:
     query_rows, positions: (P,) each. `scores` (P,) is NaN where the passage has not come by yet.
     """
 
-    def __init__(self, queries: np.ndarray, query_rows: np.ndarray, positions: np.ndarray):
+    def __init__(self, queries: np.ndarray, query_rows: np.ndarray, positions: np.ndarray) -> None:
         self.queries = queries
         self.query_rows = np.asarray(query_rows, dtype=np.int64)
         self.positions = np.asarray(positions, dtype=np.int64)
@@ -164,7 +164,7 @@ class NearDuplicates:
     embeddings: (P, H), of any length but 0. `pairs` (n, 2) int64 holds rows of embeddings and positions of passages.
     """
 
-    def __init__(self, embeddings: np.ndarray, threshold: float):
+    def __init__(self, embeddings: np.ndarray, threshold: float) -> None:
         self.embeddings = _unit(embeddings)
         self.threshold = threshold
         self.pairs = np.empty((0, 2), dtype=np.int64)
@@ -238,7 +238,7 @@ def gpus_to_search_on(own: int | None = None) -> list[int]:
 class _Index:
     """A block of passages (n, H) to search: on the GPUs, and on the CPU where these cannot serve."""
 
-    def __init__(self, block: np.ndarray, gpus: Sequence[int]):
+    def __init__(self, block: np.ndarray, gpus: Sequence[int]) -> None:
         self.block = np.ascontiguousarray(block, dtype=np.float32)
         self._gpus = gpus
         self._indices: dict[bool, faiss.Index] = {}
