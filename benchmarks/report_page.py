@@ -72,7 +72,7 @@ def report(data: Path, count: int, depth: int) -> str:
         ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     )
     values = {name: values_per_query(own, task, args.measures, args.cutoffs) for name, own in rankings.items()}
-    return html_report(summarize(values, task, args, weights={}, seen={}), task, rankings)
+    return html_report(summarize(values, task, args, weights_digests={}, trained_queries={}), task, rankings)
 
 
 if __name__ == "__main__":
