@@ -2,8 +2,9 @@
 
     python benchmarks/train_throughput.py
 
-Same model, rows, order, batch, lengths, dropout, temperature and optimizer (fused AdamW) for both; each engine runs in
-a process of its own, one after the other, as often as --rounds says. The figure is batch size over the median step.
+Model, rows, order, batch, lengths, dropout, temperature and optimizer (fused AdamW) are the same for both. Each engine
+runs in a process of its own; they run one after the other, --rounds times. The figure is the batch size divided by the
+median step.
 """
 
 import argparse
