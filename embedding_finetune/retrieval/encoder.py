@@ -97,7 +97,7 @@ class Encoder:
         is_scratch: the folder is temporary, and the user did not ask for it.
         """
         if not self.weights_digest:
-            raise ValueError("weights_digest is missing: two models would share the kept embeddings")
+            raise ValueError("embeddings are kept by weights_digest: without it two models would share them")
         config, dimensions = self.model.embedding_config, self.model.dimensions
         shared = {
             "weights": self.weights_digest,
