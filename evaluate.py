@@ -7,7 +7,7 @@
 
 With several models after --model_name, all are measured on the same data and each is compared with the first: the
 difference, its 95% bootstrap interval, and the p-value of a paired randomisation test over queries. The last line on
-stdout is the metrics as a Python dict. The exit status is 1 when --fail_below or --fail_if_worse is not met.
+stdout is the metrics as a Python dict. The exit status is 1 when the last model fails --fail_below or --fail_if_worse.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from embedding_finetune.command_line import command, importing, log_to_stderr
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
@@ -109,15 +109,23 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         metavar="FILE",
         help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"',
     )
-    parser.add_argument("--cutoffs", type=positive_int, nargs="+", default=[1, 5, 10], metavar="K", help="the k of @k")
     parser.add_argument(
-        "--measures", choices=MEASURES, nargs="+", default=["MRR", "Hit"], help="what to measure (default: MRR Hit)"
+        "--cutoffs", type=positive_int, nargs="+", default=list(DEFAULT_CUTOFFS), metavar="K", help="the k of @k"
+    )
+    parser.add_argument(
+        "--measures",
+        choices=MEASURES,
+        nargs="+",
+        default=list(DEFAULT_MEASURES),
+        help=f"what to measure (default: {' '.join(DEFAULT_MEASURES)})",
     )
     parser.add_argument(
         "--output_dir", metavar="DIR", help="write a report, metrics, per-query results and TREC files there"
     )
     add_switch(parser, "--json", "print one JSON document and nothing else on stdout")
-    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the significance test")
+    parser.add_argument(
+        "--seed", type=seed, default=EvaluationOptions.seed, metavar="N", help="seed of the significance test"
+    )
     parser.add_argument(
         "--fail_below",
         type=threshold,

@@ -8,8 +8,8 @@
         --negative_number 5
 
 Candidates are ranked for each query, its positives are taken out, and negatives are chosen from a range
-of ranks. Higher ranks give easier negatives: 60-300 is milder than 2-10. An audit on stderr counts what
-was chosen, and what was left out and why.
+of ranks. Ranks further down give easier negatives: 60-300 is milder than 2-10. An audit on stderr counts
+what was chosen, and what was left out and why.
 """
 
 import json

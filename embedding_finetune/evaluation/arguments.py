@@ -11,6 +11,9 @@ from embedding_finetune.retrieval.arguments import EncodingOptions
 FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
 """The files in --output_dir, beside rankings."""
 
+DEFAULT_CUTOFFS = (1, 5, 10)
+DEFAULT_MEASURES = ("MRR", "Hit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(EncodingOptions):
@@ -22,8 +25,8 @@ class EvaluationOptions(EncodingOptions):
     model_name: list[str]
     index_file_jsonl_path: str
     query_file_jsonl_path: str
-    cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10])
-    measures: list[str] = field(default_factory=lambda: ["MRR", "Hit"])
+    cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
+    measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
     output_dir: str | None = None
     json: bool = False
     seed: int = 42

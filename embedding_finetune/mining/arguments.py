@@ -84,7 +84,7 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about which candidates become negatives."""
+    """Add the flags of mine_hard_neg.py about which candidates become negatives."""
     group = parser.add_argument_group("choosing negatives")
     group.add_argument(
         "--range_for_sampling",
@@ -128,7 +128,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about what it writes."""
+    """Add the flags of mine_hard_neg.py about what it writes."""
     group = parser.add_argument_group("output")
     add_switch(group, "--save_scores", 'write "pos_scores" and "neg_scores" beside "pos" and "neg"')
     add_switch(group, "--drop_rows_without_negatives", "do not write rows that got no negative")
