@@ -7,7 +7,7 @@
 
 With several models after --model_name, all are measured on the same data and each is compared with the first: the
 difference, its 95% bootstrap interval, and the p-value of a paired randomisation test over queries. The last line on
-stdout is the metrics as a Python dict. Exit status 1 when --fail_below or --fail_if_worse says so.
+stdout is the metrics as a Python dict. The exit status is 1 when the last model fails --fail_below or --fail_if_worse.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from embedding_finetune.command_line import command
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.process import importing
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> Record:
     options = parse_arguments(argv)
     task = load_task(options.query_file_jsonl_path, Corpus(jsonl.read_passages(options.index_file_jsonl_path)))
 
-    # Heavy imports wait until flags and data are known to be good.
+    # Heavy imports come after flags and data have been checked.
     with importing():
-        from embedding_finetune.distributed import own_gpu, rank, start
-        from embedding_finetune.evaluation.files import SHOWN, write_evaluation
+        from embedding_finetune.distributed import join_process_group, own_gpu, process_rank
+        from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
         from embedding_finetune.model.loading import check_models_are_there
@@ -54,26 +54,25 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.retrieval.encoder import load_encoder
         from embedding_finetune.retrieval.top_k import gpus_to_search_on
 
-    start()
+    join_process_group()
     check_models_are_there(options.model_name[1:], flag="--model_name", cache_dir=options.cache_dir)
     gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
-    rankings, values, weights, seen = {}, {}, {}, {}
+    rankings, values, weights_digests, trained_queries = {}, {}, {}, {}
     for name in options.model_name:
         encoder = load_encoder(name, options, flag="--model_name")
-        weights[name] = encoder.weights_digest
-        seen[name] = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
-        if seen[name]:
-            logger.warning(
-                "warning: %d of %d queries are in the training data of %s", seen[name], len(task.queries), name
-            )
-        rankings[name] = rank_corpus(encoder, task, max(SHOWN, *options.cutoffs), gpus=gpus)
+        weights_digests[name] = encoder.weights_digest
+        count = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
+        if count:
+            logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
+        trained_queries[name] = count
+        rankings[name] = rank_corpus(encoder, task, max(PASSAGES_PER_QUERY, *options.cutoffs), gpus=gpus)
         values[name] = values_per_query(rankings[name], task, options.measures, options.cutoffs)
 
-    document = summarize(values, task, options, weights, seen)
+    document = summarize(values, task, options, weights_digests, trained_queries)
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
-    if rank() == 0:
-        # Printed first: what was measured is told also where it cannot be written.
+    if process_rank() == 0:
+        # Printed first: the user sees the metrics even where no file can be written.
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
@@ -89,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
-    """The flags, checked as far as that needs no data."""
+    """Parse the flags, and check what can be checked without data."""
     parser = new_parser(__doc__)
     parser.add_argument(
         "--model_name",
@@ -108,17 +107,25 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--query_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='rows {"query": str, "pos": [str, ...]}, if you like with an "id" and a "group"',
+        help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"',
     )
-    parser.add_argument("--cutoffs", type=positive_int, nargs="+", default=[1, 5, 10], metavar="K", help="the k of @k")
     parser.add_argument(
-        "--measures", choices=MEASURES, nargs="+", default=["MRR", "Hit"], help="what to measure (default: MRR Hit)"
+        "--cutoffs", type=positive_int, nargs="+", default=list(DEFAULT_CUTOFFS), metavar="K", help="the k of @k"
+    )
+    parser.add_argument(
+        "--measures",
+        choices=MEASURES,
+        nargs="+",
+        default=list(DEFAULT_MEASURES),
+        help=f"what to measure (default: {' '.join(DEFAULT_MEASURES)})",
     )
     parser.add_argument(
         "--output_dir", metavar="DIR", help="write a report, metrics, per-query results and TREC files there"
     )
     add_switch(parser, "--json", "print one JSON document and nothing else on stdout")
-    parser.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the significance test")
+    parser.add_argument(
+        "--seed", type=seed, default=EvaluationOptions.seed, metavar="N", help="seed of the significance test"
+    )
     parser.add_argument(
         "--fail_below",
         type=threshold,
@@ -141,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
 
 
 def threshold(text: str) -> tuple[str, float]:
-    """`MRR@10=0.75` as ("MRR@10", 0.75)."""
+    """`MRR@10=0.75` -> ("MRR@10", 0.75)."""
     match = re.fullmatch(r"(\w+@[0-9]+)=([0-9]*\.?[0-9]+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not MEASURE@K=X, for example MRR@10=0.75")
@@ -153,9 +160,9 @@ def threshold(text: str) -> tuple[str, float]:
 def fail_if_asked(document: Record, options: EvaluationOptions) -> None:
     """End with status 1, and say why, when the last model does not pass --fail_below or --fail_if_worse."""
     base, last = options.model_name[0], options.model_name[-1]
-    reached = document["metrics"][last]
+    metrics = document["metrics"][last]
     reasons = [
-        f"{name} is {reached[name]:.4f}, below {limit}" for name, limit in options.fail_below if reached[name] < limit
+        f"{name} is {metrics[name]:.4f}, below {limit}" for name, limit in options.fail_below if metrics[name] < limit
     ]
     if options.fail_if_worse:
         reasons += [

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
-        from embedding_finetune.distributed import end_at_exit
+        from embedding_finetune.distributed import leave_process_group_at_exit
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.rows import load_rows
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = resume_point(args)
 
-    end_at_exit()
+    leave_process_group_at_exit()
     rows = load_rows(
         data_args.train_data,
         max_rows_per_file=data_args.max_example_num_per_dataset,

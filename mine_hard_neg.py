@@ -7,9 +7,9 @@
         --range_for_sampling 2-10 \\
         --negative_number 5
 
-Every query is searched among the candidates, its positives are taken out, and negatives are chosen
-from a range of ranks. Further back in the ranking they are easier: 60-300 is milder than 2-10. An audit
-on stderr tells what was chosen, what was left out and why.
+Candidates are ranked for each query, its positives are taken out, and negatives are chosen from a range
+of ranks. Ranks further down give easier negatives: 60-300 is milder than 2-10. An audit on stderr counts
+what was chosen, and what was left out and why.
 """
 
 import json
@@ -41,76 +41,77 @@ logger = logging.getLogger("embedding_finetune.mine_hard_neg")
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read rows, rank the candidates for each, choose negatives, write the rows, give the audit."""
+    """Read rows, rank the candidates for each, choose negatives, write the rows, log the audit."""
     stopwatch = Stopwatch()
     options = parse_arguments(argv)
     rows = read_rows(options)
-    corpus = Corpus(candidate_texts(rows, options.candidate_pool), beyond=own_texts(rows, options))
+    corpus = Corpus(candidate_texts(rows, options.candidate_pool), beyond=required_texts(rows, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
     stopwatch.lap("read")
 
-    # Heavy imports wait until flags and data are known to be good.
+    # Heavy imports come after flags and data have been checked.
     with importing():
-        from embedding_finetune.distributed import rank, start
+        from embedding_finetune.distributed import join_process_group, process_rank
         from embedding_finetune.mining.ranking import rank_candidates
-        from embedding_finetune.mining.selection import choose_negatives, positive_pairs, with_all_scores
+        from embedding_finetune.mining.selection import choose_negatives, fill_in_scores, positive_pairs
         from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.retrieval.reranker import check_reranker
 
-    start()
+    join_process_group()
     check_models_are_there(options.model_name_or_path[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
     pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]
-    found = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch)
-    lowest_positive = lowest_scores(pairs.rows, found.pair_scores, len(rows))
-    selections = choose_negatives(rows, corpus, found, lowest_positive, options, stopwatch)
+    candidates = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch)
+    lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
+    selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch)
     if options.save_scores:
-        selections = with_all_scores(selections, found.score)
-    if rank() == 0:
-        write_outcome(rows, corpus, found, lowest_positive, selections, options, stopwatch)
+        fill_in_scores(selections, candidates.score)
+    if process_rank() == 0:
+        write_outcome(rows, corpus, candidates, lowest_positive, selections, options, stopwatch)
 
 
 def write_outcome(
     rows: Sequence[Record],
     corpus: Corpus,
-    found: "Candidates",
+    candidates: "Candidates",
     lowest_positive: np.ndarray,
     selections: Sequence[Selection],
     options: MiningOptions,
     stopwatch: Stopwatch,
 ) -> None:
-    """Write the rows and the audit, and tell it."""
+    """Write the rows and the audit, and log the audit."""
     from embedding_finetune.mining.audit import audit_text, examples, mining_audit
 
-    written = [n for n, own in enumerate(selections) if own.negatives or not options.drop_rows_without_negatives]
+    keep_all = not options.drop_rows_without_negatives
+    written = [number for number, selection in enumerate(selections) if selection.negatives or keep_all]
     if not written:
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
-    positive_scores = np.split(found.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
+    positive_scores = np.split(candidates.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
     mined = partial(mined_rows, rows, corpus, selections, positive_scores if options.save_scores else None)
     jsonl.write(options.output_file, mined(written))
     stopwatch.lap("write")
     audit = {
-        **mining_audit(selections, found.pair_scores, lowest_positive, wanted=options.negative_number),
+        **mining_audit(selections, candidates.pair_scores, lowest_positive, wanted=options.negative_number),
         "candidates": len(corpus),
         "rows_dropped": len(rows) - len(written),
         "seconds": {**stopwatch.seconds, "total": stopwatch.total},
         "version": __version__,
         "settings": vars(options),
-        "weights_sha256": found.weights,
+        "weights_sha256": candidates.weights_digests,
     }
     if options.report_file is not None:
         with files.atomic_writer(options.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
     if options.show_examples:
-        shown = sorted(random.Random(options.seed).sample(written, min(options.show_examples, len(written))))
-        logger.info("%s\n", examples(dict(zip(shown, mined(shown)))))
+        drawn = sorted(random.Random(options.seed).sample(written, min(options.show_examples, len(written))))
+        logger.info("%s\n", examples(dict(zip(drawn, mined(drawn)))))
     logger.info("%s", audit_text(audit, wanted=options.negative_number))
     logger.info("wrote %s", options.output_file)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
-    """The flags, checked as far as that needs no data."""
+    """Parse the flags, and check what can be checked without data."""
     parser = new_parser(__doc__)
     parser.add_argument(
         "--model_name_or_path",
@@ -141,13 +142,13 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
 
 
 def read_rows(options: MiningOptions) -> list[Record]:
-    """The rows of --input_file; says which fields play no part in mining, and whether scores get lost."""
-    told = "kept and written, but not used"
-    rows = list(jsonl.read_training_rows(options.input_file, known=jsonl.SCORE_FIELDS, unused=told))
+    """The rows of --input_file. Log lines say which fields mining does not use, and whether scores are dropped."""
+    use_of_others = "kept and written, but not used"
+    rows = list(jsonl.read_training_rows(options.input_file, known=jsonl.SCORE_FIELDS, unused=use_of_others))
     scored = sum(any(row.get(field) is not None for field in jsonl.SCORE_FIELDS) for row in rows)
     if scored and not options.save_scores:
         logger.info(
-            "%s: scores in %d rows are left out: they are of the old negatives; --save_scores writes new ones",
+            "%s: scores in %d rows are left out: they belong to the old negatives; --save_scores writes new ones",
             options.input_file,
             scored,
         )
@@ -164,8 +165,8 @@ def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Itera
             yield from row.get("neg", ())
 
 
-def own_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:
-    """The texts of the rows that have to be known, whether the pool holds them or not."""
+def required_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:
+    """The texts of the rows that the corpus must hold, also where the pool does not."""
     for row in rows:
         yield from row["pos"]
         if options.keep_existing_negatives:
@@ -179,14 +180,14 @@ def mined_rows(
     positive_scores: Sequence[np.ndarray] | None,
     numbers: Sequence[int],
 ) -> Iterator[Record]:
-    """The rows of these numbers with their new negatives.
+    """The rows with these numbers, with their new negatives.
 
-    Scores of the old ones, if there were any, go with them; new ones are there where positive_scores are given.
+    Old scores are dropped; new ones are added when positive_scores is given.
     """
     for number in numbers:
         row, selection = rows[number], selections[number]
-        kept = {name: value for name, value in row.items() if name not in ("pos_scores", "neg_scores")}
-        mined = {**kept, "neg": [corpus.texts[position] for position in selection.negatives]}
+        fields = {name: value for name, value in row.items() if name not in jsonl.SCORE_FIELDS}
+        mined = {**fields, "neg": [corpus.texts[position] for position in selection.negatives]}
         if positive_scores is not None:
             mined["pos_scores"] = [round(score, 6) for score in positive_scores[number].tolist()]
             mined["neg_scores"] = [round(score, 6) for score in selection.scores]

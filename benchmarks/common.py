@@ -1,6 +1,6 @@
-"""What the benchmarks share: their parser, their data, the peak memory of a run, and paths.
+"""Shared by the benchmarks: parser, data, paths, and the peak memory of a run.
 
-Importing it makes the suite and the helpers of its tests importable.
+Importing this module makes the suite and its test helpers importable.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "benchmarks" / "data" / "debian"
-"""Where make_debian.py writes, and where the other benchmarks read."""
+"""make_debian.py writes here, and the other benchmarks read from here."""
 MODEL = REPOSITORY / ".demo" / "model"
 
 sys.path.insert(0, str(REPOSITORY))
@@ -32,7 +32,7 @@ print(int(peak.split()[1]) // 1024, round(time.monotonic() - began, 1))
 
 
 def new_parser(docstring: str | None, *, model: bool = False, data: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help is the benchmark's docstring, with --model and --data where they are wanted."""
+    """A parser whose help is the benchmark's docstring, with the flags --model and --data if asked for."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     if model:
         parser.add_argument("--model", default=str(MODEL), help="model folder (default: .demo/model)")
@@ -44,7 +44,7 @@ def new_parser(docstring: str | None, *, model: bool = False, data: bool = False
 
 
 def data_file(data: Path, name: str) -> Path:
-    """The file of train, test, candidates or pool; ends the program in one line where it is missing."""
+    """The file of train, test, candidates or pool. Ends the program with one line if it is missing."""
     path = data / f"{name}.jsonl.gz"
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: run python benchmarks/make_debian.py, or name its folder with --data")
@@ -64,7 +64,7 @@ def passages(data: Path, count: int) -> list[str]:
 
 
 def peak_memory(script: str, flags: Sequence[str]) -> tuple[int, float]:
-    """Peak resident MiB (VmHWM, mapped file pages included) and seconds of a run of `script` in its own process."""
+    """Peak resident MiB (VmHWM, with mapped file pages) and seconds of a run of `script` in a process of its own."""
     program = _MEASURED_RUN.format(repository=str(REPOSITORY), script=script, flags=list(flags))
     result = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
     peak, seconds = result.stdout.split()[-2:]

@@ -4,11 +4,10 @@
     python benchmarks/encode_throughput.py --rounds 1 --texts 4000 --runs ours:auto "ours:auto --torch_compile"
     PYTHONPATH=/folder/with/openvino python benchmarks/encode_throughput.py --runs openvino:float32 openvino:bfloat16
 
-Each engine runs in a process of its own, one after the other, as often as --rounds says; loading, compiling and a
-first pass over a part of the texts are not counted. `st` runs name dtype and batch size, `ours` --dtype and further
-flags; `openvino` runs our encoder on the model as OpenVINO converts it; `limit` runs nothing but the products of its
-linear layers, for as many tokens as there are. The last column is the smallest cosine to our float32 embeddings over
-all texts.
+Each run has a process of its own; they run one after the other, --rounds times. Loading, compiling and a first pass
+over a part of the texts are not counted. `st` names dtype and batch size, `ours` --dtype and further flags.
+`openvino` is our encoder with the model converted by OpenVINO. `limit` computes only the products of the model's linear
+layers, for the same number of tokens. The last column is the smallest cosine to our float32 embeddings over all texts.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> tuple[float, float]:
-    """Documents per second over all texts, and the seconds that a first pass over an eighth of them took."""
+    """Documents per second over all texts, and the seconds of a first pass over an eighth of them."""
     kind, _, rest = args.measure.partition(":")
     engines = {"st": sentence_transformers, "ours": ours, "openvino": openvino, "limit": limit}
     encode = engines[kind](args.model, rest)
@@ -95,7 +94,7 @@ def sentence_transformers(model: str, options: str) -> Callable[[Sequence[str]],
 
 
 def load(model: str, options: str) -> "Encoder":
-    """Our encoder under `--dtype` and what other flags there are."""
+    """Our encoder. options: the value of --dtype, and further flags."""
     from embedding_finetune.retrieval.arguments import EncodingOptions, add_encoding_arguments
     from embedding_finetune.retrieval.encoder import load_encoder
 

@@ -5,11 +5,11 @@
     python benchmarks/make_debian.py --rows example.jsonl --test_queries 100 --output_dir benchmarks/data/example
 
 The query is a package's one-line synopsis, its positive the long description. Descriptions of 150 characters or
-less are left out. So is a package whose synopsis, or whose description's first 150 characters, an earlier one has.
---rows reads `{"query": str, "pos": [str, ...]}` instead, one row a line, and leaves none out.
+less are left out. So is a package with the synopsis of an earlier one, or with the first 150 characters of its
+description. --rows reads `{"query": str, "pos": [str, ...]}` instead, one row a line, and leaves none out.
 
-Rows stand in the order of a hash of the query. The first ones are for testing. Training rows that share a query or a
-positive with them are left out. The folder gets four files:
+Rows are sorted by a hash of the query. The first ones are for testing. Training rows that share a query or a positive
+with them are left out. Four files are written:
 
     train.jsonl.gz       {"query": str, "pos": [str, ...]}
     test.jsonl.gz        the same
@@ -33,10 +33,10 @@ from embedding_finetune.data.texts import canonical
 from embedding_finetune.parser import positive_int
 
 OPENING = 150
-"""Characters: a description that is no longer says too little, and two that begin alike are taken for one."""
+"""Characters. Shorter descriptions say too little, and two that begin with the same characters count as one."""
 APT_HELPER = "/usr/lib/apt/apt-helper"
 ENGLISH = ("-o", "Acquire::Languages=en")
-"""Containers often switch descriptions off."""
+"""Containers are often configured to download no descriptions."""
 UPDATE = f"sudo apt-get update {' '.join(ENGLISH)}"
 
 
@@ -63,12 +63,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_rows(path: Path) -> list[Record]:
-    """The rows of a JSON Lines file, without what else they carry."""
+    """The rows of a JSON Lines file, with their query and positives only."""
     return [{"query": row["query"], "pos": row["pos"]} for row in jsonl.read_training_rows(path)]
 
 
 def debian_rows() -> Iterator[Record]:
-    """A row for each description in the lists that apt-get update left, in the order of apt's lists."""
+    """A row for each description in the lists that apt-get update downloaded, in their order."""
     if shutil.which("apt-get") is None:
         raise UserError("there is no apt-get here: give --rows, a JSON Lines file of your own")
     targets = [
@@ -89,19 +89,19 @@ def debian_rows() -> Iterator[Record]:
 
 
 def parse_description(paragraph: str) -> Iterator[Record]:
-    """The row of one paragraph of a Translation-en list; none where the description is too short.
+    """The row of one paragraph of a Translation-en list; none if the description is too short.
 
-    A line that holds a dot alone parts paragraphs of the description.
+    A line with only a dot separates paragraphs of the description.
     """
-    _, found, description = paragraph.partition("Description-en: ")
-    synopsis, *lines = description.splitlines() if found else [""]
+    _, field, description = paragraph.partition("Description-en: ")
+    synopsis, *lines = description.splitlines() if field else [""]
     text = " ".join(word for line in lines if line.strip() != "." for word in line.split())
     if synopsis.strip() and len(text) > OPENING:
         yield {"query": synopsis.strip(), "pos": [text]}
 
 
 def distinct(rows: Iterable[Record]) -> Iterator[Record]:
-    """The rows whose query and whose positive's opening were in no earlier row that was kept."""
+    """The rows without those that share the query, or the opening of the positive, with an earlier row."""
     seen: set[str] = set()
     for row in rows:
         keys = {canonical(row["query"]), canonical(row["pos"][0])[:OPENING]}
@@ -111,21 +111,21 @@ def distinct(rows: Iterable[Record]) -> Iterator[Record]:
 
 
 def split(rows: list[Record], test_queries: int) -> tuple[list[Record], list[Record]]:
-    """Training rows and test rows that share no text, both in the order of the hash of their queries.
+    """Training rows and test rows that share no text, both sorted by a hash of their queries.
 
-    Raises UserError where no training row would be left.
+    Raises UserError if no training row would be left.
     """
     rows = sorted(rows, key=lambda row: hashlib.sha256(canonical(row["query"]).encode()).digest())
     test, rest = rows[:test_queries], rows[test_queries:]
-    known = {text for row in test for text in texts_of(row)}
-    train = [row for row in rest if known.isdisjoint(texts_of(row))]
+    test_texts = {text for row in test for text in texts_of(row)}
+    train = [row for row in rest if test_texts.isdisjoint(texts_of(row))]
     if not train:
         raise UserError(f"--test_queries {test_queries}: of {len(rows)} rows none would be left to train on")
     return train, test
 
 
 def texts_of(row: Record) -> set[str]:
-    """The query and the positives of a row, in the form in which they are compared."""
+    """The query and the positives of a row, in canonical form."""
     return {canonical(text) for text in (row["query"], *row["pos"])}
 
 

@@ -3,7 +3,7 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --passages 100000 1000000 --queries 1000
 
-Passages are 40 random words, 270 bytes on average. Every run is a process of its own; the peak is its VmHWM.
+Passages are 40 random words, 270 bytes on average. Every run has a process of its own; the peak is its VmHWM.
 """
 
 import argparse

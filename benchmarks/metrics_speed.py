@@ -18,8 +18,8 @@ def main() -> None:
     new_parser(__doc__).parse_args()
     rng = np.random.default_rng(0)
     positions = rng.integers(0, PASSAGES, (QUERIES, RANKS))
-    found = positions[np.arange(QUERIES), rng.integers(0, RANKS, QUERIES)]
-    relevant = [{int(one), int(other)} for one, other in zip(found, rng.integers(0, PASSAGES, QUERIES))]
+    ranked_answers = positions[np.arange(QUERIES), rng.integers(0, RANKS, QUERIES)]
+    relevant = [{int(one), int(other)} for one, other in zip(ranked_answers, rng.integers(0, PASSAGES, QUERIES))]
     seconds = []
     for _ in range(5):
         began = time.perf_counter()

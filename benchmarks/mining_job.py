@@ -1,12 +1,12 @@
-"""A whole mining job, process start included: this suite, sentence-transformers and FlagEmbedding, each as it comes.
+"""A whole mining job, process start included: this suite, sentence-transformers and FlagEmbedding, with their defaults.
 
     python benchmarks/mining_job.py
     PYTHONPATH=/folder/with/FlagEmbedding python benchmarks/mining_job.py --engines ours flagembedding
 
 500 queries, a pool of 4,000 passages, 15 negatives from the ranks 10-210, on the rows and passages of make_debian.py.
-sentence-transformers runs its mine_hard_negatives; FlagEmbedding what its hn_mine script does (its model,
-encode_queries, encode_corpus, a flat faiss index, sampling), with the pooling and the length (256) of the checkpoint,
-which it does not read.
+sentence-transformers runs its mine_hard_negatives. FlagEmbedding runs the steps of its hn_mine script: its model,
+encode_queries, encode_corpus, a flat faiss index, sampling. It does not read the checkpoint's pooling and length (256),
+so they are given to it.
 """
 
 import argparse

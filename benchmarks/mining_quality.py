@@ -4,8 +4,8 @@
     python benchmarks/mining_quality.py --split test --recipes "mined twice"
 
 Recipes are tuned on a split of the training rows (`dev`): 2,000 of them serve as queries, the others are trained on.
-`test` trains on all training rows and measures the 2,000 test queries; it is for reporting what was chosen on dev.
-Either way all passages are searched. Models and mined files stay in --folder.
+`test` trains on all training rows and measures the 2,000 test queries; it is for reporting the recipe chosen on dev.
+Both search all passages. Models and mined files are kept in --folder.
 """
 
 import ast
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_config_without_dropout(model: str, folder: Path) -> None:
-    """A config.json for --config_name."""
+    """A config.json for --config_name with both dropout probabilities 0."""
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     folder.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def write_config_without_dropout(model: str, folder: Path) -> None:
 
 
 def split_train(data: Path, folder: Path) -> tuple[Path, Path]:
-    """Files of the rows to train on and of the dev queries."""
+    """Write the rows to train on and the dev queries, and return the two paths."""
     rows = list(records(data, "train"))
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
@@ -89,7 +89,7 @@ def write(path: Path, lines: Iterable[dict]) -> Path:
 
 
 def train(model: str, data: Path, rows: Path, output: Path, mining: str | None, training: str) -> float:
-    """Mine where there are flags for it, finetune, and return the seconds that finetune.py took, its start included."""
+    """Mine if there are flags for it, finetune, and return the seconds of finetune.py, with its start."""
     if mining is not None:
         mined = Path(f"{output}.jsonl")
         run(

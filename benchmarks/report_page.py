@@ -2,8 +2,8 @@
 
     python benchmarks/report_page.py
 
-Queries and passages are those of make_debian.py; the ranks are drawn, two thirds of them at 1, so that every
-other query has passages to show. Needs chromium and chromedriver, as the tests of the page do.
+Queries and passages are those of make_debian.py. The ranks are drawn at random, two thirds of them 1, so that a
+third of the queries have passages to show. It needs chromium and chromedriver, like the tests of the page.
 """
 
 import statistics
@@ -54,7 +54,7 @@ def report(data: Path, count: int, depth: int) -> str:
     task = RetrievalTask(
         [row["query"] for row in rows],
         corpus,
-        [set(own.tolist()) for own in answers],
+        [set(positions.tolist()) for positions in answers],
         [1] * count,
         [f"{number:05d}" for number in range(count)],
         [None] * count,
@@ -71,8 +71,8 @@ def report(data: Path, count: int, depth: int) -> str:
     args = evaluate.parse_arguments(
         ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     )
-    values = {name: values_per_query(own, task, args.measures, args.cutoffs) for name, own in rankings.items()}
-    return html_report(summarize(values, task, args, weights={}, seen={}), task, rankings)
+    values = {name: values_per_query(ranking, task, args.measures, args.cutoffs) for name, ranking in rankings.items()}
+    return html_report(summarize(values, task, args, weights_digests={}, trained_queries={}), task, rankings)
 
 
 if __name__ == "__main__":

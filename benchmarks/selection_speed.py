@@ -2,7 +2,7 @@
 
     python benchmarks/selection_speed.py
 
-20,000 queries with 210 ranks in a pool of 100,000, a relative margin, 15 negatives of the ranks 10-210.
+20,000 queries with 210 ranks in a pool of 100,000, a relative margin, 15 negatives from the ranks 10-210.
 """
 
 import statistics
@@ -32,17 +32,17 @@ def main() -> None:
     rows = [{"query": f"query {number}", "pos": [f"text {number}"]} for number in range(args.queries)]
     ranking = np.stack([rng.choice(args.pool, stop, replace=False) for _ in rows])
     scores = np.sort(rng.random((len(rows), stop - start), dtype=np.float32), axis=1)[:, ::-1]
-    positive = np.full(len(rows), 0.9, dtype=np.float32)
-    none = np.empty((0, 2), dtype=np.int64)
+    positive_scores = np.full(len(rows), 0.9, dtype=np.float32)
+    near_duplicates = np.empty((0, 2), dtype=np.int64)
 
     def score(pairs: Pairs) -> np.ndarray:
         return np.zeros(len(pairs.rows), dtype=np.float32)
 
-    found = Candidates(ranking, scores, positive, none, score, {})
+    candidates = Candidates(ranking, scores, positive_scores, near_duplicates, score, {})
     rates = []
     for _ in range(args.rounds):
         began = time.perf_counter()
-        choose_negatives(rows, corpus, found, positive, options, Stopwatch())
+        choose_negatives(rows, corpus, candidates, positive_scores, options, Stopwatch())
         rates.append(len(rows) / (time.perf_counter() - began))
     print(f"{statistics.median(rates):.0f} queries/s ({min(rates):.0f} - {max(rates):.0f})")
 

@@ -3,7 +3,7 @@
     python benchmarks/train_memory.py
     python benchmarks/train_memory.py --rows 1000000
 
-Every run is a process of its own; the peak is its VmHWM, which counts mapped file pages too.
+Every run has a process of its own; the peak is its VmHWM, which includes mapped file pages.
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_many(path: Path, count: int) -> None:
-    """Rows of random words, so that no two texts are equal."""
+    """Write rows of random words; no two texts are equal."""
     rng = random.Random(0)
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("n", "r", "st", "lm")]
     with path.open("w") as file:

@@ -2,8 +2,9 @@
 
     python benchmarks/train_throughput.py
 
-Same model, rows, order, batch, lengths, dropout, temperature and optimizer (fused AdamW) for both; each engine runs in
-a process of its own, one after the other, as often as --rounds says. The figure is batch size over the median step.
+Model, rows, order, batch, lengths, dropout, temperature and optimizer (fused AdamW) are the same for both. Each engine
+runs in a process of its own; they run one after the other, --rounds times. The figure is the batch size divided by the
+median step.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from common import new_parser, records
 
@@ -74,21 +76,21 @@ def compare(args: argparse.Namespace, dtype: str) -> None:
         print(f"{dtype}  {engine:22}  median {rate:.2f} samples/s{ratio}", flush=True)
 
 
-def step_clock():
+def step_clock() -> Any:
     """A Trainer callback that notes the seconds of each step and each logged loss."""
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):
-        def __init__(self):
+        def __init__(self) -> None:
             self.seconds, self.losses = [], []
 
-        def on_step_begin(self, *_, **__):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.perf_counter() - self.began)
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in logs:
                 self.losses.append(logs["loss"])
 
@@ -102,7 +104,7 @@ def run_ours(args: argparse.Namespace) -> dict:
     clock = step_clock()
 
     class TimedTrainer(trainer.RetrievalTrainer):
-        def __init__(self, *positional, **named):
+        def __init__(self, *positional: Any, **named: Any) -> None:
             super().__init__(*positional, **named)
             self.add_callback(clock)
 

@@ -1,4 +1,4 @@
-"""What the processes of a torchrun run share. In a run of one process every function here is the identity."""
+"""What the processes of a torchrun run share. In a run of one process every function here changes nothing."""
 
 import atexit
 import os
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 _PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, whose shares may take longer; a dead one is noticed by torchrun."""
+"""How long a process waits for the others, whose shares may take longer. torchrun notices a dead one."""
 
 
-def start() -> None:
+def join_process_group() -> None:
     """Join the other processes of a torchrun run, each with its own GPU where there are any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
-    end_at_exit()
+    leave_process_group_at_exit()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
@@ -34,25 +34,25 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def end_at_exit() -> None:
-    """Take the process group down before the interpreter goes: gloo's threads may else abort a finished process."""
+def leave_process_group_at_exit() -> None:
+    """Destroy the process group before the interpreter exits: gloo's threads may otherwise abort a finished process."""
     atexit.register(lambda: dist.is_available() and dist.is_initialized() and dist.destroy_process_group())
 
 
-def rank() -> int:
-    """This process's number among them, from 0."""
+def process_rank() -> int:
+    """This process's number in the run, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def own_gpu() -> int | None:
-    """The number of the GPU that this process works on; None for a process that has all to itself."""
+    """The number of the GPU that this process works on; None for a single process, which may use all of them."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else None
 
 
 def own_share(count: int) -> slice:
     """The part of `count` items that this process works on: contiguous, in rank order, sizes differing by at most 1."""
     ranks = world_size()
-    return slice(count * rank() // ranks, count * (rank() + 1) // ranks)
+    return slice(count * process_rank() // ranks, count * (process_rank() + 1) // ranks)
 
 
 def gather_objects(value: T) -> list[T]:
@@ -65,9 +65,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 def once_per_machine(work: Callable[[], T]) -> T:
-    """What `work` gives, done by the first process of each machine while the others wait, however long it takes.
+    """The result of `work`, which the first process of each machine does while the others wait.
 
-    The value must be picklable. A UserError ends all processes with status 2, and one of them says it.
+    The result must be picklable. A UserError ends all processes with status 2, and one of them prints it.
     """
     if world_size() == 1:
         return work()
@@ -84,24 +84,24 @@ def once_per_machine(work: Callable[[], T]) -> T:
     dist.destroy_process_group(waiting)
     failed = next((number for number, outcome in enumerate(outcomes) if isinstance(outcome, UserError)), None)
     if failed is None:
-        return outcomes[rank() - local_rank]  # torchrun numbers the processes of a machine one after the other
-    if failed == rank():
+        return outcomes[process_rank() - local_rank]  # torchrun numbers the processes of a machine consecutively
+    if failed == process_rank():
         raise outcomes[failed]
     raise SystemExit(BAD_INPUT)
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """All processes' rows (n, ...) one after the other, with gradients, and where this process's begin.
+    """All processes' rows (n, ...) in rank order, with gradients, and the position of this process's first row.
 
-    The number of rows may differ between processes. The gradient of a row is the sum of what every process
-    gives it: with DistributedDataParallel's mean over processes, W processes have the gradient of one with all rows.
+    The number of rows may differ between processes. A row's gradient is the sum of its gradients in all processes.
+    With DistributedDataParallel's mean over processes, W processes get the gradient of one process with all rows.
     """
     if world_size() == 1:
         return rows, 0
     counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
+    counts[process_rank()] = len(rows)
     dist.all_reduce(counts)
-    return _GatherRows.apply(rows, counts.tolist()), int(counts[: rank()].sum())
+    return _GatherRows.apply(rows, counts.tolist()), int(counts[: process_rank()].sum())
 
 
 class _GatherRows(torch.autograd.Function):
@@ -118,4 +118,4 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.split(ctx.counts)[rank()], None
+        return gradient.split(ctx.counts)[process_rank()], None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and paths that are checked before anything is computed."""
+"""Writing files whole or not at all, and checking paths before anything is computed."""
 
 import gzip
 import os
@@ -24,9 +24,9 @@ _MODEL_FILES = re.compile(
 
 @contextmanager
 def atomic_writer(path: AnyPath) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends without an error; else nothing is left of it.
+    """A binary file that becomes `path` when the block ends without an error, and is removed otherwise.
 
-    Raises UserError when it cannot be written, as on a full disk.
+    Raises UserError when it cannot be written, for instance on a full disk.
     """
     target = Path(os.path.realpath(path))
     # A random name: process numbers are not unique where containers share a folder.
@@ -49,7 +49,7 @@ def atomic_writer(path: AnyPath) -> Iterator[IO[bytes]]:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of this name belongs to a model, as this suite, transformers, peft or others save it."""
+    """Whether this suite, transformers, peft or others give this name to a file of a model."""
     return _MODEL_FILES.fullmatch(name) is not None
 
 
@@ -77,17 +77,17 @@ def require_writable(flag: str, path: AnyPath) -> None:
         os.lstat(path)
     except FileNotFoundError:
         pass
-    except OSError as error:  # its name is too long, for instance
+    except OSError as error:  # for instance, the name is too long
         raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from error
 
 
 def require_folder(flag: str, path: AnyPath) -> None:
-    """Raise UserError naming `flag` unless `path` is a writable folder, or can be made as one."""
+    """Raise UserError naming `flag` unless `path` is a writable folder, or one can be created there."""
     try:
         os.lstat(path)
     except OSError as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # its name is too long, for instance
-            raise UserError(f"{flag} {path}: cannot be made: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # for instance, the name is too long
+            raise UserError(f"{flag} {path}: cannot be created: {error.strerror}") from error
     existing = Path(path).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -100,30 +100,30 @@ def require_folder(flag: str, path: AnyPath) -> None:
 def require_apart(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
     """Raise UserError where an output is also an input, or another output; flag -> path, None where it is not given.
 
-    A file is the same whatever way its path is written: relative, through links, in another case on some disks.
+    Two paths may name one file: a relative one, one through a link, on some disks one in another case.
     """
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
     for number, (flag, path) in enumerate(given):
         for other, other_path in inputs.items():
             if other_path is not None and os.path.exists(path) and os.path.samefile(path, other_path):
-                raise UserError(f"{flag} {path} is the file of {other}, and would replace it; give another one")
+                raise UserError(f"{flag} {path} is also the file of {other}, and would replace it; give another one")
         for other, other_path in given[:number]:
             if _is_same_place(path, other_path):
-                raise UserError(f"{flag} {path} is the file of {other} too; give another one")
+                raise UserError(f"{flag} {path} is also the file of {other}; give another one")
 
 
 def require_outside_models(outputs: Mapping[str, str | None], models: Iterable[str | None]) -> None:
-    """Raise UserError where an output would replace a file of a model's folder; flag -> path, None where not given."""
+    """Raise UserError where an output would replace a file in a model's folder; flag -> path, None where not given."""
     folders = [Path(os.path.realpath(model)) for model in models if model is not None and os.path.isdir(model)]
     for flag, path in outputs.items():
         if path is None or not os.path.exists(path) or not is_model_file(os.path.basename(path)):
             continue
         if any(folder in Path(os.path.realpath(path)).parents for folder in folders):
-            raise UserError(f"{flag} {path} is a file of the model, and would replace it; give another one")
+            raise UserError(f"{flag} {path} is a file of the model and would be replaced; give another one")
 
 
 def _is_same_place(path: str, other: str) -> bool:
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)
-    # Two names that differ in case alone are one file on some disks, which only shows once it is there.
+    # On some disks two names that differ only in case are one file, which shows only once the file exists.
     return os.path.realpath(path).casefold() == os.path.realpath(other).casefold()

@@ -1,4 +1,4 @@
-"""argparse with one-line errors, and the types of flags. Nothing heavy is imported: --help answers at once."""
+"""argparse with one-line errors, and the types of flags. No heavy imports, so that --help answers at once."""
 
 import argparse
 import functools
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 LARGEST_COUNT = 2**31 - 1
-"""Counts above this have no meaning, and do not fit into the arrays that they would size."""
+"""Larger counts have no use, and arrays of their size do not fit into memory."""
 
 LARGEST_SEED = 2**32 - 1
-"""numpy takes no greater one."""
+"""The largest that numpy takes."""
 
 _MAY_BE_EMPTY = {"query_instruction_for_retrieval", "passage_instruction_for_retrieval"}
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage, and that loses nothing it was given.
+    """An ArgumentParser whose errors are one line, without the usage, and which drops no value that was given.
 
-    A flag of several values extends when it is repeated; any other is refused the second time. Values that are empty,
-    or not UTF-8, are refused too: a run would fail on them when it writes its results.
+    Repeating a flag of several values adds to them; any other flag is refused the second time. Empty values and values
+    that are not UTF-8 are refused too: a run would fail on them when it writes its results.
 
-    given: flag -> value of what the last parse found on the command line, defaults left out.
+    given: flag -> value, of the flags that the last parse found on the command line. Defaults are not among them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -36,16 +36,18 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.register("action", "store_false", functools.partial(_Once, nargs=0, const=False, default=True))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse like argparse, after checking that all arguments are text and no value is empty."""
         args = sys.argv[1:] if args is None else list(args)
         self.given.clear()
         self._check_texts(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def print_help(self, file: Any = None) -> None:
-        """Print the help; unlike argparse's own, fail where it cannot be written."""
+        """Print the help; unlike argparse, fail where it cannot be written."""
         print(self.format_help(), end="", file=file)
 
     def _check_texts(self, args: Sequence[str]) -> None:
@@ -60,13 +62,13 @@ class OneLineErrorParser(argparse.ArgumentParser):
             if "\0" in text:
                 self.error(f"argument {flag}: {text!r} holds a null character")
             if text in ("", f"{flag}=") and flag[2:].replace("-", "_") not in _MAY_BE_EMPTY:
-                self.error(f"argument {flag}: its value is empty; leave it out, or give one")
+                self.error(f"argument {flag}: its value is empty; give one, or leave the flag out")
 
 
 class _Once(argparse.Action):
-    """Stores its values, records them in the parser's `given`, and refuses to be given twice.
+    """Stores its value, records it in the parser's `given`, and refuses to be given twice.
 
-    A flag of several values extends instead, from nothing: its default is replaced at the first occurrence.
+    A flag of several values may be repeated: the first occurrence replaces the default, later ones add to it.
     """
 
     def __call__(
@@ -80,18 +82,18 @@ class _Once(argparse.Action):
         if self.nargs == "+":
             value = [*parser.given.get(self.dest, ()), *values]
         elif self.dest in parser.given:
-            parser.error(f"argument {option_string}: it is given twice; give it once")
+            parser.error(f"argument {option_string}: given twice; give it once")
         parser.given[self.dest] = value
         setattr(namespace, self.dest, value)
 
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose help is the script's docstring and every flag with its default."""
+    """A parser whose help shows the script's docstring and every flag with its default."""
     return OneLineErrorParser(description=docstring, formatter_class=DocstringAndDefaults, allow_abbrev=False)
 
 
 def add_switch(group: argparse._ActionsContainer, flag: str, text: str) -> None:
-    """Add a flag that is False unless it is given, alone or with True or False."""
+    """Add a flag that is False by default, and True when it is given alone. It also takes True or False as a value."""
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=False, metavar="BOOL", help=text)
 
 
@@ -153,7 +155,10 @@ def rank_range(text: str) -> tuple[int, int]:
 
 
 def repeated_model(names: Sequence[str]) -> str | None:
-    """A name among these that is an earlier one, written otherwise, as `models/a/` is `models/a`; links are names."""
+    """The first of the names that means the same model as an earlier one: `models/a/` after `models/a`; else None.
+
+    A link and the folder it points to count as two models.
+    """
     seen = set()
     for name in names:
         place = os.path.abspath(name) if os.path.isdir(name) else name.rstrip("/")
@@ -164,7 +169,7 @@ def repeated_model(names: Sequence[str]) -> str | None:
 
 
 class DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines, and names every default that a flag's help does not."""
+    """Keeps the docstring's lines, and adds the default to a flag's help where the help does not say it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""

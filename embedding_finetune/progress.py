@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: a bar in a terminal; elsewhere, under nohup for instance, a plain line now and then."""
+"""How far a run is, on stderr: a bar in a terminal; elsewhere, for instance under nohup, a plain line now and then."""
 
 import contextlib
 import os
@@ -12,16 +12,16 @@ from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 30
 _ended: dict[str, float] = {}
-"""Description -> when the last line about the end of such work was written."""
+"""Description -> when the last line about the end of work with this description was written."""
 
 
 class Progress:
-    """Counts what is done of a total of items, named by `unit`.
+    """Counts how many of `total` items are done; `unit` names an item.
 
-    Nothing is shown before `show` or the first `update`, so that work that was done earlier stays quiet. In a terminal
-    that is tqdm's bar. Elsewhere it is a line at most every 30 s and one at the end. Work that comes in many short
-    pieces of one description has such an end at most every 30 s, too; passing work (leave False) and work that failed
-    have none. disable, and the environment's TQDM_DISABLE, show nothing.
+    Nothing is shown before `show` or the first `update`, so that work that was done earlier stays quiet. A terminal
+    shows tqdm's bar. Elsewhere a line is written at most every 30 s, and one at the end. Pieces of work with the same
+    description write such a last line at most every 30 s; work with leave=False and work that failed write none.
+    With disable, or with TQDM_DISABLE in the environment, nothing is shown.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Progress:
         leave: bool = True,
         disable: bool = False,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
         self.total = total
         self.done = 0
         self._description = description
@@ -46,7 +46,7 @@ class Progress:
         self._last_line = 0.0
 
     def show(self) -> None:
-        """Begin to show it."""
+        """Start showing the progress."""
         if self._disabled or self._began is not None or sys.stderr is None:
             return
         self._began = self._last_line = self._clock()
@@ -61,13 +61,13 @@ class Progress:
             )
 
     def skip(self, count: int) -> None:
-        """Count items that there was nothing to do for."""
+        """Count items that needed no work."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
 
     def update(self, count: int) -> None:
-        """Count items that are done now."""
+        """Count items that were just done."""
         self.show()
         self.skip(count)
         if self._began is not None and self._bar is None:
@@ -76,7 +76,7 @@ class Progress:
                 self._write_line(now)
 
     def close(self, *, failed: bool = False) -> None:
-        """Show the end."""
+        """Show that the work has ended."""
         if self._bar is not None:
             self._bar.close()
         elif self._began is not None and self._leave and not failed:
@@ -101,6 +101,6 @@ class Progress:
 
 
 def write_line(line: str) -> None:
-    """Write a line to stderr, above the bars where there are any."""
+    """Write a line to stderr, above any bars."""
     with contextlib.suppress(OSError):  # stderr may be a broken pipe
         tqdm.write(line, file=sys.stderr)

@@ -104,7 +104,7 @@ def test_each_filter_allows_what_it_says(filters, positive, allowed):
     scores = np.array([[0.9, 0.6, 0.58, 0.5, 0.1, -0.4]])
     refused = ScoreFilters(**filters).refusals(scores, np.array([positive]))
     assert scores[refused == 0].tolist() == allowed
-    assert {FILTERS[number - 1] for number in refused[refused > 0]} <= {f"--{name}" for name in filters}
+    assert {FILTERS[number] for number in refused[refused > 0]} <= {f"--{name}" for name in filters}
 
 
 def test_the_lowest_scoring_positive_of_a_row_counts():

@@ -174,7 +174,7 @@ def test_no_output_of_mining_may_be_an_input(pairs, tmp_path, monkeypatch, capsy
 def test_two_outputs_may_not_be_one_file(tmp_path, monkeypatch, one, other):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").touch()
-    with pytest.raises(UserError, match=r"--report_file .* is the file of --output_file too"):
+    with pytest.raises(UserError, match=r"--report_file .* is also the file of --output_file"):
         require_apart({}, {"--output_file": one, "--report_file": other, "--embeddings_dir": None})
     require_apart({"--input_file": "old"}, {"--output_file": "Old", "--report_file": "new.json"})
 

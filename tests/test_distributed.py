@@ -173,7 +173,7 @@ rows._write_rows = lambda *arguments: print("validates", flush=True) or write(*a
 
 @command_line.command
 def main():
-    distributed.start()
+    distributed.join_process_group()
     loaded = rows.load_rows(sys.argv[1], max_rows_per_file=20, seed=3)
     files = list(Path(tempfile.gettempdir()).rglob("*.arrow"))
     dist.barrier()

@@ -237,11 +237,11 @@ def test_folders_in_a_folder_of_data_are_a_warning_with_the_number_of_their_file
     with caplog.at_level("INFO"):
         assert [path.name for path in jsonl.data_files(tmp_path)] == ["a.jsonl"]
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", f"warning: {tmp_path}: folders in it are not read: de (2 data files)"),
+        ("WARNING", f"warning: {tmp_path}: subfolders are not read: de (2 data files)"),
         ("INFO", f"{tmp_path}: not read: .cache, notes"),
     ]
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=rf"holds no .* file; the folders in it are not read: give {tmp_path}/de"):
+    with pytest.raises(UserError, match=rf"holds no .* file; subfolders are not read: give {tmp_path}/de"):
         jsonl.data_files(tmp_path)
 
 

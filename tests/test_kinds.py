@@ -144,7 +144,7 @@ def test_weights_that_are_not_numbers_are_refused_as_such(tmp_path):
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight.fill_(float("nan"))
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match="a BertModel gives a text no embedding but NaN"):
+    with pytest.raises(UserError, match="a BertModel gives a text the embedding NaN"):
         encoder_for(folder)
 
 

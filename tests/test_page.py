@@ -61,7 +61,7 @@ def page_of(ranks_by_model, tmp_path, *, depth=10, queries=None, passage="passag
     argv = ["--model_name", *rankings, "--index_file_jsonl_path", __file__, "--query_file_jsonl_path", __file__]
     args = evaluate.parse_arguments(argv)
     values = {name: values_per_query(own, task, args.measures, args.cutoffs) for name, own in rankings.items()}
-    document = summarize(values, task, args, weights={}, seen={"base": 3})
+    document = summarize(values, task, args, weights_digests={}, trained_queries={"base": 3})
     (tmp_path / "report.html").write_text(html_report(document, task, rankings), encoding="utf-8")
     return tmp_path / "report.html"
 

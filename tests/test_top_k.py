@@ -151,7 +151,7 @@ def test_a_list_too_long_for_faiss_gpu_is_searched_on_the_cpu_and_said_once(monk
 
     monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", type("Options", (), {}), raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", lambda index, options, gpus: OnGpu(index), raising=False)
-    retrieval._say_that_the_cpu_searches.cache_clear()
+    retrieval._warn_that_the_cpu_searches.cache_clear()
     rng = np.random.default_rng(0)
     q, p = vectors(rng, 3, 4), vectors(rng, 5000, 4)
     for top_k, searched in ((100, True), (2100, False), (2200, False)):

@@ -1,1 +1,1 @@
-"""Rows, texts and judgements: read, validated, known by their identity."""
+"""Reading and validating rows, and the identity of texts."""

@@ -1,4 +1,4 @@
-"""What can be retrieved, the distinct texts known by their positions, and what should be."""
+"""The corpus, distinct texts by position, and retrieval tasks: queries with the positions that answer them."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class Corpus:
-    """Texts in first-seen order; texts that are equal in canonical form are one.
+    """Distinct texts in first-seen order; texts with the same canonical form count as one.
 
-    `texts[p]` is the text at position p as it was first written; `duplicates` counts the others. Texts stay on disk:
-    equality is that of 128-bit digests, of which memory holds one for each text. Texts that only `beyond` holds get
-    positions from len(corpus) on: they are known, but not to be retrieved.
+    `texts[p]` is the text at position p as it was first written; `duplicates` counts the repeats. Texts stay on disk.
+    They are compared by 128-bit digests, and memory holds one digest for each text. Texts that only `beyond` holds get
+    positions from len(corpus) on: they can be scored, but not retrieved.
     """
 
-    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()):
+    def __init__(self, texts: Iterable[str], beyond: Iterable[str] = ()) -> None:
         digests = bytearray()
         sizes = []
 
@@ -45,7 +45,7 @@ class Corpus:
         return self._size
 
     def positions(self, texts: Sequence[str]) -> np.ndarray:
-        """Where each text stands, -1 where it is not known: (len(texts),) int64."""
+        """The position of each text, -1 for a text that is not here: (len(texts),) int64."""
         wanted = np.array([text_digest(text) for text in texts], dtype="S16")
         if not len(self._digests) or not len(wanted):
             return np.full(len(wanted), -1, dtype=np.int64)
@@ -54,10 +54,10 @@ class Corpus:
 
 
 class RetrievalTask(NamedTuple):
-    """Queries, the corpus to search, and what answers each query.
+    """Queries, the corpus to search, and the answers to each query.
 
-    relevant: the positions of its answers in the corpus; relevant_counts: how many distinct answers it has, those that
-    the corpus does not hold included. ids name the queries in TREC files; groups are None where a query has none.
+    relevant: the positions of a query's answers in the corpus. relevant_counts: how many distinct answers it has,
+    including those that the corpus does not hold. ids name the queries in TREC files. groups: None for a query without.
     """
 
     queries: list[str]
@@ -83,12 +83,12 @@ class RetrievalTask(NamedTuple):
 
 
 def load_task(query_file: AnyPath, corpus: Corpus) -> RetrievalTask:
-    """Read queries and find their positives in the corpus, as make_task does."""
+    """Read queries from a file and find their positives in the corpus, see make_task."""
     return make_task(list(read_queries(query_file)), corpus)
 
 
 def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
-    """Find the positives of queries, as read_queries gives them, in the corpus; a warning counts those it lacks."""
+    """Find the positives of rows of read_queries in the corpus; a warning counts those that it does not hold."""
     answers = [corpus.positions(row["pos"]) for row in rows]
     digits = len(str(len(rows)))
     task = RetrievalTask(
@@ -101,11 +101,11 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
     if task.unanswerable == len(rows):
-        logger.warning("warning: no query has an answer in the corpus, and all count as misses; is it the right file?")
+        logger.warning("warning: no query has an answer in the corpus: all count as misses; is it the right file?")
     elif task.missing:
         logger.warning(
-            "warning: %d positives are not in the corpus and cannot be found; %d queries have none that can, "
-            "and count as misses",
+            "warning: %d positives are not in the corpus and cannot be found; %d queries have no other and "
+            "count as misses",
             task.missing,
             task.unanswerable,
         )

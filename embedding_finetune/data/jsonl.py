@@ -1,7 +1,7 @@
-"""JSON Lines in and out: every error carries `path:line`, every output is whole or absent.
+"""Reading and writing JSON Lines: every error names `path:line`, and a file appears whole or not at all.
 
-Readers yield one validated record per line; blank lines are skipped, a byte-order mark is
-accepted and `.gz` is read (and written) transparently.
+Readers yield one validated record per line. They skip blank lines and accept a byte-order mark. Names that end in `.gz`
+are read and written compressed.
 """
 
 import gzip
@@ -24,12 +24,12 @@ Record = dict[str, Any]
 DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 SCORE_FIELDS = ("pos_scores", "neg_scores")
 
-_LARGEST = (2 - 2**-23) * 2.0**127
-"""Of the numbers that float32, in which scores are held, is able to hold."""
-_GZIP = b"\x1f\x8b"
-"""What gzip files begin with."""
-_SHOWN = 20
-_MOST_FIELDS = 10
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""Scores are held as float32."""
+_GZIP_MAGIC = b"\x1f\x8b"
+"""The first bytes of a gzip file."""
+_SHOWN_CHARACTERS = 20
+_SHOWN_FIELDS = 10
 """In one log line."""
 
 
@@ -38,10 +38,10 @@ def read_training_rows(
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
-    They may carry `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. Other fields
-    are kept: a log line counts them and calls them what `unused` says. known: fields that it leaves out.
+    They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. Other fields
+    are kept. A log line counts them, except those in `known`, and says with `unused` what happens to them.
 
-    Raises UserError naming `path:line` at the first row that is anything else.
+    Raises UserError naming `path:line` at the first row that is not like this.
     """
     used = {"query", "pos", "neg", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
@@ -66,8 +66,8 @@ def read_training_rows(
 def read_queries(path: AnyPath) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
 
-    They may carry an `id` (a string without whitespace or a whole number; all rows or none, each its own) and a
-    `group` (any string); null is the same as none. A log line counts other fields.
+    They may have a `group` (any string) and an `id` (a string without whitespace or a whole number). Either all rows
+    have an `id` or none has, and no two are the same. null is the same as missing. A log line counts other fields.
     """
     used = {"query", "pos", "id", "group"}
     others: Counter[str] = Counter()
@@ -86,7 +86,7 @@ def read_queries(path: AnyPath) -> Iterator[Record]:
             if type(name) not in (str, int) or str(name).split() != [str(name)]:
                 raise UserError(f'{path}:{line}: "id" is {name!r}, expected a string without whitespace or a number')
             if lines_of.setdefault(str(name), line) != line:
-                raise UserError(f'{path}:{line}: "id" {name!r} stands in line {lines_of[str(name)]} already')
+                raise UserError(f'{path}:{line}: "id" {name!r} is already in line {lines_of[str(name)]}')
         else:
             without_id += 1
         if lines_of and without_id:
@@ -97,9 +97,9 @@ def read_queries(path: AnyPath) -> Iterator[Record]:
 
 
 def read_passages(path: AnyPath) -> Iterator[str]:
-    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line.
+    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
 
-    A log line counts other fields.
+    A log line counts other fields. Raises like read_training_rows.
     """
     others: Counter[str] = Counter()
     for line, record in read(path):
@@ -122,7 +122,7 @@ def read_passages(path: AnyPath) -> Iterator[str]:
 
 
 def data_files(path: AnyPath) -> list[Path]:
-    """The data files that `path` stands for: itself, or a folder's visible JSON files, sorted by name."""
+    """The data files at `path`: the file itself, or a folder's visible JSON files, sorted by name."""
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -131,14 +131,14 @@ def data_files(path: AnyPath) -> list[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     files = [child for child in children if child.is_file() and _is_data_file(child.name)]
-    inside = {child.name: count for child in children if (count := _count_data_files(child))}
+    subfolders = {child.name: count for child in children if (count := _count_data_files(child))}
     if not files:
-        hint = f"; the folders in it are not read: give {path / next(iter(inside))}" if inside else ""
+        hint = f"; subfolders are not read: give {path / next(iter(subfolders))}" if subfolders else ""
         raise UserError(f"{path}: the folder holds no {', '.join('*' + s for s in DATA_SUFFIXES)} file{hint}")
-    if inside:
-        counts = ", ".join(f"{name} ({count} data files)" for name, count in inside.items())
-        logger.warning("warning: %s: folders in it are not read: %s", path, counts)
-    ignored = [child.name for child in children if child not in files and child.name not in inside]
+    if subfolders:
+        counts = ", ".join(f"{name} ({count} data files)" for name, count in subfolders.items())
+        logger.warning("warning: %s: subfolders are not read: %s", path, counts)
+    ignored = [child.name for child in children if child not in files and child.name not in subfolders]
     if ignored:
         logger.info("%s: not read: %s", path, ", ".join(ignored))
     return files
@@ -149,7 +149,7 @@ def _is_data_file(name: str) -> bool:
 
 
 def _count_data_files(folder: Path) -> int:
-    """How many data files a visible folder and the folders in it hold; 0 for what is no folder."""
+    """How many data files a visible folder holds, at any depth; 0 for a file."""
     if folder.name.startswith(".") or not folder.is_dir():
         return 0
     return sum(_is_data_file(name) for _, _, names in os.walk(folder) for name in names)
@@ -158,26 +158,26 @@ def _count_data_files(folder: Path) -> int:
 def read(path: AnyPath) -> Iterator[tuple[int, Record]]:
     """Yield (line number from 1, record) for every line of a file that is not blank.
 
-    Raises UserError when the file is missing, unreadable, not UTF-8, or holds no record, and at
-    a line that is not one JSON object.
+    Raises UserError when the file is missing, unreadable or not UTF-8, when it holds no record, and at a line that is
+    not one JSON object.
     """
-    line, found = 0, False
+    line, is_empty = 0, True
     try:
         with _open_for_reading(path) as file:
             for line, raw in enumerate(file, start=1):
                 record = _parse(path, line, raw)
                 if record is not None:
-                    found = True
+                    is_empty = False
                     yield line, record
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}:{line + 1}: cannot be read: {reason}") from error
-    if not found:
+    if is_empty:
         raise UserError(f"{path}: the file is empty; expected one JSON object per line")
 
 
 def write(path: AnyPath, records: Iterable[Record]) -> None:
-    """Write records as JSON Lines beside `path`, then rename: a killed run leaves the old file or the new."""
+    """Write records as JSON Lines. A run that is killed leaves the old file or the new one."""
     with atomic_writer(path) as file:
         for record in records:
             file.write(_line_of(record))
@@ -186,7 +186,7 @@ def write(path: AnyPath, records: Iterable[Record]) -> None:
 def _line_of(record: Record) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair in a field that is only passed on: as it was, in ASCII
+    except UnicodeEncodeError:  # half a surrogate pair in an unused field: ASCII escapes keep it
         return json.dumps(record).encode() + b"\n"
 
 
@@ -198,7 +198,7 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
-        if line == 1 and raw.startswith(_GZIP):
+        if line == 1 and raw.startswith(_GZIP_MAGIC):
             raise UserError(f"{path}: the file is compressed; give it a name that ends in .gz") from error
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     if not text:
@@ -208,23 +208,23 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     except (ValueError, RecursionError) as error:
         if line == 1 and text.startswith("["):
             raise UserError(f"{path}:1: the file is one JSON array; expected one object per line") from error
-        reason = str(error).replace("line 1 column", "column")  # of this line
+        reason = str(error).replace("line 1 column", "column")  # json counts lines within this one
         raise UserError(f"{path}:{line}: not valid JSON ({reason}); expected one object per line") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}:{line}: a JSON {type(record).__name__}, expected an object")
     return record
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Record:
+def _without_repeated_names(pairs: list[tuple[str, Any]]) -> Record:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'"{twice}" is there twice')
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'"{repeated}" is there twice')
     return record
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_names)
 
 
 def _require_text(path: AnyPath, line: int, record: Record, field: str) -> None:
@@ -246,24 +246,24 @@ def _require_texts(path: AnyPath, line: int, record: Record, field: str, *, may_
 
 
 def _drop_nulls(record: Record, *fields: str) -> None:
-    """Take out those of the fields that are null."""
+    """Remove those of the fields that are null."""
     for field in fields:
         if field in record and record[field] is None:
             del record[field]
 
 
 def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
-    """The names of a record's other fields that hold something."""
+    """The names of a record's other fields, without those that are null."""
     return [name for name, value in record.items() if name not in used and value is not None]
 
 
 def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
-    """Say what is `unused`, and in how many rows: others counts the fields."""
-    told = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
-    if len(told) > _MOST_FIELDS:
-        told[_MOST_FIELDS:] = [f"and {len(told) - _MOST_FIELDS} other fields"]
-    if told:
-        logger.info("%s: %s: %s", path, unused, ", ".join(told))
+    """Log other fields and in how many rows they are; `unused` says what happens to them, such as "ignored"."""
+    fields = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
+    if len(fields) > _SHOWN_FIELDS:
+        fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
+    if fields:
+        logger.info("%s: %s: %s", path, unused, ", ".join(fields))
 
 
 def _check_scores(path: AnyPath, line: int, record: Record, field: str) -> None:
@@ -275,9 +275,9 @@ def _check_scores(path: AnyPath, line: int, record: Record, field: str) -> None:
     if not numbers or len(scores) != len(texts):
         raise UserError(f'{path}:{line}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
     for position, score in enumerate(scores):
-        if not -_LARGEST <= score <= _LARGEST:  # nor NaN
+        if not -_LARGEST_FLOAT32 <= score <= _LARGEST_FLOAT32:  # NaN is refused too
             raise UserError(
-                f'{path}:{line}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN]}, '
+                f'{path}:{line}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN_CHARACTERS]}, '
                 "expected a finite number that float32 can hold"
             )
 

@@ -1,9 +1,9 @@
-"""Texts: what makes two of them one, in four forms, and many of them on disk.
+"""The identity of a text, in four forms, and many texts on disk.
 
-canonical     a string: what people are told, and what is compared where few texts are
-text_id       63 bits of it: a number that fits into a tensor, for the texts of a batch and of a training set
-text_digest   128 bits of it: no two of a billion texts share one, for a corpus that is known by these alone
-raw_digests   128 bits of the text as it is written: an embedding depends on spelling, so that its store has to
+canonical     a string, for comparing a few texts
+text_id       63 bits of its hash: a number that fits into a tensor, for the texts of a batch and of a training set
+text_digest   128 bits of its hash, for a corpus that holds nothing else: no two of a billion texts share one
+raw_digests   128 bits of the hash of a text as it is written, for stored embeddings, which depend on spelling
 """
 
 import copy
@@ -19,7 +19,7 @@ import numpy as np
 
 _BUFFER_BYTES = 2**20
 DIGEST_BYTES = 16
-"""Of text_digest and raw_digests."""
+"""The size of a digest of text_digest and raw_digests."""
 
 
 def canonical(text: str) -> str:
@@ -39,18 +39,18 @@ def text_digest(text: str) -> bytes:
 
 
 def raw_digests(texts: Sequence[str]) -> np.ndarray:
-    """(N,) 16 bytes each, of the texts as they are written: what a tokenizer makes of other spellings may differ."""
+    """Digests (N,) of 16 bytes of the texts as they are written: other spellings may have other tokens."""
     return np.array([hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in texts], dtype="S16")
 
 
 class TextsOnDisk(Sequence[str]):
-    """Texts in a temporary file that goes with the process; memory holds 16 bytes for each.
+    """Texts in a temporary file that ends with the process; memory holds 16 bytes for each.
 
-    Read by offset rather than mapped, so that its pages do not count as this process's memory.
+    The file is read by offset, not mapped: its pages would count as this process's memory.
     """
 
-    def __init__(self, texts: Iterable[str]):
-        # An unnamed file in TMPDIR: the system removes it whatever becomes of the process.
+    def __init__(self, texts: Iterable[str]) -> None:
+        # An unnamed file in TMPDIR: the system removes it however the process ends.
         self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
         ends = array("q", [0])
         for text in texts:
@@ -58,14 +58,14 @@ class TextsOnDisk(Sequence[str]):
         self._file.flush()
         self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
 
-    def keep(self, rows: np.ndarray) -> None:
-        """Forget all texts but those at `rows`, in that order."""
-        self._starts, self._ends = self._starts[rows], self._ends[rows]
+    def keep(self, indices: np.ndarray) -> None:
+        """Forget all texts but those at `indices`, and put these in that order."""
+        self._starts, self._ends = self._starts[indices], self._ends[indices]
 
-    def at(self, rows: np.ndarray) -> "TextsOnDisk":
-        """The texts at `rows`, in the same file."""
+    def at(self, indices: np.ndarray) -> "TextsOnDisk":
+        """The texts at `indices`, in the same file."""
         part = copy.copy(self)
-        part.keep(rows)
+        part.keep(indices)
         return part
 
     def __len__(self) -> int:

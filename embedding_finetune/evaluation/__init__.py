@@ -1,1 +1,1 @@
-"""Rankings to measures, and measures to what people read."""
+"""From rankings to measures, and from measures to tables, files and a page."""

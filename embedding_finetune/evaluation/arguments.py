@@ -9,21 +9,24 @@ from embedding_finetune.parser import repeated_model
 from embedding_finetune.retrieval.arguments import EncodingOptions
 
 FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
-"""What --output_dir gets, beside rankings."""
+"""The files in --output_dir, beside rankings."""
+
+DEFAULT_CUTOFFS = (1, 5, 10)
+DEFAULT_MEASURES = ("MRR", "Hit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(EncodingOptions):
-    """The flags of evaluate.py, under their names. Raises UserError where they contradict each other.
+    """The flags of evaluate.py, by name. Raises UserError where they contradict each other.
 
-    fail_below: measures, as `MRR@10`, and what they must reach.
+    fail_below: measures, such as `MRR@10`, and the values that they must reach.
     """
 
     model_name: list[str]
     index_file_jsonl_path: str
     query_file_jsonl_path: str
-    cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10])
-    measures: list[str] = field(default_factory=lambda: ["MRR", "Hit"])
+    cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
+    measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
     output_dir: str | None = None
     json: bool = False
     seed: int = 42
@@ -34,14 +37,14 @@ class EvaluationOptions(EncodingOptions):
         if (repeated := repeated_model(self.model_name)) is not None:
             raise UserError(f"--model_name: the same model is named twice, as {repeated}")
         if self.fail_if_worse and len(self.model_name) == 1:
-            raise UserError("--fail_if_worse: there is only one --model_name, nothing to be worse than")
+            raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
         measured = [f"{measure}@{cutoff}" for cutoff in self.cutoffs for measure in self.measures]
         for name, _ in self.fail_below:
             if name not in measured:
-                raise UserError(f"--fail_below: {name} is not measured; {', '.join(measured)} are")
+                raise UserError(f"--fail_below: {name} is not measured; these are: {', '.join(measured)}")
 
     def check_paths(self) -> None:
-        """Raise UserError where a file is missing, or one that is written would replace another."""
+        """Raise UserError where a file is missing, or where an output would replace another file of the run."""
         inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
         for flag, path in inputs.items():
             files.require_file(flag, path)

@@ -1,10 +1,10 @@
-"""What evaluate.py leaves in --output_dir, for people and for other tools.
+"""What evaluate.py writes to --output_dir, for people and for other tools.
 
-metrics.json       measures, differences, settings, weights, counts
-per_query.jsonl    per query the rank of each answer and the ten best passages, per model
-report.html        the same to look at, see html_report.py
-run.MODEL.trec     the rankings, and
-qrels.trec         the answers, as trec_eval and ranx read them; docids are zero-padded corpus positions
+metrics.json       measures, differences, settings, digests of weights, counts
+per_query.jsonl    for each query and model, the rank of each answer and the ten best passages
+report.html        the same as a page, see page.py
+run.MODEL.trec     the rankings, for trec_eval and ranx; docids are zero-padded corpus positions
+qrels.trec         the answers, for the same tools
 """
 
 import json
@@ -21,11 +21,12 @@ from embedding_finetune.retrieval.top_k import Ranking
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10
-"""Passages per query and model in per_query.jsonl."""
+PASSAGES_PER_QUERY = 10
+"""In per_query.jsonl, for each model."""
 
-_MOST_CHARACTERS = 50
-"""Of a model's name in a file name: its end, which tells models apart; file systems take 255 bytes."""
+_NAME_CHARACTERS = 50
+"""A file name holds this many characters of a model's name, from its end, which differs between models. File systems
+allow 255 bytes."""
 
 
 def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> None:
@@ -43,19 +44,19 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
 
 
 def file_name(model: str, models: list[str]) -> str:
-    """A model's name as part of a file name, numbered where two would come out the same."""
-    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_MOST_CHARACTERS:] for name in models]
+    """A model's name as part of a file name, with a number where two models would share it."""
+    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_NAME_CHARACTERS:] for name in models]
     number = models.index(model)
     if safe.count(safe[number]) == 1:
         return safe[number]
     numbered = f"{safe[number]}.{number + 1}"
-    while numbered in safe:  # another model's own name
+    while numbered in safe:  # another model may have this name
         numbered += "_"
     return numbered
 
 
 def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:
-    """One record per query; a rank is None where the answer is beyond the ranking or not in the corpus."""
+    """One record per query. A rank is None where the answer is not in the ranking or not in the corpus."""
     for number, query in enumerate(task.queries):
         record: Record = {"id": task.ids[number], "query": query}
         if task.groups[number] is not None:
@@ -74,14 +75,14 @@ def _result(task: RetrievalTask, number: int, positions: list[int], scores: list
         "ranks": [rank_of.get(position) for position in sorted(task.relevant[number])] + [None] * missing,
         "top": [
             {"position": position, "score": score, "text": task.corpus.texts[position]}
-            for position, score in zip(positions[:SHOWN], scores)
+            for position, score in zip(positions[:PASSAGES_PER_QUERY], scores)
             if position >= 0
         ],
     }
 
 
 def run_lines(task: RetrievalTask, ranking: Ranking, name: str) -> Iterator[str]:
-    """`query Q0 docid rank score tag`, best first; scores in full, so that ties are ties for every reader."""
+    """`query Q0 docid rank score tag`, best first. Scores have all digits, so that every tool sees the same ties."""
     tag = re.sub(r"\s+", "_", name)
     for query_id, positions, scores in zip(task.ids, *ranking):
         for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist()), start=1):
@@ -90,7 +91,7 @@ def run_lines(task: RetrievalTask, ranking: Ranking, name: str) -> Iterator[str]
 
 
 def qrels_lines(task: RetrievalTask) -> Iterator[str]:
-    """`query 0 docid 1`; answers that the corpus does not hold get docids of their own, past its end."""
+    """`query 0 docid 1`. Answers that the corpus does not hold get docids of their own."""
     beyond = len(task.corpus)
     for number, query_id in enumerate(task.ids):
         for position in sorted(task.relevant[number]):
@@ -106,7 +107,7 @@ def docid(position: int, corpus_size: int) -> str:
 
 
 def write_lines(path: Path, lines: Iterator[str]) -> None:
-    """Write lines as one file, whole or not at all."""
+    """Write lines as a file that appears whole or not at all."""
     with atomic_writer(path) as file:
         for line in lines:
             file.write(line.encode() + b"\n")

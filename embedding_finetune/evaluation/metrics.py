@@ -1,9 +1,9 @@
 """Retrieval measures over rankings, and whether two models differ by more than luck.
 
 Shapes: Q queries, K ranks. `relevance` (Q, K) bool says whether the passage at each rank, best first, answers the
-query; a rank past the end of a small corpus is False. `relevant_counts` (Q,) int is how many distinct texts answer
-it, those that the corpus does not hold included: they cannot be found, and count as misses. Every measure gives one
-float64 per query, (Q,), and 0 for a query with no relevant passage within the cutoff.
+query; it is False past the end of a small corpus. `relevant_counts` (Q,) int is the number of distinct texts that
+answer the query. It includes texts that the corpus does not hold: they cannot be found, and count as misses. Every
+measure returns one float64 per query, (Q,), and 0 for a query with no relevant passage within the cutoff.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 _LARGEST_CUTOFF = 10**300
-"""That is worth telling from larger ones, and a float."""
+"""Larger cutoffs count as this one, which still fits into a float."""
 
 
 def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
@@ -24,31 +24,32 @@ def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.n
 
 
 def hit(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """1 where at least one relevant passage is within the cutoff, else 0: one of two is as good as both."""
+    """1 where at least one relevant passage is within the cutoff, else 0."""
     return np.asarray(relevance[:, :cutoff].any(axis=1), dtype=np.float64)
 
 
 def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Share of the query's relevant texts that are within the cutoff."""
+    """Share of the query's relevant texts that is within the cutoff."""
     return relevance[:, :cutoff].sum(axis=1) / relevant_counts
 
 
 def precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Relevant passages within the cutoff, divided by the cutoff, also where the corpus is smaller than that."""
+    """Number of relevant passages within the cutoff, divided by the cutoff, even if the corpus is smaller."""
     return relevance[:, :cutoff].sum(axis=1) / float(min(cutoff, _LARGEST_CUTOFF))
 
 
 def average_precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Sum of the precision at each relevant rank within the cutoff, divided by how many texts are relevant."""
+    """Sum of the precision at each relevant rank within the cutoff, divided by the number of relevant texts."""
     within = relevance[:, :cutoff]
     at_rank = within.cumsum(axis=1) / np.arange(1, within.shape[1] + 1)
     return (at_rank * within).sum(axis=1) / relevant_counts
 
 
 def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Discounted gain, 1 / log2(rank + 1) per relevant passage, over that of a ranking with all relevant texts on top.
+    """Discounted gain, 1 / log2(rank + 1) per relevant passage, divided by that of an ideal ranking.
 
-    The ideal is taken from the query file (Järvelin and Kekäläinen 2002, with linear gain as in trec_eval).
+    The ideal ranks all of the query's relevant texts first, also those that the corpus does not hold (Järvelin and
+    Kekäläinen 2002, with linear gain as in trec_eval).
     """
     within = relevance[:, :cutoff]
     best_counts = np.minimum(relevant_counts, cutoff)
@@ -63,12 +64,12 @@ MEASURES = {"MRR": mrr, "Hit": hit, "Recall": recall, "nDCG": ndcg, "MAP": avera
 
 def relevance_of(positions: np.ndarray, relevant: Sequence[Set[int]]) -> np.ndarray:
     """Whether the passage at each rank of positions (Q, K) is one of its query's relevant ones: (Q, K) bool."""
-    answers = np.fromiter((position for own in relevant for position in own), dtype=np.int64)
+    answers = np.fromiter((position for positions in relevant for position in positions), dtype=np.int64)
     if not len(answers) or not positions.size:
         return np.zeros(positions.shape, dtype=bool)
-    # A query and a position as one integer: one search finds all of them.
+    # A query and a position make one integer, so that one search finds all of them.
     span = max(int(positions.max()), int(answers.max())) + 1
-    wanted = np.sort(np.repeat(np.arange(len(relevant)), [len(own) for own in relevant]) * span + answers)
+    wanted = np.sort(np.repeat(np.arange(len(relevant)), [len(positions) for positions in relevant]) * span + answers)
     ranked = np.arange(len(positions))[:, None] * span + positions  # (Q, K)
     places = np.searchsorted(wanted, ranked).clip(max=len(wanted) - 1)
     return (wanted[places] == ranked) & (positions >= 0)
@@ -99,9 +100,10 @@ def compare(base: np.ndarray, other: np.ndarray, *, seed: int, rounds: int = 10_
     """How much better `other` (Q,) is than `base` (Q,) per query, and how sure that is.
 
     p_value: two-sided paired randomisation test (Fisher 1935; Smucker et al., CIKM 2007): how often the mean is as far
-    from 0 when each query's difference has a random sign, counting the observed one. The interval holds the 2.5% and
-    97.5% quantiles of the mean over queries drawn with replacement (Efron 1979). Queries with equal differences are
-    drawn together, by binomial and multinomial numbers: the same distributions, at any number of queries.
+    from 0 when each query's difference has a random sign, counting the observed one. The interval goes from the 2.5% to
+    the 97.5% quantile of the mean over queries drawn with replacement (Efron 1979). Queries with equal differences are
+    drawn together, with binomial and multinomial numbers: the distributions are the same, and take no more time for
+    more queries.
     """
     rng = np.random.default_rng(seed)
     differences = other - base
@@ -109,8 +111,8 @@ def compare(base: np.ndarray, other: np.ndarray, *, seed: int, rounds: int = 10_
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     positive = rng.binomial(counts, 0.5, size=(rounds, len(counts)))  # (rounds, distinct sizes)
     flipped = (2 * positive - counts) @ sizes / len(differences)  # (rounds,)
-    extreme = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
+    extreme_count = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
     values, counts = np.unique(differences, return_counts=True)
     drawn = rng.multinomial(len(differences), counts / len(differences), size=rounds)  # (rounds, distinct values)
     low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
-    return Difference(mean, float(low), float(high), (extreme + 1) / (rounds + 1))
+    return Difference(mean, float(low), float(high), (extreme_count + 1) / (rounds + 1))

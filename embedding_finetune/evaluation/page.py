@@ -1,8 +1,8 @@
-"""The evaluation as one HTML page that needs nothing else: no network, no server.
+"""The evaluation as one HTML page that needs no network and no server.
 
-Tables and charts are written here; the table of queries is made in the browser, from JSON, by the script in
-report_template.html. Charts are plain SVG: they follow the page's light or dark colours, and a plotting library's
-script alone would be nearly the 5 MB that 10,000 queries may take.
+Tables and charts are written here. The table of queries is made in the browser from JSON, by the script in
+report_template.html. Charts are plain SVG, so that they follow the page's light or dark colours. A plotting library's
+script alone would take nearly the 5 MB that 10,000 queries may take.
 
 Shapes: Q queries, K ranks.
 """
@@ -20,20 +20,22 @@ import numpy as np
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.metrics import relevance_of
+from embedding_finetune.evaluation.summary import difference_cells
 from embedding_finetune.retrieval.top_k import Ranking
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _QUERY_CHARACTERS, _PASSAGE_CHARACTERS = 200, 300
-_SHOWN_ABOVE = 3
-"""Passages per query, of those that were ranked above the right one."""
+_SHOWN_PASSAGES = 3
+"""Per query, of the right passages and of those that ranked above them."""
 _QUERY_BYTES = 4_000_000
-"""For the table of queries; those that matter most come first, and the page says when others are left out."""
+"""The most that the table of queries takes. The queries that matter most come first, and the page says when others are
+left out."""
 _ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 _COLOURS = 6
 
 
 def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
-    """The page for what evaluate.summarize gave, the task and each model's ranking (at least one model)."""
+    """The page for the document of summary.summarize, the task and each model's ranking (at least one model)."""
     ranks = {name: first_ranks(ranking, task) for name, ranking in rankings.items()}
     depth = next(iter(rankings.values())).positions.shape[1]
     parts = {
@@ -48,7 +50,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
         "groups": _groups(document),
         "data": _embedded(_query_table(task, rankings, ranks, depth)),
     }
-    # One pass: what a part holds is never taken for a place to fill.
+    # One pass, so that text within a part is never taken for a placeholder.
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -59,12 +61,12 @@ def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:
 
 
 def warnings(document: Record) -> Iterator[str]:
-    """What a reader has to know before believing the numbers."""
+    """What a reader must know to judge the numbers."""
     for name, count in document["queries_in_training_data"].items():
         if count:
             yield (
                 f"{count:,} of {document['queries']:,} queries are in the training data of {name}: "
-                "it has seen their answers, and new queries will do worse"
+                "it was trained on their answers, and will do worse on new queries"
             )
     if document["positives_not_in_corpus"]:
         yield (
@@ -74,24 +76,17 @@ def warnings(document: Record) -> Iterator[str]:
 
 
 def _measures(document: Record) -> str:
-    """Measure by measure, one model's values or every other model beside the first."""
+    """A table of one model's measures, or for each further model a table beside the first."""
     metrics, differences = document["metrics"], document["differences"]
     base = next(iter(metrics))
     if not differences:
         rows = [[name, _number(value)] for name, value in metrics[base].items()]
         return _table(["", base], rows)
     tables = []
-    for model, own in differences.items():
+    for model, by_measure in differences.items():
         rows = [
-            [
-                name,
-                _number(metrics[base][name]),
-                _number(metrics[model][name]),
-                f"{d['mean']:+.4f}",
-                f"{d['low']:+.4f} .. {d['high']:+.4f}",
-                f"{d['p_value']:.4f}",
-            ]
-            for name, d in own.items()
+            [name, _number(metrics[base][name]), _number(metrics[model][name]), *difference_cells(difference)]
+            for name, difference in by_measure.items()
         ]
         tables.append(_table(["", base, model, "difference", "95% interval", "p"], rows))
     return "".join(tables)
@@ -110,7 +105,7 @@ def _groups(document: Record) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names the rows; texts are escaped here."""
+    """A table whose first column names the rows. It escapes the texts."""
     lines = ["<tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr>"]
     for first, *others in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
@@ -119,7 +114,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], depth: int) -> str:
-    """MRR or Hit at every cutoff up to `depth`, a line per model; dots where metrics.json gives the value."""
+    """MRR or Hit at every cutoff up to `depth`, a line per model, with dots at the cutoffs of metrics.json."""
     width, height, left, bottom = 340, 220, 34, 24
 
     def x(cutoff: int) -> float:
@@ -139,9 +134,9 @@ def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], dept
         if cutoff <= depth
     ]
     cutoffs = np.arange(1, depth + 1)
-    for number, (name, own) in enumerate(ranks.items()):
-        found_at = np.bincount(own, minlength=depth + 1)[1:] / len(own)  # (K,): share of queries
-        values = np.cumsum(found_at / cutoffs if measure == "MRR" else found_at)  # (K,)
+    for number, (name, model_ranks) in enumerate(ranks.items()):
+        share_at_rank = np.bincount(model_ranks, minlength=depth + 1)[1:] / len(model_ranks)  # (K,), of the queries
+        values = np.cumsum(share_at_rank / cutoffs if measure == "MRR" else share_at_rank)  # (K,)
         path = " ".join(f"{x(k):.1f},{y(value):.1f}" for k, value in zip(cutoffs.tolist(), values.tolist()))
         marks.append(f'<polyline class="m{number % _COLOURS}" points="{path}"/>')
         measured = {k: document["metrics"][name].get(f"{measure}@{k}") for k in document["settings"]["cutoffs"]}
@@ -159,15 +154,15 @@ def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], dept
 
 
 def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
-    """How many queries have their best right passage at which rank, a bar per model."""
+    """How many queries have their best right passage in each range of ranks, a bar per model."""
     ends = [0, *(end for end in _ROUND_RANKS if end < depth), depth]
     rows = []
     for low, high in [*pairwise(ends), (depth, None)]:
         cells = []
-        for number, own in enumerate(ranks.values()):
-            count = int((own == 0).sum() if high is None else ((own > low) & (own <= high)).sum())
+        for number, best in enumerate(ranks.values()):
+            count = int((best == 0).sum() if high is None else ((best > low) & (best <= high)).sum())
             cells.append(
-                f'<div class="bar m{number % _COLOURS}"><i style="width:{85 * count / max(len(own), 1):.2f}%"></i>'
+                f'<div class="bar m{number % _COLOURS}"><i style="width:{85 * count / max(len(best), 1):.2f}%"></i>'
                 f"<span>{count:,}</span></div>"
             )
         label = f"beyond {low}" if high is None else str(high) if high == low + 1 else f"{low + 1}-{high}"
@@ -176,7 +171,7 @@ def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
 
 
 def _outcomes(model: str, ranks: Mapping[str, np.ndarray]) -> str:
-    """How many queries got better, stayed and got worse under a model, by the rank of the best right passage."""
+    """How many queries a model made better, left the same and made worse, by the rank of the best right passage."""
     base = next(iter(ranks))
     change = _beyond_all(ranks[model]) - _beyond_all(ranks[base])
     counts = {"better": int((change < 0).sum()), "same": int((change == 0).sum()), "worse": int((change > 0).sum())}
@@ -186,24 +181,24 @@ def _outcomes(model: str, ranks: Mapping[str, np.ndarray]) -> str:
 
 
 def _beyond_all(ranks: np.ndarray) -> np.ndarray:
-    """Ranks with "not found", which is 0, as the largest."""
+    """Ranks in which 0, for "not found", has become the largest."""
     return np.where(ranks == 0, np.iinfo(np.int64).max // 2, ranks)
 
 
 def _query_table(
     task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int
 ) -> Record:
-    """What the browser makes the table of queries from.
+    """The JSON from which the browser makes the table of queries.
 
-    `queries` holds [id, query, group, [rank per model], [right passages], [[passage, rank, score] above them]]; the
-    last two name places in `passages`, and are those of the last model.
+    `queries` holds [id, text, group, [rank per model], [right passage], [[passage, rank, score] ranked above them]].
+    Passages are indices into `passages`; the ranks above are the last model's.
     """
     model = list(rankings)[-1]
     positions, scores = rankings[model]
     place_of: dict[int, int] = {}
     passages: list[str] = []
     queries: list[list[object]] = []
-    used = 0
+    used_bytes = 0
 
     def place(position: int) -> int:
         if position not in place_of:
@@ -212,28 +207,28 @@ def _query_table(
         return place_of[position]
 
     for number in _most_telling_first(ranks):
-        known = len(passages)
+        passages_before = len(passages)
         rank = int(ranks[model][number])
         right, above = [], []
         if rank != 1:
-            right = [place(position) for position in sorted(task.relevant[number])[:_SHOWN_ABOVE]]
+            right = [place(position) for position in sorted(task.relevant[number])[:_SHOWN_PASSAGES]]
             above = [
                 [place(int(positions[number, other])), other + 1, round(float(scores[number, other]), 4)]
-                for other in range(min(rank - 1 if rank else depth, _SHOWN_ABOVE))
+                for other in range(min(rank - 1 if rank else depth, _SHOWN_PASSAGES))
                 if positions[number, other] >= 0
             ]
-        own = [int(values[number]) or None for values in ranks.values()]
+        rank_by_model = [int(best[number]) or None for best in ranks.values()]
         query: list[object] = [
             task.ids[number],
             _cut(task.queries[number], _QUERY_CHARACTERS),
             task.groups[number],
-            own,
+            rank_by_model,
             right,
             above,
         ]
-        used += len(_json([query, passages[known:]]).encode())
-        if used > _QUERY_BYTES:
-            del passages[known:]
+        used_bytes += len(_json([query, passages[passages_before:]]).encode())
+        if used_bytes > _QUERY_BYTES:
+            del passages[passages_before:]
             break
         queries.append(query)
     total = len(task.queries)
@@ -241,9 +236,9 @@ def _query_table(
 
 
 def _most_telling_first(ranks: Mapping[str, np.ndarray]) -> list[int]:
-    """Query numbers: those that got worse from the first to the last model, most so first, then those that fail."""
-    every = [_beyond_all(own) for own in ranks.values()]
-    first, last = every[0], every[-1]
+    """Query numbers: first those that lost most from the first model to the last, then those that fail."""
+    ranks_by_model = [_beyond_all(best) for best in ranks.values()]
+    first, last = ranks_by_model[0], ranks_by_model[-1]
     lost = np.maximum(1 / first - 1 / last, 0)  # in reciprocal rank: from 1 to 2 is worse than from 50 to 60
     return np.lexsort((-last, -lost)).tolist()
 
@@ -261,5 +256,5 @@ def _json(value: object) -> str:
 
 
 def _embedded(value: object) -> str:
-    """JSON that can stand in a script element: no text in it can end the element."""
+    """JSON for a script element: no text in it can end the element."""
     return _json(value).replace("<", "\\u003c")

@@ -1,7 +1,8 @@
-"""Ranking a corpus under a model and measuring it: what evaluate.py and evaluation during training share.
+"""Ranking a corpus with a model and measuring the ranking, for evaluate.py and for evaluation during training.
 
-Shapes: Q queries, K ranks. Where a process group is up, as in training under torchrun,
-its processes share the encoding and the search, and all get the result.
+Under torchrun the processes share the encoding and the search, and all get the result.
+
+Shapes: Q queries, K ranks.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from embedding_finetune.retrieval.top_k import Ranking, TopK
 
 
 def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> Ranking:
-    """The best passages for each query, with their scores: top_k, or the whole corpus where that is smaller.
+    """The top_k best passages for each query with their scores, or all passages where the corpus is smaller.
 
-    Ties go as trec_eval breaks them, the passage that comes last in the corpus first.
+    Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first.
     """
     top_k = min(top_k, len(task.corpus))
     top = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
@@ -39,5 +40,5 @@ def values_per_query(
 def measure(
     encoder: Encoder, task: RetrievalTask, *, measures: Sequence[str], cutoffs: Sequence[int]
 ) -> dict[str, float]:
-    """`{"MRR@1": ..., "Hit@1": ..., ...}`, means over all queries of the task."""
+    """Rank, and return `{"MRR@1": ..., "Hit@1": ..., ...}`, means over all queries of the task."""
     return means(values_per_query(rank_corpus(encoder, task, max(cutoffs)), task, measures, cutoffs))

@@ -1,4 +1,4 @@
-"""The outcome of an evaluation: one document for programs, and tables, as text, for people.
+"""The results of an evaluation: one document for programs, and text tables for people.
 
 Shapes: Q queries.
 """
@@ -18,16 +18,21 @@ def summarize(
     values: Mapping[str, Mapping[str, np.ndarray]],
     task: RetrievalTask,
     options: EvaluationOptions,
-    weights: Mapping[str, str],
-    seen: Mapping[str, int],
+    weights_digests: Mapping[str, str],
+    trained_queries: Mapping[str, int],
 ) -> Record:
-    """The whole outcome as one JSON document: what metrics.json holds.
+    """All results as one JSON document, the content of metrics.json.
 
-    values: model -> measure -> (Q,). weights: model -> digest. seen: model -> how many queries it was trained on.
+    values: model -> measure -> (Q,). weights_digests: by model. trained_queries: model -> how many of the queries it
+    was trained on.
     """
     base = options.model_name[0]
-    groups = sorted({group for group in task.groups if group is not None})
-    members = {group: [number for number, own in enumerate(task.groups) if own == group] for group in groups}
+    members: dict[str, list[int]] = {
+        group: [] for group in sorted({group for group in task.groups if group is not None})
+    }
+    for number, group in enumerate(task.groups):
+        if group is not None:
+            members[group].append(number)
     return {
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
@@ -39,35 +44,34 @@ def summarize(
         },
         "groups": {
             group: {
-                "queries": len(rows),
+                "queries": len(numbers),
                 "metrics": {
-                    name: means({measure: scores[rows] for measure, scores in own.items()})
-                    for name, own in values.items()
+                    name: means({measure: scores[numbers] for measure, scores in by_measure.items()})
+                    for name, by_measure in values.items()
                 },
             }
-            for group, rows in members.items()
+            for group, numbers in members.items()
         },
         "queries": len(task.queries),
         "passages": len(task.corpus),
         "duplicate_passages": task.corpus.duplicates,
         "positives_not_in_corpus": task.missing,
         "queries_without_findable_positive": task.unanswerable,
-        "queries_in_training_data": dict(seen),
-        "weights_sha256": dict(weights),
+        "queries_in_training_data": dict(trained_queries),
+        "weights_sha256": dict(weights_digests),
         "version": __version__,
         "settings": {name: value for name, value in vars(options).items() if name != "model_name"},
     }
 
 
 def evaluation_tables(document: Record) -> str:
-    """Models by measures; every other model's differences to the first; measures by group of queries."""
+    """Text tables: measures by model, the differences of other models to the first, measures by group of queries."""
     metrics = document["metrics"]
     names, measures = list(metrics), list(next(iter(metrics.values())))
     parts = [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
     for name, differences in document["differences"].items():
         rows = [[f"{name} - {names[0]}", "difference", "95% interval", "p"]]
-        for measure, d in differences.items():
-            rows.append([measure, f"{d['mean']:+.4f}", f"{d['low']:+.4f} .. {d['high']:+.4f}", f"{d['p_value']:.4f}"])
+        rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]
         parts.append(table(rows))
     if document["groups"]:
         rows = [["group", "queries", "model", *measures]]
@@ -78,12 +82,18 @@ def evaluation_tables(document: Record) -> str:
     return "\n\n".join(parts)
 
 
+def difference_cells(difference: Mapping[str, float]) -> list[str]:
+    """A difference, as metrics.json has it, as three cells of a table: mean, 95% interval, p-value."""
+    interval = f"{difference['low']:+.4f} .. {difference['high']:+.4f}"
+    return [f"{difference['mean']:+.4f}", interval, f"{difference['p_value']:.4f}"]
+
+
 def _scores(metrics: Mapping[str, float]) -> list[str]:
     return [f"{value:.4f}" for value in metrics.values()]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned text, the first one underlined; first column left, the others right."""
+    """Rows as aligned text: the first row underlined, the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,1 +1,1 @@
-"""Hard negatives: ranked, chosen, accounted for."""
+"""Hard negatives: ranking candidates, choosing among them, and the audit."""

@@ -1,11 +1,12 @@
-"""Flags about which candidates become negatives and what is written, and all flags of mine_hard_neg.py as a value."""
+"""The flags of mine_hard_neg.py: those about choosing and writing negatives, and all of them as one value."""
 
 import argparse
 from dataclasses import dataclass
+from typing import get_args
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
-from embedding_finetune.mining.choice import Strategy
+from embedding_finetune.mining.choice import ScoreFilters, Strategy
 from embedding_finetune.parser import (
     add_switch,
     cosine_threshold,
@@ -21,7 +22,7 @@ from embedding_finetune.retrieval.arguments import EncodingOptions
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
-    """The flags of add_selection_arguments, under their names; None switches a filter off.
+    """The flags of add_selection_arguments, by name; None switches a filter off.
 
     Raises UserError where they contradict each other.
     """
@@ -41,10 +42,15 @@ class SelectionOptions:
         if self.max_score is not None and self.min_score is not None and self.max_score < self.min_score:
             raise UserError(f"--max_score: {self.max_score} is below --min_score {self.min_score}")
 
+    @property
+    def score_filters(self) -> ScoreFilters:
+        """The flags that filter by score."""
+        return ScoreFilters(self.max_score, self.min_score, self.absolute_margin, self.relative_margin)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MiningOptions(EncodingOptions, SelectionOptions):
-    """All flags of mine_hard_neg.py, under their names."""
+    """All flags of mine_hard_neg.py, by name."""
 
     model_name_or_path: list[str]
     input_file: str
@@ -62,7 +68,7 @@ class MiningOptions(EncodingOptions, SelectionOptions):
             raise UserError(f"--model_name_or_path: the same model is named twice, as {repeated}")
 
     def check_paths(self) -> None:
-        """Raise UserError where a file is missing, or one that is written would replace another."""
+        """Raise UserError where a file is missing, or where an output would replace another file of the run."""
         files.require_file("--input_file", self.input_file)
         if self.candidate_pool is not None:
             files.require_file("--candidate_pool", self.candidate_pool)
@@ -78,20 +84,26 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about which candidates become negatives."""
+    """Add the flags of mine_hard_neg.py about which candidates become negatives."""
     group = parser.add_argument_group("choosing negatives")
     group.add_argument(
         "--range_for_sampling",
         type=rank_range,
-        default="10-210",
+        default="{}-{}".format(*SelectionOptions.range_for_sampling),
         metavar="A-B",
         help="sample from the ranks [A, B) of each query's ranking, counted from 0",
     )
-    group.add_argument("--negative_number", type=positive_int, default=15, metavar="N", help="negatives per row")
+    group.add_argument(
+        "--negative_number",
+        type=positive_int,
+        default=SelectionOptions.negative_number,
+        metavar="N",
+        help="negatives per row",
+    )
     group.add_argument(
         "--sampling_strategy",
-        choices=("random", "top"),
-        default="random",
+        choices=get_args(Strategy),
+        default=SelectionOptions.sampling_strategy,
         help="draw negatives from the range, or take its best",
     )
     group.add_argument("--max_score", type=finite_number, metavar="X", help="only negatives that score at most X")
@@ -112,11 +124,11 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="no passages whose embedding has a cosine of at least T to that of a positive",
     )
     add_switch(group, "--keep_existing_negatives", 'keep the "neg" of the input, and add to it up to the number')
-    group.add_argument("--seed", type=seed, default=42, metavar="N", help="seed of the sampling")
+    group.add_argument("--seed", type=seed, default=SelectionOptions.seed, metavar="N", help="seed of the sampling")
 
 
 def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of mine_hard_neg.py about what it writes."""
+    """Add the flags of mine_hard_neg.py about what it writes."""
     group = parser.add_argument_group("output")
     add_switch(group, "--save_scores", 'write "pos_scores" and "neg_scores" beside "pos" and "neg"')
     add_switch(group, "--drop_rows_without_negatives", "do not write rows that got no negative")

@@ -1,4 +1,4 @@
-"""The account of a mining run: what was chosen, what was left out and why, as JSON and as text.
+"""The audit of a mining run: what was chosen, what was left out and why, as JSON and as text.
 
 Shapes: P pairs of a row and one of its positives; n negatives.
 """
@@ -12,19 +12,19 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.mining.choice import Selection
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_MANY_ABOVE = 0.1
-"""Share of negatives that score above their positive from which on the account warns."""
-_MANY_AT_RANDOM = 0.1
-"""Share of negatives drawn at random from which on it does."""
+_SHARE_ABOVE_TO_WARN = 0.1
+"""The audit warns when a larger share of negatives scores above their positive."""
+_SHARE_AT_RANDOM_TO_WARN = 0.1
+"""The audit warns when a larger share of negatives was drawn at random."""
 _SHOWN_CHARACTERS = 160
 
 
 def mining_audit(
     selections: Sequence[Selection], positive_scores: np.ndarray, lowest_positive: np.ndarray, *, wanted: int
 ) -> Record:
-    """Counts and score quantiles of a run; scores are those that are known.
+    """Counts and score quantiles of a run; negatives whose score is unknown do not count in the quantiles.
 
-    positive_scores: (P,). lowest_positive: (Q,), of each row's lowest-scoring positive.
+    positive_scores: (P,). lowest_positive: (Q,), the score of each row's lowest-scoring positive.
     """
     dropped: Counter[str] = Counter()
     for selection in selections:
@@ -57,7 +57,7 @@ def quantiles(scores: np.ndarray) -> dict[str, float]:
 
 
 def audit_text(audit: Record, *, wanted: int) -> str:
-    """What `mining_audit` gave, with the run's "seconds", as lines to read, warnings last."""
+    """The audit as lines to read, warnings last: the result of `mining_audit`, and what the script adds to it."""
     share = audit["negatives_above_their_positive"]
     rows = [
         ("rows", audit["rows"]),
@@ -98,23 +98,23 @@ def _warnings(audit: Record, wanted: int) -> list[str]:
             )
         none = "" if audit["negatives"] else ", and none has any"
         warnings.append(f"warning: {short} rows have fewer than {wanted} negatives{none}: {why}")
-    if audit["negatives_drawn_at_random"] > _MANY_AT_RANDOM * audit["negatives"]:
+    if audit["negatives_drawn_at_random"] > _SHARE_AT_RANDOM_TO_WARN * audit["negatives"]:
         share = audit["negatives_drawn_at_random"] / audit["negatives"]
         warnings.append(
-            f"warning: {share:.0%} of the negatives were drawn at random, which makes them easy ones: the ranks to "
+            f"warning: {share:.0%} of the negatives were drawn at random, and random negatives are easy: the ranks to "
             "sample from gave too few; widen --range_for_sampling, lower --negative_number or relax the filters"
         )
     share = audit["negatives_above_their_positive"]
-    if share is not None and share > _MANY_ABOVE:
+    if share is not None and share > _SHARE_ABOVE_TO_WARN:
         warnings.append(
             f"warning: {share:.0%} of the negatives score above their positive: many may be answers that nobody "
-            "labelled; --relative_margin 0.05 leaves out what comes too close, a later --range_for_sampling does too"
+            "labelled; --relative_margin 0.05 leaves out what scores too high, and so does a later --range_for_sampling"
         )
     return warnings
 
 
 def examples(rows: Mapping[int, Record]) -> str:
-    """Mined rows by their number from 0, to read."""
+    """Mined rows as text to read. rows: number, from 0 -> row."""
     blocks = []
     for number, row in rows.items():
         lines = [f"row {number + 1}  {_cut(row['query'])}"]

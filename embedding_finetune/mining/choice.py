@@ -1,13 +1,14 @@
 """Choosing the negatives of one row from its ranked candidates.
 
-Candidates are known by their positions in the corpus; texts play no part here.
+Candidates are positions in the corpus; their texts are not used here.
 
 Shapes: Q queries, W ranks of the sampling window, P pairs of a query and one of its positives.
 """
 
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ class ScoreFilters(NamedTuple):
     """Which scores a negative may have; None switches a filter off.
 
     max_score, min_score: bounds on the score itself. absolute_margin M: score <= positive - M. relative_margin R:
-    score <= positive - R * |positive|, which tightens where the positive's score is negative too; R = 0.05 is
+    score <= positive - R * |positive|, so that it also tightens where the positive's score is negative; R = 0.05 is
     TopK-PercPos at 95% (NV-Retriever, arXiv:2407.15831).
     """
 
@@ -34,38 +35,36 @@ class ScoreFilters(NamedTuple):
         return any(value is not None for value in self)
 
     def refusals(self, scores: np.ndarray, lowest_positive: np.ndarray) -> np.ndarray:
-        """Which filter, counted from 1 in the order of FILTERS, is the first to refuse a candidate; 0 for none.
+        """The number of the first filter that refuses a candidate, an index into FILTERS; 0 for none.
 
         scores: (Q, W). lowest_positive: (Q,), the score of the query's lowest-scoring positive. Returns (Q, W) uint8.
         """
         scores, positive = scores.astype(np.float64), lowest_positive.astype(np.float64)[:, None]
-        refused = np.zeros(scores.shape, dtype=np.uint8)
-
-        def refuse(filter_number: int, where: np.ndarray) -> None:
-            refused[where & (refused == 0)] = filter_number
-
-        if self.max_score is not None:
-            refuse(1, scores > self.max_score)
-        if self.min_score is not None:
-            refuse(2, scores < self.min_score)
-        if self.absolute_margin is not None:
-            refuse(3, scores > positive - self.absolute_margin)
-        if self.relative_margin is not None:
-            refuse(4, scores > positive - self.relative_margin * np.abs(positive))
-        return refused
+        refused: dict[str, Callable[[float], np.ndarray]] = {
+            "max_score": lambda limit: scores > limit,
+            "min_score": lambda limit: scores < limit,
+            "absolute_margin": lambda margin: scores > positive - margin,
+            "relative_margin": lambda margin: scores > positive - margin * np.abs(positive),
+        }
+        refused_by = np.zeros(scores.shape, dtype=np.uint8)
+        for number, (name, value) in enumerate(self._asdict().items(), start=1):
+            if value is not None:
+                refused_by[(refused_by == 0) & refused[name](value)] = number
+        return refused_by
 
 
-FILTERS = tuple(f"--{name}" for name in ScoreFilters._fields)
-"""What an account calls the filters."""
-DRAWN, KEPT = "(drawn at random)", "(of the input)"
-"""What it puts behind a reason that was met elsewhere than among the ranks to sample from."""
+FILTERS = ("", *(f"--{name}" for name in ScoreFilters._fields))
+"""The filters' names in the audit, by their numbers in ScoreFilters.refusals."""
+DRAWN_AT_RANDOM, FROM_INPUT = "(drawn at random)", "(of the input)"
+"""Follow a reason in the audit where it concerns candidates from elsewhere than the ranks to sample from."""
 
 
-class Selection(NamedTuple):
+@dataclass
+class Selection:
     """The negatives of one row: positions in the corpus, and their scores, NaN where they are not known yet.
 
-    The first `kept` of them the row had before; the last `random_fills` were drawn from outside the ranking. `dropped`
-    counts, by reason, what could not be taken.
+    The first `kept` of them come from the input; the last `random_fills` were drawn from outside the ranking. `dropped`
+    counts, by reason, the candidates that could not be taken.
     """
 
     negatives: list[int]
@@ -76,7 +75,7 @@ class Selection(NamedTuple):
 
 
 def lowest_scores(rows: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """The lowest of each row's scores: rows and scores (P,), rows below count -> (count,), +inf for a row with none."""
+    """The lowest of each row's scores: (count,), +inf for a row without any. rows, scores: (P,), rows below count."""
     lowest = np.full(count, np.inf, dtype=np.float32)
     np.minimum.at(lowest, rows, scores)
     return lowest
@@ -95,14 +94,14 @@ def select_negatives(
     strategy: Strategy = "random",
     kept: Mapping[int, float] | None = None,
 ) -> Selection:
-    """Choose negatives of one query from the slice [start:stop) of its ranking until there are `count`.
+    """Choose up to `count` negatives of one query from the window [start:stop) of its ranking.
 
-    ranking: positions, best first; negative ones mark places past the end of a small corpus. scores, refused_by: of
-    the slice, the latter as ScoreFilters.refusals gives it. excluded: position -> reason, for every text that must not
-    become a negative. kept: negatives that the row has already and their scores, none excluded; all of them come first.
+    ranking: positions, best first; -1 past the end of a small corpus. scores, refused_by: of the window, the latter as
+    ScoreFilters.refusals returns it. excluded: position -> reason, for every text that must not become a negative.
+    kept: the row's existing negatives and their scores, none of them excluded; all come first.
 
-    "random" samples the others, "top" takes them in order. What the window cannot give is filled with random candidates
-    from outside ranking[:stop], see draw_outside; fewer come back when the corpus has no more.
+    "random" samples the others, "top" takes them in order. Missing ones are drawn at random from outside
+    ranking[:stop], see draw_outside. The result has fewer when the corpus has no more.
     """
     start, stop = window
     retrieved = [position for position in ranking[:stop] if position >= 0]
@@ -113,7 +112,7 @@ def select_negatives(
         if position in excluded:
             dropped[excluded[position]] += 1
         elif refused_by[place]:
-            dropped[FILTERS[refused_by[place] - 1]] += 1
+            dropped[FILTERS[refused_by[place]]] += 1
         elif position not in kept:
             eligible.append(place)
     wanted = max(count - len(kept), 0)
@@ -133,11 +132,11 @@ def select_negatives(
 
 def draw_outside(refused: Collection[int], count: int, corpus_size: int, rng: random.Random) -> list[int]:
     """Up to `count` distinct positions below corpus_size, drawn at random, none of them in the set `refused`."""
-    # Of a sample this large without replacement, at most len(refused) cannot be taken.
+    # At most len(refused) of a sample without replacement cannot be taken, so this many are enough.
     drawn = rng.sample(range(corpus_size), min(corpus_size, count + len(refused)))
     return [position for position in drawn if position not in refused][:count]
 
 
 def row_rng(seed: int, row: int, attempt: int = 0) -> random.Random:
-    """The generator of one row's choices: a function of the seed, the row's number and the attempt alone."""
+    """The generator of one row's choices: it depends only on the seed, the row's number and the attempt."""
     return random.Random(f"{seed}:{row}:{attempt}" if attempt else f"{seed}:{row}")

@@ -1,13 +1,13 @@
-"""Where the time of a run goes."""
+"""How long each part of a run takes."""
 
 import time
 from collections import defaultdict
 
 
 class Stopwatch:
-    """Runs from the moment it is made; `seconds` holds the laps, by the name of what they were spent on.
+    """Runs from the moment it is made; `seconds` holds the time spent on each kind of work, by name.
 
-    A lap takes all the time since the one before it, so that the laps add up to the whole run.
+    A lap takes all the time since the lap before it, so the laps add up to the whole run.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What training_kernels and encoding_kernels share: attention as two batched products, and its place in transformers.
+"""What training_kernels and encoding_kernels share: attention as two batched products, registered with transformers.
 
-Attention that is anything more than that is left to transformers' sdpa.
+Attention that needs anything more is left to transformers' sdpa.
 
 Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
@@ -26,17 +26,17 @@ _WITHOUT_EFFECT = {
     "num_items_in_batch",
 }
 _DROPPED_BY_SDPA = {"s_aux", "sinks"}
-"""Learned logits that join the softmax. The classes that have them say that they do not work with sdpa."""
+"""Learned logits that join the softmax. The classes that have them declare that they do not work with sdpa."""
 
 
 def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
-    """Let transformers' models compute attention with a function that takes the masks of sdpa."""
+    """Let transformers' models use an attention function; it gets the masks that sdpa gets."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def replace_sdpa(backbone: PreTrainedModel, name: str) -> None:
-    """Use the attention that was registered under this name, if the backbone uses sdpa; another one is left alone."""
+    """Switch the backbone from sdpa to the attention registered under this name; leave any other attention alone."""
     if backbone.config._attn_implementation == "sdpa":
         backbone.set_attn_implementation(name)
 
@@ -49,16 +49,16 @@ def is_plain_attention(
     attention_mask: Tensor | None,
     keywords: Mapping[str, object],
 ) -> bool:
-    """Whether it is softmax(query @ key + mask) @ value with heads of one size, and nothing else.
+    """Whether this attention is softmax(query @ key + mask) @ value with heads of one size, and nothing else.
 
-    A keyword that is not known to change nothing, such as a position_bias, makes it another.
+    It is not when it has a keyword that may change the result, such as a position_bias.
     """
     given = {name for name, argument in keywords.items() if argument is not None and argument is not False}
     if given - _IN_THE_MASK - _WITHOUT_EFFECT or not query.shape == key.shape == value.shape:
         return False
     causal = keywords.get("is_causal")
     if causal is None:
-        causal = getattr(module, "is_causal", True)  # as sdpa_attention_forward has it
+        causal = getattr(module, "is_causal", True)  # the default of sdpa_attention_forward
     return attention_mask is not None or not causal
 
 
@@ -70,7 +70,7 @@ def attention_by_sdpa(
     attention_mask: Tensor | None,
     **keywords: object,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa_attention_forward; ValueError for a keyword that it would drop without a word."""
+    """transformers' sdpa_attention_forward. Raises ValueError for a keyword that it would silently drop."""
     for name in _DROPPED_BY_SDPA & keywords.keys():
         if keywords[name] is not None:
             raise ValueError(f"sdpa attention does not apply {name}")
@@ -78,9 +78,9 @@ def attention_by_sdpa(
 
 
 def attention_scores(query: Tensor, key: Tensor, scaling: float | None, bias: Tensor | None = None) -> Tensor:
-    """query @ key * scaling + bias, with d^-0.5 for a scaling of None: (n*h, t, t).
+    """query @ key * scaling + bias: (n*h, t, t). A scaling of None means d^-0.5.
 
-    query, key: (n, h, t, d); bias: whatever broadcasts to (n, h, t, t).
+    query, key: (n, h, t, d). bias: any shape that broadcasts to (n, h, t, t).
     """
     n, h, t, d = query.shape
     return torch.baddbmm(
@@ -93,6 +93,6 @@ def attention_scores(query: Tensor, key: Tensor, scaling: float | None, bias: Te
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
-    """weights (n*h, t, t) @ value (n, h, t, d), as transformers' attention functions give it: (n, t, h, d)."""
+    """weights (n*h, t, t) @ value (n, h, t, d), in the layout of transformers' attention functions: (n, t, h, d)."""
     n, h, t, d = value.shape
     return torch.bmm(weights, value.reshape(n * h, t, d)).view(n, h, t, d).transpose(1, 2).contiguous()

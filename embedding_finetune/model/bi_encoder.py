@@ -20,8 +20,8 @@ _TOKENS_PER_SUB_BATCH = {"cpu": 1024}
 class BiEncoder(nn.Module):
     """Backbone, pooling, projection and normalisation: padded texts to embeddings.
 
-    projection: what loading.load_projection gives for the same checkpoint. token_embeddings: passes the embeddings of
-    tokens on to the backbone in encode_in_sub_batches, a place for hooks.
+    projection: the result of loading.load_projection for the same checkpoint. token_embeddings: an identity that
+    encode_in_sub_batches passes the embeddings of tokens through; hooks can be put on it.
     """
 
     def __init__(
@@ -32,20 +32,20 @@ class BiEncoder(nn.Module):
         self.projection = nn.Sequential() if projection is None else projection
         self.embedding_config = config
         self.token_embeddings = nn.Identity()
-        # Embeddings come from the last hidden states: a pooler on top gets no gradient.
+        # Embeddings come from the last hidden states, so a pooler on top of them gets no gradient.
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler.requires_grad_(False)
 
     @property
     def dimensions(self) -> int:
-        """H."""
+        """The number of dimensions of an embedding, H."""
         whole = embedding_dimensions(self.backbone, self.embedding_config)
         return min(self.embedding_config.truncate_dim or whole, whole)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Embeddings (N, H) float32 of padded texts (N, T), padding on either side.
 
-        prompt_lengths: (N,), how many tokens at the beginning of each text the pooling leaves out; None for none.
+        prompt_lengths: (N,), how many tokens at the beginning of each text pooling leaves out; None for none.
         """
         return self._embed(attention_mask, prompt_lengths, input_ids=input_ids)
 
@@ -58,18 +58,18 @@ class BiEncoder(nn.Module):
         tokens_per_sub_batch: int | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """What `forward` gives, computed in sub-batches of texts of similar length: (N, H) float32.
+        """The result of `forward`, computed in sub-batches of texts of similar length: (N, H) float32.
 
         Half of a random batch is padding; sorted by length, hardly any is, and activations stay small. With
-        `recompute` they are not kept at all: the backward pass computes each sub-batch again, so that memory does not
-        grow with the batch (the gradient cache of arXiv:2101.06983, dropout masks included). tokens_per_sub_batch:
-        padded tokens; None for what suits the device.
+        `recompute` they are not kept: the backward pass computes each sub-batch again, with the same dropout masks. So
+        memory does not grow with the batch (the gradient cache of arXiv:2101.06983). tokens_per_sub_batch: padded
+        tokens; None for the device's default.
         """
         budget = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
         lengths = attention_mask.sum(dim=1).cpu().numpy()  # (N,)
         left_padded = bool(attention_mask[:, 0].sum() < attention_mask[:, -1].sum())
-        # The word embeddings of the whole batch are looked up once: the gradient of a lookup is as large
-        # as its table, and would be paid for by every sub-batch.
+        # One lookup of the batch's distinct tokens: the gradient of a lookup in the backbone's table is as large as
+        # that table, and every sub-batch would compute one.
         token_ids, positions = input_ids.unique(return_inverse=True)  # (V,), (N, T)
         table = self.backbone.get_input_embeddings()(token_ids)  # (V, H')
         batches = list(batches_by_length(lengths, budget))
@@ -102,18 +102,18 @@ class BiEncoder(nn.Module):
         return self.cut(embeddings, self.dimensions)  # (n, H)
 
     def cut(self, embeddings: Tensor, dimensions: int) -> Tensor:
-        """The first `dimensions` of embeddings (..., any), scaled to length 1 where this model's are."""
+        """The first `dimensions` of embeddings (..., any), scaled to length 1 if this model normalises."""
         prefix = embeddings[..., :dimensions]
         return F.normalize(prefix, dim=-1) if self.embedding_config.normalized else prefix
 
 
 def embedding_dimensions(backbone: PreTrainedModel, config: EmbeddingConfig) -> int:
-    """How many dimensions embeddings have before any are cut off."""
+    """The number of dimensions of embeddings before they are cut to truncate_dim."""
     return config.dense[-1].out_features if config.dense else backbone.config.hidden_size
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
-    """Token states (N, T, H) to one vector per text (N, H), by one of arguments.POOLING_METHODS."""
+    """Token states (N, T, H) to one vector per text (N, H), by one of pooling.POOLING_METHODS."""
     rows = torch.arange(len(states), device=states.device)
     if method == "cls":
         return states[rows, attention_mask.argmax(dim=1)]  # the first token that is not padding
@@ -127,12 +127,13 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
 
 
 class Dense(nn.Module):
-    """A linear layer and its activation: (N, in) -> (N, out)."""
+    """A linear layer and its activation."""
 
-    def __init__(self, config: DenseConfig):
+    def __init__(self, config: DenseConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
         self.activation = {"tanh": nn.Tanh(), "identity": nn.Identity()}[config.activation]
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        """(N, in) -> (N, out)."""
         return self.activation(self.linear(embeddings))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about how to embed, beside its weights, in sentence-transformers' files.
+"""How a checkpoint says to embed: sentence-transformers' files beside the weights.
 
     modules.json                        which modules run, in order
     1_Pooling/config.json               how token states become one vector
@@ -7,8 +7,8 @@
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: the query's and the passage's instruction
 
-They are read from a folder or the hub, whoever wrote them, in the old and the new spelling; they are
-written in the old one, which sentence-transformers reads from 2.2 to 6.x.
+They are read from a folder or the hub, in the old and the new spelling. They are written in the old one, which
+sentence-transformers 2.2 to 6.x reads.
 """
 
 import json
@@ -41,9 +41,9 @@ _OLD_POOLING_FLAGS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
 }
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
-_SENTENCE = "sentence_embedding"
-_LIMITS_OF = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-"""sentence_<kind>_config.json: old checkpoints have it under the kind of their model. The order is that of
+_SENTENCE_EMBEDDING = "sentence_embedding"
+_MODEL_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+"""Old checkpoints name the kind of their model in sentence_<kind>_config.json. They are tried in the order of
 sentence-transformers."""
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": "tanh",
@@ -53,7 +53,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A linear layer after pooling, with its activation, "tanh" or "identity"; `folder` holds its weights."""
+    """A linear layer after pooling. activation: "tanh" or "identity". folder: holds its weights."""
 
     in_features: int
     out_features: int
@@ -66,10 +66,10 @@ class DenseConfig:
 class EmbeddingConfig:
     """How texts become vectors with a given set of weights.
 
-    max_seq_length None means that the checkpoint does not say: the tokenizer's limit holds. include_prompt False leaves
-    the instruction's tokens out of the pooling. `backbone_folder` is where, under the checkpoint, the transformer's own
-    files are. truncate_dim is how many dimensions count, None for all. other_prompts and default_prompt_name are kept
-    for who asks sentence-transformers for them by name.
+    max_seq_length None: the checkpoint does not say, and the tokenizer's limit holds. include_prompt False leaves the
+    instruction's tokens out of the pooling. backbone_folder: the transformer's subfolder in the checkpoint.
+    truncate_dim: how many dimensions are kept, None for all. other_prompts and default_prompt_name are not used here:
+    they are saved again for users of sentence-transformers.
     """
 
     pooling: str = "cls"
@@ -86,21 +86,19 @@ class EmbeddingConfig:
     default_prompt_name: str | None = None
 
     def with_flags(self, **given: Any) -> "EmbeddingConfig":
-        """This config with every given value that is not None in place; a contradiction is logged."""
+        """This config with the given values that are not None; a log line names each value that they replace."""
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             if value != getattr(self, name):
-                logger.info(
-                    "%s: %r, as the flag says, instead of the checkpoint's %r", name, value, getattr(self, name)
-                )
+                logger.info("%s: %r from the flag, instead of the checkpoint's %r", name, value, getattr(self, name))
         return replace(self, **given)
 
 
 def read_config(name_or_path: str, *, cache_dir: str | None = None) -> EmbeddingConfig:
-    """Read the side files of a checkpoint folder or hub model.
+    """Read sentence-transformers' files in a checkpoint folder or hub model.
 
     Without modules.json the defaults hold (cls pooling, normalised), and a log line says so.
-    Raises UserError for a module or pooling that the suite does not apply.
+    Raises UserError for a module or pooling that this suite does not support.
     """
 
     def load(filename: str) -> Any:
@@ -119,20 +117,20 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     backbone_folder = folders["Transformer"][0] if modules else ""
     limits = (
         load(os.path.join(backbone_folder, f"sentence_{kind}_config.json"))
-        for kind in (_LIMITS_OF if modules else _LIMITS_OF[:1])
+        for kind in (_MODEL_KINDS if modules else _MODEL_KINDS[:1])
     )
-    tokens: dict[str, Any] = next(filter(None, limits), {})
+    limit: dict[str, Any] = next(filter(None, limits), {})
     config = EmbeddingConfig(
         query_instruction=prompts.get("query", ""),
         passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), ""),
-        max_seq_length=tokens.get("max_seq_length"),
-        lower_case=bool(tokens.get("do_lower_case", False)),
+        max_seq_length=limit.get("max_seq_length"),
+        lower_case=bool(limit.get("do_lower_case", False)),
         backbone_folder=backbone_folder,
         other_prompts={name: prompts[name] for name in prompts if name not in ("query", *_PASSAGE_PROMPTS)},
         default_prompt_name=described.get("default_prompt_name"),
     )
     if modules is None:
-        logger.info("%s has no modules.json: cls pooling, normalised, unless flags say otherwise", name_or_path)
+        logger.info("%s has no modules.json: cls pooling and normalisation, unless flags differ", name_or_path)
         return config
     pooling_file = os.path.join(folders["Pooling"][0], "config.json")
     pooling = load(pooling_file)
@@ -157,10 +155,10 @@ def save_checkpoint(
     config: EmbeddingConfig,
     projection: nn.Sequential | None = None,
 ) -> None:
-    """Write a checkpoint that transformers, sentence-transformers and this suite load alike.
+    """Write a checkpoint from which transformers, sentence-transformers and this suite get the same embeddings.
 
-    folder: a new one, as model_folder.model_replaced gives it. projection: the layers that config.dense describes, as
-    loading.load_projection gives them.
+    folder: an empty one, such as folder.model_replaced yields. projection: the layers that config.dense describes, from
+    loading.load_projection.
     """
     backbone.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -173,7 +171,7 @@ def save_checkpoint(
 
 
 def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
-    """Where a file of a checkpoint folder or hub model is on this machine; None where it has no such file."""
+    """The path on this machine of a file in a checkpoint folder or hub model; None if it has no such file."""
     return cached_file(
         name_or_path,
         filename,
@@ -185,7 +183,7 @@ def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | 
 
 
 def _module_folders(name_or_path: str, modules: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The folders of the modules by the last part of their type, which all spellings share."""
+    """The modules' folders, by the last part of their type, which is the same in all spellings."""
     folders: dict[str, list[str]] = {}
     for module in modules:
         folders.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
@@ -193,7 +191,7 @@ def _module_folders(name_or_path: str, modules: list[dict[str, Any]]) -> dict[st
     if modules and not re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(order)):
         raise UserError(
             f"{name_or_path}: modules.json asks for {' > '.join(order)}; "
-            "only Transformer > Pooling, then Dense and Normalize if you like, are supported"
+            "only Transformer > Pooling, optionally followed by Dense and Normalize, is supported"
         )
     return folders
 
@@ -204,9 +202,10 @@ def _dense_config(name_or_path: str, folder: str, described: dict[str, Any] | No
     activation = described.get("activation_function", "torch.nn.modules.activation.Tanh")
     if activation not in _ACTIVATIONS:
         raise UserError(f"{name_or_path}: {folder} has the activation {activation}; only Tanh and Identity work here")
-    if described.get("use_residual") or described.get("module_input_name", _SENTENCE) != _SENTENCE:
+    input_name = described.get("module_input_name", _SENTENCE_EMBEDDING)
+    if described.get("use_residual") or input_name != _SENTENCE_EMBEDDING:
         raise UserError(
-            f"{name_or_path}: {folder} is a Dense module with a residual or of tokens, which is not supported"
+            f"{name_or_path}: {folder} is a Dense module with a residual, or on token states; these are not supported"
         )
     return DenseConfig(
         described["in_features"],
@@ -237,7 +236,7 @@ def _modules(config: EmbeddingConfig) -> list[tuple[str, str]]:
 
 
 def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
-    """File name -> JSON content of the files that sentence-transformers reads, 2.2 to 6.x."""
+    """File name -> JSON content of the files that sentence-transformers 2.2 to 6.x reads."""
     prompts = {"query": config.query_instruction, "document": config.passage_instruction}
     files: dict[str, Any] = {
         "sentence_bert_config.json": {"max_seq_length": config.max_seq_length, "do_lower_case": config.lower_case},
@@ -266,7 +265,7 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
             "in_features": dense.in_features,
             "out_features": dense.out_features,
             "bias": dense.bias,
-            "activation_function": next(name for name, own in _ACTIVATIONS.items() if own == dense.activation),
+            "activation_function": next(path for path, name in _ACTIVATIONS.items() if name == dense.activation),
         }
     if config.normalized:
         files[f"{2 + len(config.dense)}_Normalize/config.json"] = {}

@@ -1,4 +1,4 @@
-"""What a model and its tokenizer are tried on before anything is computed with them: what fails here fails in one line.
+"""A model and its tokenizer are tried on a text before they are used: a model that does not work ends in one line.
 
 Shapes: N texts, T tokens, H dimensions.
 """
@@ -16,16 +16,17 @@ from embedding_finetune.model.tokens import pad
 
 _TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
 _TRIED_TOKENS = 13
-"""Of the text that is tried; padding brings it to 16."""
+"""The tokens of that text that are used; padding makes them 16."""
 
 _TOLERANCE = 1e-3
 _COARSE_TOLERANCE = 0.25
-"""How far padding may move a result, as a part of its length: in float32, and in bfloat16 and float16.
+"""How far padding may move a result, as a fraction of its length: in float32, and in bfloat16 and float16.
 
-Measured on tiny random models of 110 kinds of transformers 5.24: at most 7e-7 in float32, but 0.11 with ConvBERT, 0.22
-with Nystromformer and 0.94 with FNet; in bfloat16 at most 0.01, but 0.08 in mixtures of experts, whose choice of an
-expert may hang on a rounding. all-MiniLM-L6-v2: 8e-7 in float32, 8e-4 in float16, 0 in bfloat16. So the first tells
-what sees its padding, on every model before its weights are rounded; the second only what goes wrong altogether.
+Measured on tiny random models of 110 kinds of transformers 5.24: at most 7e-7 in float32, except 0.11 with ConvBERT,
+0.22 with Nystromformer and 0.94 with FNet; at most 0.01 in bfloat16, except 0.08 in mixtures of experts, where rounding
+may change the choice of an expert. all-MiniLM-L6-v2: 8e-7 in float32, 8e-4 in float16, 0 in bfloat16. So the first
+tolerance finds models that see their padding: every model is tried in float32 before its weights are rounded. The
+second one finds only gross errors.
 """
 
 Inputs = Mapping[str, Tensor]
@@ -33,9 +34,9 @@ Inputs = Mapping[str, Tensor]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
-    """Raise UserError for a tokenizer without a vocabulary, and for one whose tokens the model has no embedding for.
+    """Raise UserError for a tokenizer without a vocabulary, or with tokens that the model has no embedding for.
 
-    Where a folder has no tokenizer files transformers makes an empty tokenizer, to which all texts are alike.
+    For a folder without tokenizer files transformers makes an empty tokenizer, which gives all texts the same tokens.
     """
     vocabulary = tokenizer.get_vocab()
     added = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
@@ -61,7 +62,7 @@ def _embedding_rows(model: PreTrainedModel) -> int | None:
 
 
 def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a backbone, as it was loaded, gives a state (H,) for each token that padding leaves alone.
+    """Raise UserError unless a freshly loaded backbone gives each token a state (H,) that padding does not change.
 
     limit: the most tokens that the model takes.
     """
@@ -72,18 +73,18 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return getattr(backbone(**inputs), "last_hidden_state", None)
 
     try:
-        found = states(_inputs_to_try(tokenizer, limit)[0])  # (1, T, H)
+        tried = states(_inputs_to_try(tokenizer, limit)[0])  # (1, T, H)
     except Exception as error:
         raise UserError(
             f"{what}: a {name} does not embed text by itself ({first_line(error)}); "
             "give an encoder's or a decoder's checkpoint"
         ) from error
-    if found is None:
+    if tried is None:
         raise UserError(f"{what}: a {name} gives no last_hidden_state; give a text encoder's checkpoint")
     hidden_size = getattr(backbone.config, "hidden_size", None)
-    if found.shape[-1] != hidden_size:
+    if tried.shape[-1] != hidden_size:
         raise UserError(
-            f"{what}: the states of a {name} have {found.shape[-1]} dimensions, where its config has a hidden_size of "
+            f"{what}: the states of a {name} have {tried.shape[-1]} dimensions, where its config has a hidden_size of "
             f"{hidden_size}; such models are not supported"
         )
 
@@ -96,7 +97,7 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def check_encoding(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a model, made ready for encoding, gives a text one embedding, alone and padded."""
+    """Raise UserError unless a model prepared for encoding gives a text the same embedding alone and padded."""
 
     @torch.no_grad()
     def embedding(inputs: Inputs) -> Tensor:
@@ -107,15 +108,15 @@ def check_encoding(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
 
 
 def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a model, made ready for training, gives a text one embedding, alone, padded, and by table.
+    """Raise UserError unless a model prepared for training gives a text the same embedding alone, padded, and by table.
 
-    Training looks the embeddings of tokens up itself and hands them to the model, which not every model takes.
+    Training looks up the embeddings of tokens itself and passes them to the model. Not every model accepts them.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         paths = [lambda inputs: model(**inputs)[0], lambda inputs: model.encode_in_sub_batches(**inputs)[0]]
-        with torch.enable_grad():  # in training, attention is computed in another way
+        with torch.enable_grad():  # attention is computed differently with gradients
             check_padding(paths, model.backbone, tokenizer, limit=limit, what=f"{what}, in training")
     finally:
         for module, training in modes.items():
@@ -123,12 +124,12 @@ def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
 
 
 def check_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a classifier gives a text one score, alone and padded."""
+    """Raise UserError unless a classifier gives a text the same score alone and padded."""
 
     @torch.no_grad()
     def score(inputs: Inputs) -> Tensor:
         logit = model(**inputs).logits[0, 0]
-        return torch.stack([logit, torch.ones_like(logit)])  # a score near 0 need not be the same to a part of itself
+        return torch.stack([logit, torch.ones_like(logit)])  # for scores near 0 the tolerance is absolute
 
     check_padding([score], model, tokenizer, limit=limit, what=what, result="score")
 
@@ -142,34 +143,35 @@ def check_padding(
     what: str,
     result: str = "embedding",
 ) -> None:
-    """Raise UserError unless all paths give the first of some texts one result, in a batch of its own and padded.
+    """Raise UserError unless all paths give a text the same result, in a batch of its own and padded.
 
-    A path takes Inputs and gives the result of their first text, of any shape. No random numbers are consumed.
+    A path takes Inputs and returns the result of their first text, of any shape. result: its name in error messages.
+    No random numbers are consumed.
     """
     name, dtype = type(model).__name__, next(model.parameters()).dtype
     try:
-        moved = _largest_difference(paths, model, tokenizer, limit)
+        difference = _largest_difference(paths, model, tokenizer, limit)
     except Exception as error:
         remedy = (
             "such models are not supported" if dtype == torch.float32 else f"give --dtype float32 instead of {dtype}"
         )
-        raise UserError(f"{what}: a {name} fails on a text to try it on: {first_line(error)}; {remedy}") from error
-    if not math.isfinite(moved):
+        raise UserError(f"{what}: a {name} fails on a short text: {first_line(error)}; {remedy}") from error
+    if not math.isfinite(difference):
         raise UserError(
-            f"{what}: a {name} gives a text no {result} but NaN, infinity or 0; "
+            f"{what}: a {name} gives a text the {result} NaN, infinity or 0; "
             "the model's weights are damaged, or they need --dtype float32"
         )
-    if moved > _tolerance(dtype):
+    if difference > _tolerance(dtype):
         raise UserError(
             f"{what}: a {name} sees the padding on the {tokenizer.padding_side} of a text, which changes its {result} "
-            f"by {moved:.1%}, and so with the other texts of a batch; {_remedy(paths, model, tokenizer, limit)}"
+            f"by {difference:.1%}, so results depend on the batch; {_remedy(paths, model, tokenizer, limit)}"
         )
 
 
 def _largest_difference(
     paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> float:
-    """Between the first path's result for a text alone and all other results, as a part of its length."""
+    """Between the first path's result for a text alone and all other results, as a fraction of its length."""
     alone, padded = (
         {name: tensor.to(model.device) for name, tensor in inputs.items()}
         for inputs in _inputs_to_try(tokenizer, limit)
@@ -182,7 +184,7 @@ def _largest_difference(
 def _remedy(
     paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> str:
-    """What to do about a result that padding changes: pad on the other side where that helps."""
+    """What to do where padding changes a result: pad on the other side if that helps."""
     side = tokenizer.padding_side
     other = tokenizer.padding_side = {"left": "right", "right": "left"}[side]
     try:

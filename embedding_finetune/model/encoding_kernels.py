@@ -1,6 +1,6 @@
-"""A backbone made ready for encoding: its precision, and kernels that reach what a CPU can do.
+"""Preparing a backbone for encoding: its precision, and kernels that make good use of a CPU.
 
-What each part gives, measured, is in benchmarks/README.md.
+benchmarks/README.md has what each part gained.
 
 Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
@@ -27,30 +27,30 @@ logger = logging.getLogger(__name__)
 _ONE_DNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ATTENTION = "batched_products"
 _MOST_SCORES = 2**27
-"""Attention scores that are held at once: 256 MiB in bfloat16. Longer texts are left to torch's sdpa."""
+"""The most attention scores held at once: 256 MiB in bfloat16. Larger batches and longer texts are left to sdpa."""
 
 
 def working_device() -> torch.device:
-    """Where models run: the accelerator that is there, else the CPU.
+    """Where models run: the machine's accelerator if it has one, else the CPU.
 
-    What torch was built for is not what the machine has: PyPI's torch on Linux is a CUDA build, with or without a GPU.
+    torch's build does not tell what the machine has: PyPI's torch on Linux is a CUDA build, with or without a GPU.
     """
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has run out of memory, which torch on Apple's MPS tells in the message alone."""
+    """Whether a device has run out of memory. On Apple's MPS only torch's message shows it."""
     return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory that torch keeps for later use back to the device."""
+    """Give the memory that torch keeps for later use back to the device."""
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What `--dtype` means on a device: "auto" is bfloat16 where the hardware computes it natively, else float32."""
+    """The dtype for `--dtype` on a device: "auto" is bfloat16 where the hardware computes it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -82,22 +82,22 @@ def prepare_for_encoding(
 
 
 def leave_out_pooler(backbone: PreTrainedModel) -> None:
-    """Make nothing of the layer on top of an encoder that embeddings do not come from; some models call it always.
+    """Replace an encoder's pooler, which some models always compute, though embeddings do not come from it.
 
-    Not for a classifier, whose score comes through it.
+    Not for a classifier: its score comes from the pooler.
     """
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = nn.Identity()
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear for inference on a CPU, its weight laid out once in the blocks that oneDNN multiplies.
+    """An nn.Linear for inference on a CPU whose weight is laid out once, in the blocks that oneDNN multiplies.
 
-    torch hands float32 products to MKL, which on AMD reaches four fifths of what oneDNN does, and lays a bfloat16
-    weight out anew for every call.
+    torch computes float32 products with MKL, which on AMD has four fifths of oneDNN's speed, and lays a bfloat16 weight
+    out anew in every call.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
@@ -105,10 +105,11 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The plain weight, laid out anew: some models, Mamba among them, multiply with it themselves."""
+        """The plain weight, converted back: some models, such as Mamba, multiply with it themselves."""
         return self.packed.to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
@@ -131,10 +132,10 @@ def attention_in_batched_products(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Softmax attention as transformers' attention functions give it: (n, t, h, d), None.
+    """Softmax attention, with the results of transformers' attention functions: (n, t, h, d), None.
 
-    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products
-    and a softmax take half the time of torch's sdpa at head sizes of 32 to 64; all else is left to that.
+    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products and a
+    softmax take half the time of torch's sdpa, at head sizes of 32 to 64. Everything else is left to sdpa.
     """
     n, h, t, _ = query.shape
     if (
@@ -150,21 +151,22 @@ def attention_in_batched_products(
     return weighted_values(_softmax(scores), value), None
 
 
-def _mask(scores: Tensor, seen: Tensor) -> None:
-    """Make the scores (n, h, t, t) lowest where seen (n, 1, t, t) is False, in place."""
+def _mask(scores: Tensor, visible: Tensor) -> None:
+    """Set the scores (n, h, t, t) to the lowest value where visible (n, 1, t, t) is False, in place."""
     lowest = torch.finfo(scores.dtype).min
-    if torch.compiler.is_compiling():  # which fuses this with the softmax
-        scores.masked_fill_(~seen, lowest)
+    if torch.compiler.is_compiling():  # the compiler fuses this with the softmax
+        scores.masked_fill_(~visible, lowest)
         return
-    # Only columns that someone may not see: padding, the few at the end. Reducing bytes is faster than bools.
-    columns = (seen.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
+    # Only columns with a masked token are written: those of padding, a few at the end. Reducing bytes is faster than
+    # reducing bools.
+    columns = (visible.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
     if len(columns):
         part = slice(int(columns[0]), int(columns[-1]) + 1)
-        scores[..., part].masked_fill_(~seen[..., part], lowest)
+        scores[..., part].masked_fill_(~visible[..., part], lowest)
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last dimension of bfloat16 scores, by oneDNN where torch is slow: rows that end within a vector."""
+    """Softmax over the last dimension of bfloat16 scores; by oneDNN where torch is slow: rows of no multiple of 32."""
     if torch.compiler.is_compiling() or scores.shape[-1] % 32 == 0 or not _ONE_DNN_HAS_BFLOAT16:
         return scores.softmax(dim=-1)
     return scores.to_mkldnn().softmax(dim=-1).to_dense()

@@ -1,4 +1,4 @@
-"""Checkpoints -> modules: the backbone with its tokenizer, the layers after pooling, and what limits them."""
+"""Checkpoints -> modules: the backbone with its tokenizer, and the layers after pooling, checked against the flags."""
 
 import hashlib
 import logging
@@ -22,35 +22,33 @@ from embedding_finetune.model.checks import check_states, check_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _UNLIMITED = 10**9
-"""Tokenizers without a limit say 10^30."""
+"""More tokens than any text has. Tokenizers without a limit give 10^30."""
 
 
 def check_models_are_there(names: Sequence[str], *, flag: str, cache_dir: str | None = None) -> None:
-    """Raise UserError for a name that is neither a model's folder nor a hub's: for models that are loaded later."""
+    """Raise UserError for a name that is neither a model's folder nor a hub name: for models that are loaded later."""
     for name in names:
-        is_folder = _is_folder(name, flag)
+        _log_hub_lookup(name, flag)
         try:
             found = [file for file in ("config.json", "modules.json") if find_file(name, file, cache_dir) is not None]
-        except (OSError, ValueError) as error:  # neither a folder nor a hub's name
+        except (OSError, ValueError) as error:  # neither a folder nor a hub name
             found, reason = [], f": {first_line(error)}"
         else:
-            reason = " with config.json" if is_folder else ", and the hub has none or cannot be reached"
+            reason = " with config.json" if os.path.isdir(name) else ", and the hub has none or cannot be reached"
         if not found:
             raise UserError(
                 f"{flag} {name}: there is no such model{reason}; give a folder with config.json, model.safetensors and "
-                "tokenizer files, or a hub name (HF_HUB_OFFLINE=1 keeps from asking the hub)"
+                "tokenizer files, or a hub name (with HF_HUB_OFFLINE=1 the hub is not asked)"
             )
 
 
-def _is_folder(name: str, flag: str) -> bool:
-    """Says which names are looked for on the hub: a misspelt folder is, and without a network that takes minutes."""
-    if os.path.isdir(name):
-        return True
-    logger.info("%s %s: there is no such folder; looking for it on the hub", flag, name)
-    return False
+def _log_hub_lookup(name: str, flag: str) -> None:
+    """Log a name that is looked up on the hub: it may be a misspelt folder, and without a network it takes minutes."""
+    if not os.path.isdir(name):
+        logger.info("%s %s: there is no such folder; looking for it on the hub", flag, name)
 
 
 def load_pretrained(
@@ -101,13 +99,13 @@ def load_pretrained(
 def errors_name_the_model(
     auto_class: Any, name_or_path: str, *, flag: str, cache_dir: str | None, trust_remote_code: bool
 ) -> Iterator[None]:
-    """Raise UserError, with flag, name and remedy, for whatever goes wrong while files of a model are loaded."""
+    """Raise UserError, with flag, name and remedy, for any error while files of a model are loaded."""
     what, is_folder = f"{flag} {name_or_path}", os.path.isdir(name_or_path)
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # of transformers, tokenizers and safetensors, which share no class
+    except Exception as error:  # errors of transformers, tokenizers and safetensors share no class
         _refuse_pickle(auto_class, what, name_or_path, cache_dir)
         if "custom code" in str(error) and not trust_remote_code:
             raise UserError(
@@ -130,12 +128,12 @@ def load_backbone(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
-    """Load a folder's or hub model's weights (as float32), tokenizer and embedding config.
+    """Load the weights (as float32), tokenizer and embedding config of a folder or hub model.
 
-    `flag` is what the user gave the name with. Raises UserError when something cannot be loaded, the weights do not
-    fill the backbone, or it does not give a state for every token.
+    flag: the flag that gave the name. Raises UserError when something cannot be loaded, when weights are missing, or
+    when the backbone does not give a state for every token.
     """
-    _is_folder(name_or_path, flag)
+    _log_hub_lookup(name_or_path, flag)
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with errors_name_the_model(AutoModel, name_or_path, flag=flag, **hub):
         config = read_config(name_or_path, cache_dir=cache_dir)
@@ -156,7 +154,7 @@ def load_backbone(
 
 @dataclass(frozen=True)
 class EmbeddingModel:
-    """What embeds texts, as the checkpoint and the flags have it, not yet made ready for encoding or training.
+    """All parts of a model that embeds texts, with the flags applied, not yet prepared for encoding or training.
 
     query_max_len, passage_max_len: in tokens, special ones included. own_max_len: the checkpoint's own length.
     length_limit: the most tokens that backbone and tokenizer take.
@@ -184,10 +182,10 @@ def load_embedding_model(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> EmbeddingModel:
-    """Load all that embeds texts, for encoding as for training, with what flags say in the checkpoint's place.
+    """Load all parts of a model that embeds texts, for encoding or training; flags override the checkpoint.
 
-    given: values for EmbeddingConfig.with_flags, None for what no flag says. A length of None is the checkpoint's own.
-    Raises UserError like load_backbone, and where flags ask for what the model does not have.
+    given: values for EmbeddingConfig.with_flags, None where no flag is given. A length of None is the checkpoint's own.
+    Raises UserError like load_backbone, and where flags ask for more than the model has.
     """
     backbone, tokenizer, config = load_backbone(
         name_or_path,
@@ -212,12 +210,12 @@ def load_embedding_model(
 
 
 def _refuse_pickle(auto_class: Any, what: str, name_or_path: str, cache_dir: str | None) -> None:
-    """Raise UserError where weights are there, but only as a pickle."""
+    """Raise UserError if the model's weights exist only as a pickle."""
     try:
-        found = [name for name in (*_PICKLES, *_SAFE) if find_file(name_or_path, name, cache_dir) is not None]
+        found = [name for name in (*_PICKLES, *_SAFETENSORS) if find_file(name_or_path, name, cache_dir) is not None]
     except OSError:  # neither a folder nor a hub name
         return
-    if found and not set(found) & set(_SAFE):
+    if found and not set(found) & set(_SAFETENSORS):
         raise UserError(
             f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
             f'trust it, convert it: python -c "from transformers import {auto_class.__name__} as M; '
@@ -226,9 +224,9 @@ def _refuse_pickle(auto_class: Any, what: str, name_or_path: str, cache_dir: str
 
 
 def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
-    """The layers that config.dense describes, with their weights as float32; empty where there are none.
+    """The layers that config.dense describes, with their weights as float32; empty without such layers.
 
-    Raises UserError when weights are missing or are not those of the described layers.
+    Raises UserError when weights are missing or do not fit the described layers.
     """
     layers = nn.Sequential(*map(Dense, config.dense))
     for layer, described in zip(layers, config.dense):
@@ -244,7 +242,7 @@ def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: st
 
 
 def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
-    """Keep the learned position embeddings as they are; UserError where the backbone has none."""
+    """Exclude the position embeddings from training. Raises UserError if the backbone has none."""
     table = _position_table(backbone)
     if table is None:
         raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
@@ -252,7 +250,7 @@ def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
 
 
 def weights_digest(*modules: nn.Module) -> str:
-    """SHA-256 over names, shapes and contents of all weights: what a model is, whatever its folder is called."""
+    """SHA-256 over names, shapes, dtypes and contents of all weights. It identifies a model, whatever its name is."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -264,7 +262,7 @@ def weights_digest(*modules: nn.Module) -> str:
 def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens, special ones included, that tokenizer and position embeddings both take."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
-    if positions < 1:  # as XLNet says that there is no limit
+    if positions < 1:  # XLNet's way to say that there is no limit
         positions = _UNLIMITED
     padding = getattr(_position_table(backbone), "padding_idx", None)
     if padding is not None:
@@ -281,14 +279,14 @@ def check_max_length(flag: str, value: int, limit: int) -> None:
 def check_instructions(
     tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
 ) -> None:
-    """Raise UserError where an instruction alone, special tokens included, fills a length: all texts would be alike."""
+    """Raise UserError where instruction and special tokens fill a length: all texts would have the same tokens."""
     for kind, instruction, max_length in (
         ("query", config.query_instruction, query_max_len),
         ("passage", config.passage_instruction, passage_max_len),
     ):
         ids = tokenizer(instruction.lower() if config.lower_case else instruction, verbose=False)["input_ids"]
         if len(ids) >= max_length and not instruction:
-            raise UserError(f"--{kind}_max_len {max_length} is filled by the {len(ids)} special tokens; raise it")
+            raise UserError(f"--{kind}_max_len {max_length} has no room beside the {len(ids)} special tokens; raise it")
         if len(ids) >= max_length:
             raise UserError(
                 f"--{kind}_max_len {max_length} leaves no token for the {kind} itself: "
@@ -298,7 +296,7 @@ def check_instructions(
 
 
 def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> None:
-    """Raise UserError when more dimensions are to be kept than there are."""
+    """Raise UserError when --truncate_dim is larger than the number of dimensions."""
     most = embedding_dimensions(backbone, config)
     if config.truncate_dim is not None and config.truncate_dim > most:
         raise UserError(f"--truncate_dim {config.truncate_dim}: the model's embeddings have {most} dimensions")

@@ -1,4 +1,4 @@
-"""The names of the ways in which token states become one vector. Nothing heavy is imported: flags need them too."""
+"""The names of the pooling methods. No heavy imports: flags need the names."""
 
 from typing import Literal, get_args
 

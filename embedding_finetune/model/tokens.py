@@ -21,9 +21,9 @@ def tokenize(
     max_length: int,
     lower_case: bool = False,
 ) -> tuple[list[list[int]], int]:
-    """Token ids of `instruction + text`, special tokens included, not padded, and how many texts had to be cut.
+    """Token ids of `instruction + text`, special tokens included, not padded, and how many texts were cut.
 
-    A text is cut to `max_length` tokens.
+    Texts are cut to `max_length` tokens.
     """
     texts = [instruction + text for text in texts]
     if lower_case:
@@ -49,16 +49,17 @@ def tokenize(
 _CHARACTERS_PER_TOKEN = 16
 _FEWEST_CHARACTERS = 4096
 _TOKENS_TO_SPARE = 128
-"""More than the word at a cut becomes where it is not whole: WordPiece takes words of 100 characters apart."""
+"""Cutting a text in the middle of a word changes fewer tokens than this: WordPiece splits words of up to 100
+characters."""
 _LONG_TEXTS_AT_ONCE = 64
 
 
 def beginnings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[str]:
-    """The texts, very long ones without an end that is not among their first `max_length` tokens.
+    """The texts; very long ones are cut, without changing their first `max_length` tokens.
 
-    A tokenizer takes some 200 bytes for each character that it is given. A text is cut where one of twice as many
-    characters begins with the same tokens, and there are some to spare: a token hangs on what stands near it. A text
-    without enough tokens to tell stays whole, and so do all where truncation takes the beginning away.
+    A tokenizer takes some 200 bytes of memory per character. A text is cut to a length where twice as many characters
+    begin with the same tokens, and where there are some tokens to spare: a token depends on the characters near it. A
+    text with too few tokens to decide stays whole. All texts do where truncation removes the beginning.
     """
     texts, characters = list(texts), max(_CHARACTERS_PER_TOKEN * max_length, _FEWEST_CHARACTERS)
     long = [row for row, text in enumerate(texts) if len(text) > 2 * characters]
@@ -71,22 +72,23 @@ def beginnings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_len
 def _cut_long_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], rows: list[int], max_length: int, characters: int
 ) -> None:
-    """Cut the texts of these rows, each longer than twice `characters`, as `beginnings` says."""
+    """Cut the texts of these rows in place, as `beginnings` says. Each is longer than twice `characters`."""
     shorter = _token_ids(tokenizer, [texts[row][:characters] for row in rows])
     while rows:
         longer = _token_ids(tokenizer, [texts[row][: 2 * characters] for row in rows])
-        kept = []
-        for row, some, more in zip(rows, shorter, longer):
-            if len(some) >= max_length + _TOKENS_TO_SPARE and some[:max_length] == more[:max_length]:
+        undecided = []
+        for row, shorter_ids, longer_ids in zip(rows, shorter, longer):
+            enough = len(shorter_ids) >= max_length + _TOKENS_TO_SPARE
+            if enough and shorter_ids[:max_length] == longer_ids[:max_length]:
                 texts[row] = texts[row][:characters]
             elif len(texts[row]) > 4 * characters:
-                kept.append((row, more))
-        rows, shorter = [row for row, _ in kept], [ids for _, ids in kept]
+                undecided.append((row, longer_ids))
+        rows, shorter = [row for row, _ in undecided], [ids for _, ids in undecided]
         characters *= 2
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Without special tokens, and not cut."""
+    """Token ids without special tokens, not cut."""
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )
@@ -96,14 +98,14 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 def pair_beginnings(
     tokenizer: PreTrainedTokenizerBase, queries: Sequence[str], passages: Sequence[str], max_length: int
 ) -> tuple[list[str], list[str]]:
-    """Like `beginnings`, of texts that are tokenized in pairs whose longer text is cut first."""
+    """Like `beginnings`, for texts that are tokenized in pairs, where truncation cuts the longer text first."""
     queries, passages = list(queries), list(passages)
     cut_queries, cut_passages = (beginnings(tokenizer, texts, max_length) for texts in (queries, passages))
     for row, (query, passage) in enumerate(zip(queries, passages)):
         if len(cut_queries[row]) == len(query) and len(cut_passages[row]) == len(passage):
             continue
-        # Which has more tokens may decide about one of them: the text of fewer characters stays whole, and as many of
-        # its tokens and more stay of the other one.
+        # A token is cut from the text that has more of them. So the text of fewer characters stays whole, and the other
+        # one keeps at least as many tokens.
         fewest = max(max_length, len(_token_ids(tokenizer, [min(query, passage, key=len)])[0]))
         if len(query) < len(passage):
             passages[row] = beginnings(tokenizer, [passage], fewest)[0]
@@ -113,9 +115,9 @@ def pair_beginnings(
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower_case: bool = False) -> int:
-    """How many tokens at the beginning of an encoded text are its instruction's, special ones before it included.
+    """How many tokens at the beginning of an encoded text belong to its instruction, with special tokens before it.
 
-    A special token that ends the instruction alone does not follow it in a text, and is not counted.
+    A special token at the instruction's end is not counted: in a text it comes after the text.
     """
     if not instruction:
         return 0
@@ -133,7 +135,7 @@ class TextKind(NamedTuple):
     prompt_length: int | None  # tokens that pooling leaves out; None for none
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """What the function of this name gives for texts of this kind."""
+        """Token ids of texts of this kind, and how many were cut, see the function `tokenize`."""
         return tokenize(
             tokenizer, texts, instruction=self.instruction, max_length=self.max_length, lower_case=self.lower_case
         )
@@ -142,7 +144,7 @@ class TextKind(NamedTuple):
 def text_kinds(
     tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
 ) -> tuple[TextKind, TextKind]:
-    """Queries and passages, as a checkpoint's config says."""
+    """The kinds "query" and "passage", as a checkpoint's config has them."""
 
     def kind(name: str, instruction: str, max_length: int) -> TextKind:
         left_out = prompt_length(tokenizer, instruction, lower_case=config.lower_case)
@@ -155,11 +157,11 @@ def text_kinds(
 
 
 LENGTH_STEP = 8
-"""Padded lengths are multiples of this: kernels are compiled anew for each shape, and few shapes fill caches less."""
+"""Padded lengths are multiples of this: kernels are compiled for each shape, and fewer shapes take less memory."""
 
 
 def padded_length(longest: int, limit: int) -> int:
-    """`longest` rounded up to a multiple of LENGTH_STEP, but at most `limit` where longest is not beyond it."""
+    """`longest` rounded up to a multiple of LENGTH_STEP, but to no more than `limit`. Never less than `longest`."""
     return max(longest, min(-(-longest // LENGTH_STEP) * LENGTH_STEP, limit))
 
 
@@ -168,7 +170,7 @@ def pad(
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (N, T) int64, padded on the tokenizer's own side.
 
-    limit: the most tokens that the model takes, which rounding the length up does not pass.
+    limit: the most tokens that the model takes; rounding the length up does not exceed it.
     """
     longest = padded_length(max(map(len, token_ids)), limit)
     input_ids = np.full((len(token_ids), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
@@ -185,8 +187,8 @@ def batches_of_one_length(
 ) -> list[np.ndarray]:
     """Split rows into batches whose texts are padded to the same length, the longest first.
 
-    What a text is computed with so never depends on its neighbours, nor do the last bits of its embedding. Arrays
-    of row numbers with rows * padded length <= tokens_per_batch; a text longer than that is a batch of its own.
+    So the shape that a text is computed in, and the last bits of its embedding, do not depend on its neighbours.
+    Returns arrays of row numbers with rows * padded length <= tokens_per_batch; a longer text is a batch of its own.
     """
     padded = np.array([padded_length(max(int(length), 1), limit) for length in lengths], dtype=np.int64)
     batches = []
@@ -200,9 +202,8 @@ def batches_of_one_length(
 def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens_per_batch: int) -> Iterator[np.ndarray]:
     """Split rows into batches of similar length, the longest first.
 
-    Yields arrays of row numbers with rows * longest <= tokens_per_batch; a single text longer than
-    that is a batch of its own. Lengths count as rounded up to multiples of LENGTH_STEP. Ties keep their order, so
-    the split is a function of the lengths.
+    Yields arrays of row numbers with rows * longest <= tokens_per_batch, where lengths are rounded up to multiples of
+    LENGTH_STEP. A longer text is a batch of its own. Ties keep their order, so the lengths decide the split.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")

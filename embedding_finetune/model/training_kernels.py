@@ -1,8 +1,8 @@
-"""What makes a training step cheap on a CPU: dropout masks, and attention written out.
+"""Faster training steps on a CPU: cheaper dropout masks, and attention in plain matrix products.
 
-torch draws the random numbers of a dropout mask one by one, which took a fifth of a training step, and dropout of
-attention weights forces a slow path that copies them several times. Here one 64-bit draw of numpy's SFC64 serves four
-elements, 16 bits each, so a probability is exact to 2^-17. Every mask seeds its generator from torch's: seeds,
+torch draws the random numbers of a dropout mask one by one, which took a fifth of a training step. Dropout of attention
+weights forces torch onto a slow path that copies them several times. Here one 64-bit draw of numpy's SFC64 serves four
+elements, 16 bits each, so a probability is exact to 2^-17. Every mask's generator is seeded from torch's: seeds,
 resumed runs and activation checkpointing work as they do with torch's own dropout.
 
 Shapes: n texts, t tokens, h heads, d dimensions of a head.
@@ -29,13 +29,14 @@ class CheapDropout(nn.Dropout):
     """nn.Dropout with the same probability and scaling, and masks that are cheap on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """The input, in training with a dropout mask on it; any shape."""
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
         return input * scaled_keep_mask(input, self.p)
 
 
 def use_cheap_dropout(backbone: PreTrainedModel) -> None:
-    """Replace every nn.Dropout of a backbone, and the dropout of its attention where it uses sdpa."""
+    """Replace every nn.Dropout of a backbone, and sdpa attention with its dropout."""
     for module in list(backbone.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -64,10 +65,10 @@ def attention_with_cheap_dropout(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Softmax attention as transformers' attention functions give it: (n, t, h, d), None.
+    """Softmax attention, with the results of transformers' attention functions: (n, t, h, d), None.
 
-    query, key, value: (n, h, t, d). Written out, it trains faster on a CPU than torch's sdpa does, with or without
-    dropout; all else, inference included, is left to that.
+    query, key, value: (n, h, t, d). In training on a CPU plain products are faster than torch's sdpa, with or without
+    dropout. Everything else, inference included, is left to sdpa.
     """
     plain = is_plain_attention(module, query, key, value, attention_mask, kwargs)
     if not torch.is_grad_enabled() or query.device.type != "cpu" or not plain:

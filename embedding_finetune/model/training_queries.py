@@ -1,4 +1,4 @@
-"""The record of what weights were trained on, `training_queries.npy` in a checkpoint: hashes of the queries."""
+"""The record in a checkpoint of the queries it was trained on: `training_queries.npy`, their hashes."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _FILE = "training_queries.npy"
 
 
 def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) -> np.ndarray:
-    """jsonl.text_id of every query that the weights are known to be trained on, sorted: (N,) int64, empty if unknown.
+    """texts.text_id of every query that the weights were trained on, sorted: (N,) int64, empty without a record.
 
     Raises UserError when the record is damaged.
     """
@@ -28,6 +28,6 @@ def read_training_queries(name_or_path: str, *, cache_dir: str | None = None) ->
 
 
 def write_training_queries(folder: AnyPath, ids: np.ndarray) -> None:
-    """Keep beside the weights what read_training_queries gives: ids (N,) int64, in any order."""
+    """Write the record that read_training_queries reads. ids: (N,) int64, in any order."""
     with atomic_writer(Path(folder) / _FILE) as file:
         np.save(file, np.unique(ids))

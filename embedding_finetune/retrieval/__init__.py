@@ -1,1 +1,1 @@
-"""Texts to embeddings, embeddings to rankings."""
+"""From texts to embeddings, and from embeddings to rankings."""

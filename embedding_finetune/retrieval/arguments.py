@@ -1,4 +1,4 @@
-"""Flags about turning texts into embeddings and searching them, and what they are as values."""
+"""The flags about encoding and searching, as one value."""
 
 import argparse
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions:
-    """The flags of add_encoding_arguments, under their names; None leaves it to the checkpoint or the device."""
+    """The flags of add_encoding_arguments, by name; None means what the checkpoint says or suits the device."""
 
     sentence_pooling_method: PoolingMethod | None = None
     normalized: bool | None = None
@@ -32,7 +32,7 @@ class EncodingOptions:
 
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags about turning texts into embeddings and searching them."""
+    """Add the flags about encoding and searching."""
     group = parser.add_argument_group("encoding")
     checkpoint = "(default: what the checkpoint says, else %s)"
     group.add_argument(
@@ -61,9 +61,9 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=DTYPES,
-        default="auto",
+        default=EncodingOptions.dtype,
         help="precision of the model; auto: bfloat16 where the hardware computes it natively, else float32. "
-        "Pooling, normalisation and scores are float32 always",
+        "Pooling, normalisation and scores are always float32",
     )
     group.add_argument(
         "--tokens_per_batch",
@@ -77,7 +77,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--embeddings_dir",
         metavar="DIR",
-        help="keep embeddings there and take what earlier runs with the same weights and settings left",
+        help="keep embeddings there, and reuse those of earlier runs with the same weights and settings",
     )
     add_switch(group, "--use_gpu_for_searching", "search with faiss-gpu on all GPUs")
     add_switch(group, "--trust_remote_code", "run code that comes with the model")

@@ -1,6 +1,6 @@
 """Texts -> embeddings: block by block, in batches of one length and a bounded number of tokens.
 
-While a block is encoded, the next one is read and tokenized in a thread. What the store already holds is not
+While a block is encoded, a thread reads and tokenizes the next one. Texts whose embeddings are in the store are not
 encoded again.
 
 Shapes: N texts, H dimensions.
@@ -11,7 +11,8 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,34 +40,35 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TEXTS_PER_BLOCK = 8192
-"""Texts that are tokenized, encoded, searched and stored together; bounds memory, changes no result."""
+"""Texts that are tokenized, encoded, searched and stored together. It bounds memory, and changes no result."""
 
 _TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192}
-"""By kind of device, where --tokens_per_batch does not say; see benchmarks/README.md."""
+"""The default of --tokens_per_batch by kind of device; see benchmarks/README.md."""
 
 _TOKENS_STEP = 256
-"""Batches are filled up to about a multiple of this with copies of a text: kernels are kept for each shape, and memory
-would grow with their number."""
+"""Batches are filled with copies of a text to about a multiple of this. oneDNN keeps kernels for each shape: without
+it memory would grow with the number of shapes."""
 
-_SHOWN = 60
+_SHOWN_CHARACTERS = 60
 
 
-class Block(NamedTuple):
-    """Texts ready for the model: what the store gave, and the token ids of what it did not."""
+@dataclass
+class Block:
+    """Texts ready for the model: the embeddings from the store, and the token ids of the texts it does not hold."""
 
     start: int
     texts: Sequence[str]
-    embeddings: np.ndarray  # (n, H), rows of `missing` not yet filled
+    embeddings: np.ndarray  # (n, H), the rows `missing` are filled in later
     missing: np.ndarray  # (m,)
     token_ids: list[list[int]]  # of the missing texts
-    cut: int  # how many of these were longer than max_length
+    cut: int  # how many of the missing texts were longer than max_length
 
 
 class Encoder:
     """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
 
-    tokens_per_batch: padded tokens at once, by default what suits the device. weights_digest: what
-    loading.weights_digest gave for the weights as they are stored; `keep_embeddings` needs it.
+    tokens_per_batch: padded tokens at once; None for the device's default. weights_digest: loading.weights_digest of
+    the weights as they are stored; `keep_embeddings` needs it.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Encoder:
         passage_max_len: int,
         tokens_per_batch: int | None = None,
         weights_digest: str = "",
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.tokens_per_batch = tokens_per_batch
@@ -86,12 +88,12 @@ class Encoder:
         self.query, self.passage = text_kinds(
             tokenizer, model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
         )
-        self.stores: dict[str, EmbeddingStore] = {}  # by the name of a kind
+        self.stores: dict[str, EmbeddingStore] = {}  # by TextKind.name
 
     def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
-        """Reuse what the folder `root` holds from earlier runs, and keep there what is encoded from now on.
+        """Reuse the embeddings that earlier runs kept in the folder `root`, and keep new ones there.
 
-        is_scratch: the folder serves this run alone, and nobody asked for it.
+        is_scratch: the folder is temporary, and the user did not ask for it.
         """
         if not self.weights_digest:
             raise ValueError("embeddings are kept by weights_digest: without it two models would share them")
@@ -113,16 +115,16 @@ class Encoder:
             self.stores[kind.name] = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
 
     def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
-        """(N, H) float32. Raises UserError when an embedding is not a direction: NaN, infinite or zero."""
+        """Embeddings (N, H) float32. Raises UserError when an embedding has no direction: NaN, infinite or zero."""
         blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
         return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
 
     def encode_passages(
         self, passages: Sequence[str], share: slice = slice(None), *, quiet: bool = False
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (position of its first passage, embeddings (n, H) float32) block by block, of passages[share] only.
+        """Yield (position of the first passage, embeddings (n, H) float32) block by block, for passages[share].
 
-        quiet: do not tell how many were stored, for passages that are looked up again and again. Raises UserError like
+        quiet: do not log how many were in the store, for passages that are looked up repeatedly. Raises UserError like
         encode_queries.
         """
         yield from self._encode(passages, self.passage, share, quiet=quiet)
@@ -159,8 +161,8 @@ class Encoder:
             embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
             missing = np.arange(len(texts))
         else:
-            embeddings, found = store.get(texts)
-            missing = np.flatnonzero(~found)
+            embeddings, is_stored = store.get(texts)
+            missing = np.flatnonzero(~is_stored)
         token_ids, cut = kind.tokenize(self.tokenizer, [texts[row] for row in missing.tolist()])
         return Block(start, texts, embeddings, missing, token_ids, cut)
 
@@ -172,23 +174,23 @@ class Encoder:
         distinct = list(rows_of)
         copies = np.bincount(rows, minlength=len(distinct))
         embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
-        for batch in batches_of_one_length([len(ids) for ids in distinct], self._budget, limit=kind.max_length):
+        for batch in batches_of_one_length([len(ids) for ids in distinct], self._token_budget, limit=kind.max_length):
             embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
             progress.update(int(copies[batch].sum()))
         return embeddings[rows]
 
     @property
-    def _budget(self) -> int:
-        """Padded tokens at once."""
+    def _token_budget(self) -> int:
+        """The padded tokens of a batch."""
         return self.tokens_per_batch or default_tokens_per_batch(self.model.backbone.device)
 
     def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
-        """Embeddings of texts of one padded length: (n, H). A GPU that runs out of memory gets halves from now on."""
+        """Embeddings of texts of one padded length: (n, H). After a GPU runs out of memory, batches are halved."""
         length = padded_length(len(token_ids[0]), kind.max_length)
-        count, most = len(token_ids), max(self._budget // length, 1)
-        if count <= most:
+        count, largest_count = len(token_ids), max(self._token_budget // length, 1)
+        if count <= largest_count:
             step = max(_TOKENS_STEP // length, 1)
-            copies = [token_ids[0]] * (min(-(-count // step) * step, most) - count)
+            copies = [token_ids[0]] * (min(-(-count // step) * step, largest_count) - count)
             batch = pad(self.tokenizer, [*token_ids, *copies], limit=kind.max_length)
             if kind.prompt_length is not None:
                 batch["prompt_lengths"] = torch.full((len(batch["input_ids"]),), kind.prompt_length)
@@ -207,14 +209,14 @@ class Encoder:
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
-    """Padded tokens at once where --tokens_per_batch does not say."""
+    """The padded tokens of a batch where --tokens_per_batch is not given."""
     return _TOKENS_PER_BATCH.get(device.type, 2**16)
 
 
 def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:
-    """Load a model for encoding, with what the flags of arguments.add_encoding_arguments say.
+    """Load a model for encoding, as the flags of arguments.add_encoding_arguments say.
 
-    scratch: a folder to keep embeddings in for this run where --embeddings_dir does not give one.
+    scratch: a temporary folder to keep embeddings in where --embeddings_dir is not given.
     """
     loaded = load_embedding_model(
         name_or_path,
@@ -256,7 +258,7 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is in use."""
+    """The same items; a thread makes each one while the item before it is in use."""
     end = object()
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, end)
@@ -266,14 +268,14 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _check_directions(block: Block, kind: TextKind) -> None:
-    good = np.isfinite(block.embeddings).all(axis=1) & block.embeddings.any(axis=1)
-    if good.all():
+    has_direction = np.isfinite(block.embeddings).all(axis=1) & block.embeddings.any(axis=1)
+    if has_direction.all():
         return
-    row = int(np.argmin(good))
-    what = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
+    row = int(np.argmin(has_direction))
+    value = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
     text = block.texts[row]
     raise UserError(
-        f"{kind.name} {block.start + row + 1} has an embedding that is {what}: {text[:_SHOWN]!r}; "
+        f"{kind.name} {block.start + row + 1} has an embedding that is {value}: {text[:_SHOWN_CHARACTERS]!r}; "
         "the model's weights are damaged, or they need --dtype float32"
     )
 
@@ -283,10 +285,10 @@ def _digest(value: object) -> str:
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that decides about token ids: the fast tokenizer's own description, else vocabulary and settings."""
+    """A digest of all that decides token ids: a fast tokenizer's own description, else vocabulary and settings."""
     if tokenizer.is_fast:
-        described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-        described.update(padding=None, truncation=None)  # set anew with each call
+        description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        description.update(padding=None, truncation=None)  # each call sets them
     else:
-        described = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
-    return _digest([described, tokenizer.padding_side])
+        description = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+    return _digest([description, tokenizer.padding_side])

@@ -1,4 +1,4 @@
-"""Scores of query/passage pairs by a cross-encoder, which reads both at once.
+"""Scores of query/passage pairs by a cross-encoder, which reads both texts together.
 
 Shapes: P pairs, T tokens of a batch's longest pair.
 """
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 
 _FLAG = "--reranker_name_or_path"
 _REMEDY = "give a cross-encoder such as BAAI/bge-reranker-base"
-_MOST_TOKENS = 512
-"""Of a pair: rerankers are trained on no more, and the time of one grows with it."""
+_TOKENS_PER_PAIR = 512
+"""Longer pairs are cut: rerankers are trained on no more, and longer pairs take more time."""
 _PAIRS_PER_BLOCK = 8192
-"""Pairs that are tokenized and sorted by length together; bounds memory, changes no score."""
+"""Pairs that are tokenized and sorted by length together. It bounds memory, and changes no score."""
 
 
 class Reranker:
-    """A sequence classifier with one logit; `scores` gives that logit for pairs of texts."""
+    """A sequence classifier with one logit, which is the score of a pair of texts."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Reranker:
         max_length: int,
         tokens_per_batch: int,
         weights_digest: str,
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -60,7 +60,7 @@ class Reranker:
         self.weights_digest = weights_digest
 
     def scores(self, queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
-        """The logit of each pair, not squashed: (P,) float32. The longer text of a pair that is too long is cut.
+        """The logit of each pair, without a sigmoid: (P,) float32. In a pair that is too long, the longer text is cut.
 
         Raises UserError when a score is not a finite number.
         """
@@ -82,7 +82,7 @@ class Reranker:
         pairs = self.tokenizer(queries, passages, truncation="longest_first", max_length=self.max_length, padding=False)
         lengths = [len(ids) for ids in pairs["input_ids"]]
         scores = np.empty(len(lengths), dtype=np.float32)
-        # One padded length a batch: a pair's score does not depend on its neighbours.
+        # Batches of one padded length: a pair's score does not depend on its neighbours.
         for rows in batches_of_one_length(lengths, self.tokens_per_batch, limit=self.max_length):
             length = padded_length(lengths[rows[0]], self.max_length)
             scores[rows] = self._logits([{name: pairs[name][row] for name in pairs} for row in rows], length)
@@ -90,7 +90,7 @@ class Reranker:
         return scores
 
     def _logits(self, pairs: Sequence[Mapping[str, list[int]]], length: int) -> np.ndarray:
-        """Of pairs that are padded to this length: (n,). A GPU that runs out of memory gets halves from now on."""
+        """Logits of pairs padded to this length: (n,). After a GPU runs out of memory, batches are halved."""
         count = len(pairs)
         if count <= max(self.tokens_per_batch // length, 1):
             try:
@@ -108,18 +108,18 @@ class Reranker:
 
 
 def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
-    """Raise UserError, before any weights are read, unless the model's config says that it has one logit."""
+    """Raise UserError unless the model's config says that it has one logit. No weights are read."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     with errors_name_the_model(AutoModelForSequenceClassification, name_or_path, flag=_FLAG, **hub):
         config = AutoConfig.from_pretrained(name_or_path, **hub)
     if config.num_labels != 1:
         raise UserError(
-            f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, a reranker has one; {_REMEDY}"
+            f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, but a reranker has one; {_REMEDY}"
         )
 
 
 def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
-    """Load a cross-encoder, with what the flags of arguments.add_encoding_arguments say about dtype and batches."""
+    """Load a cross-encoder, with dtype and batches as the flags of arguments.add_encoding_arguments say."""
     model, tokenizer = load_pretrained(
         AutoModelForSequenceClassification,
         name_or_path,
@@ -128,7 +128,7 @@ def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
         cache_dir=options.cache_dir,
         trust_remote_code=options.trust_remote_code,
     )
-    limit = min(length_limit(model.base_model, tokenizer), _MOST_TOKENS)
+    limit = min(length_limit(model.base_model, tokenizer), _TOKENS_PER_PAIR)
     check_scores(model, tokenizer, limit=limit, what=f"{_FLAG} {name_or_path}")
     digest = weights_digest(model)
     device = working_device()

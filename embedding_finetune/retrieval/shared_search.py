@@ -1,7 +1,9 @@
-"""Queries and passages -> rankings, shared among the processes of a torchrun run.
+"""Encoding and searching, shared among the processes of a torchrun run.
 
-Every process encodes its share of the queries and of the passages, searches its passages for all queries, and gets
-the merged result: the same as one process alone gives.
+Every process encodes its share of the queries and of the passages, and searches its passages for all queries. All get
+the merged result, which is the same as that of a single process.
+
+Shapes: N passages, n of them in a block, Q queries, H dimensions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,30 +23,30 @@ def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
 
 
 def encode_own_passages(encoder: Encoder, passages: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (position, embeddings (n, H)) of this process's share, block by block."""
+    """Yield (position of the first passage, embeddings (n, H)) of this process's share, block by block."""
     return encoder.encode_passages(passages, own_share(len(passages)))
 
 
 def encode_passages(encoder: Encoder, passages: Sequence[str], share: slice) -> np.ndarray:
-    """Embeddings of all passages, in every process: (N, H); `share` is the part of them that this process encodes."""
-    own = [block for _, block in encoder.encode_passages(passages, share)]
-    return np.concatenate([block for blocks in gather_objects(own) for block in blocks])
+    """Embeddings of all passages, in every process: (N, H). share: the part of them that this process encodes."""
+    own_blocks = [block for _, block in encoder.encode_passages(passages, share)]
+    return np.concatenate([block for blocks in gather_objects(own_blocks) for block in blocks])
 
 
 def merge_rankings(ranking: TopK) -> None:
-    """Take in what the other processes found; afterwards all have the same ranking."""
+    """Merge the results of the other processes into this one's; afterwards all have the same ranking."""
     for first in range(0, len(ranking.queries), _QUERIES_PER_GATHER):
         part = slice(first, first + _QUERIES_PER_GATHER)
         ranking.best[part] = ranking.merged(gather_objects(ranking.best[part]))
 
 
 def merge_near_duplicates(near: NearDuplicates) -> None:
-    """Take in the pairs that the other processes found."""
+    """Add the pairs that the other processes found."""
     near.pairs = np.concatenate(gather_objects(near.pairs))
 
 
 def merge_scores(pairs: PairScores) -> None:
-    """Take in the pairs that the other processes scored."""
+    """Add the scores of the pairs that the other processes scored."""
     for scores in gather_objects(pairs.scores):
         scored = ~np.isnan(scores)
         pairs.scores[scored] = scores[scored]

@@ -1,11 +1,11 @@
-"""Embeddings kept on disk from run to run, found again by what they were made of.
+"""Embeddings kept on disk between runs, found again by text, model and settings.
 
-A store is a folder for one model under one set of settings, in segments of a few thousand texts. A segment is
+A store is a folder for one model and one set of settings. It holds segments of a few thousand texts. A segment is
 
     checksum (4 bytes) | texts n (8) | dimensions H (8) | digests (n * 16) | embeddings (n * H float32)
 
-and appears whole, by renaming. Its name is a digest of its texts: two processes that encode the same texts write
-the same file. The checksum covers everything after it and is checked before the first embedding is taken.
+and appears whole, by renaming. Its name is a digest of its texts, so two processes that encode the same texts write
+the same file. The checksum covers everything after it, and is checked before the segment is first used.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ _FORMAT = 1
 class EmbeddingStore:
     """The embeddings of one model, pooling, dtype, length and instruction, by text.
 
-    root: the folder of --embeddings_dir, or one in TMPDIR where is_scratch. settings: all that makes an embedding what
-    it is, the weights' digest included; another value anywhere is another store. Raises UserError where the folder
+    root: the folder of --embeddings_dir, or with is_scratch a folder in TMPDIR. settings: everything that decides an
+    embedding, the weights' digest included; different settings have different stores. Raises UserError where the folder
     cannot be written.
     """
 
@@ -46,33 +46,33 @@ class EmbeddingStore:
         *,
         dimensions: int,
         is_scratch: bool = False,
-    ):
-        described = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
-        self.folder = Path(root) / hashlib.sha256(described.encode()).hexdigest()[:32]
+    ) -> None:
+        text = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
+        self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.dimensions = dimensions
         self.is_scratch = is_scratch
-        self._named = "TMPDIR" if is_scratch else "--embeddings_dir"  # what a user has to change
+        self._name = "TMPDIR" if is_scratch else "--embeddings_dir"  # what the user has to change after an error
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_writer(self.folder / "settings.json") as file:
-                file.write(described.encode() + b"\n")
+                file.write(text.encode() + b"\n")
         except (OSError, UserError) as error:
-            raise UserError(f"{self._named} {root}: cannot be written: {first_line(error)}") from error
+            raise UserError(f"{self._name} {root}: cannot be written: {first_line(error)}") from error
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what was kept since, by this process or another."""
+        """Look for segments that this process or another has written since."""
         self._segments = [path for path in sorted(self.folder.glob("*.segment")) if self._is_complete(path)]
         self._checked: set[int] = set()
         self._damaged: set[int] = set()
         self._index()
 
     def get(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (N, H) of texts, and which of them were found: (N,) bool."""
+        """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)
-        found = np.zeros(len(texts), dtype=bool)
+        is_stored = np.zeros(len(texts), dtype=bool)
         if not len(self._digests):
-            return embeddings, found
+            return embeddings, is_stored
         wanted = raw_digests(texts)
         places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         matches = np.flatnonzero(self._digests[places] == wanted)
@@ -81,8 +81,8 @@ class EmbeddingStore:
             here = segments == segment
             if self._is_sound(segment):
                 embeddings[matches[here]] = self._read(segment, rows[here])
-                found[matches[here]] = True
-        return embeddings, found
+                is_stored[matches[here]] = True
+        return embeddings, is_stored
 
     def put(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
         """Keep the embeddings (n, H) of texts as one segment. Raises UserError when they cannot be written."""
@@ -98,10 +98,10 @@ class EmbeddingStore:
                 for part in (_CHECKSUM.pack(checksum), sizes, digests, vectors):
                     file.write(part)
         except UserError as error:
-            raise UserError(f"{self._named}: {error}") from error
+            raise UserError(f"{self._name}: {error}") from error
 
     def _is_complete(self, path: Path) -> bool:
-        """Whether a segment has the size that its header tells; a shorter one is removed."""
+        """Whether a segment has the size that its header says; any other is removed."""
         try:
             with path.open("rb") as file:
                 count, dimensions = _read_sizes(file)
@@ -114,7 +114,7 @@ class EmbeddingStore:
         return complete
 
     def _index(self) -> None:
-        """Sort the digests of all segments: places to search, and the segment and row that each stands for."""
+        """Sort the digests of all segments for searching, with the segment and the row of each."""
         digests, segments, rows = [np.empty(0, "S16")], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
         for number, path in enumerate(self._segments):
             with path.open("rb") as file:
@@ -122,13 +122,13 @@ class EmbeddingStore:
                 digests.append(np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16"))
             segments.append(np.full(count, number, dtype=np.int32))
             rows.append(np.arange(count, dtype=np.int32))
-        together = np.concatenate(digests)
-        order = np.argsort(together, kind="stable")
-        self._digests = together[order]
+        all_digests = np.concatenate(digests)
+        order = np.argsort(all_digests, kind="stable")
+        self._digests = all_digests[order]
         self._segment_of, self._row_of = np.concatenate(segments)[order], np.concatenate(rows)[order]
 
     def _is_sound(self, segment: int) -> bool:
-        """Check a segment's checksum when it is first used; a damaged one is removed and never asked again."""
+        """Whether a segment's checksum is right, checked at its first use. A damaged segment is removed."""
         path = self._segments[segment]
         if segment in self._checked:
             return segment not in self._damaged
@@ -139,14 +139,14 @@ class EmbeddingStore:
                 while part := file.read(2**20):
                     checksum = zlib.crc32(part, checksum)
         except (OSError, struct.error):
-            expected, checksum = 0, None  # gone since it was listed
+            expected, checksum = 0, None  # the file is gone since it was listed
         if checksum != expected:
             self._discard(path)
             self._damaged.add(segment)
         return checksum == expected
 
     def _read(self, segment: int, rows: np.ndarray) -> np.ndarray:
-        """Rows of a segment: (len(rows), H). Neighbours are read together."""
+        """Rows of a segment: (len(rows), H). Adjacent rows are read together."""
         order = np.argsort(rows, kind="stable")
         result = np.empty((len(rows), self.dimensions), dtype=np.float32)
         with self._segments[segment].open("rb") as file:
@@ -158,12 +158,12 @@ class EmbeddingStore:
         return result
 
     def _discard(self, path: Path) -> None:
-        logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._named, path)
+        logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._name, path)
         path.unlink(missing_ok=True)
 
 
 def _read_sizes(file: BinaryIO) -> tuple[int, int]:
-    """The number of texts and of dimensions of a segment that was just opened; its digests come next."""
+    """A segment's number of texts and of dimensions. The file is left at its digests."""
     file.seek(_CHECKSUM.size)
     count, dimensions = _SIZES.unpack(file.read(_SIZES.size))
     return count, dimensions

@@ -2,11 +2,12 @@
 
 Shapes: Q queries, n passages in a block, H dimensions, k results per query.
 
-faiss finds the nearest passages of a block. Its scores depend, in the last bit, on the shape of the
-matrix product, so equal vectors may get unequal scores; the final scores are therefore computed
-pair by pair in float64 and rounded to float32, and ties are decided by position.
+faiss finds the nearest passages of a block. The last bit of its scores depends on the shape of the matrix product, so
+equal vectors may get unequal scores. The final scores are therefore computed pair by pair in float64 and rounded to
+float32, and ties are decided by position.
 
-A result, a score at a position, is held as one 64-bit integer: the smaller, the better. Merging lists is sorting them.
+A result, which is a score and a position, is one 64-bit integer: the smaller, the better. Lists of results are merged
+by sorting.
 """
 
 import functools
@@ -24,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 Ties = Literal["first", "last"]
 
-_SPARE = 8
-"""Passages asked of faiss beyond k, so that ties at the k-th place are mostly seen at once."""
+_SPARE_RESULTS = 8
+"""Results that faiss gives beyond k, so that most ties at the k-th place are settled in one search."""
 _RESULTS_PER_SEARCH = 2**20
 _VALUES_PER_CHUNK = 2**23
 _QUERIES_PER_RANGE_SEARCH = 1024
 _FUSION_OFFSET = 60
 _FAISS_GPU_MAX_K = 2048
-_NOTHING = np.iinfo(np.int64).max
+_NO_RESULT = np.iinfo(np.int64).max
 _LOW_BITS = 2**32 - 1
 
 
@@ -46,19 +47,19 @@ class Ranking(NamedTuple):
 
 
 class TopK:
-    """The k best passages of every query, kept up to date as blocks of passages come by.
+    """The k best passages of every query, updated with each block of passages that is added.
 
-    ties: which of two equal scores ranks higher, the passage that comes "first" or "last". gpus: the numbers of the
-    GPUs to search on, none for the CPU. A corpus may hold 2^32 - 1 passages. Raises UserError when the results do not
-    fit into memory.
+    ties: which of two passages with equal scores ranks higher, the one that comes "first" or "last". gpus: the numbers
+    of the GPUs to search on, none for the CPU. A corpus may hold 2^32 - 1 passages. Raises UserError when the results
+    do not fit into memory.
     """
 
-    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()):
+    def __init__(self, queries: np.ndarray, top_k: int, *, ties: Ties = "first", gpus: Sequence[int] = ()) -> None:
         self.queries = queries
         self.ties: Ties = ties
         self.gpus = gpus
         try:
-            self.best = np.full((len(queries), top_k), _NOTHING, dtype=np.int64)  # (Q, k), ascending
+            self.best = np.full((len(queries), top_k), _NO_RESULT, dtype=np.int64)  # (Q, k), ascending
         except MemoryError as error:
             raise UserError(
                 f"the {top_k} best passages of {len(queries)} queries do not fit into memory: lower the end of "
@@ -66,7 +67,7 @@ class TopK:
             ) from error
 
     def ranking(self) -> Ranking:
-        """What was found so far."""
+        """The best passages of the blocks added so far."""
         return Ranking(positions_of(self.best, self.ties), scores_of(self.best))
 
     def add(self, start: int, block: np.ndarray) -> None:
@@ -75,7 +76,7 @@ class TopK:
             return
         index = _Index(block, self.gpus)
         tolerance = _rounding_error(self.queries, block)  # (Q,)
-        width = min(self.best.shape[1] + _SPARE, len(block))
+        width = min(self.best.shape[1] + _SPARE_RESULTS, len(block))
         pending = np.arange(len(self.queries))
         while len(pending):
             unsettled = []
@@ -93,78 +94,79 @@ class TopK:
     def _with_best_of(
         self, index: "_Index", rows: np.ndarray, width: int, start: int, tolerance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The results of some queries with those of a block merged in (q, k), and which are settled (q,).
+        """Merge a block into the results of some queries: results (q, k), and which queries are settled (q,).
 
-        A query is not settled when faiss may have left out, among those beyond `width`, one that belongs there.
+        A query is not settled when a passage that faiss left out, beyond `width`, may belong to its results.
         """
         queries, best = self.queries[rows], self.best[rows]
-        found_scores, found = index.search(queries, width)  # (q, width)
-        reach = found_scores + tolerance[:, None]
-        # Only what may pass the k-th result so far is scored exactly: after a few blocks, hardly anything.
-        row, column = np.nonzero(reach >= scores_of(best[:, -1:]))
-        results = np.full(found.shape, _NOTHING, dtype=np.int64)
-        positions = found[row, column]
+        faiss_scores, nearest = index.search(queries, width)  # (q, width)
+        upper_bound = faiss_scores + tolerance[:, None]
+        # Only passages that may be among the k best are scored exactly: after a few blocks there are hardly any.
+        row, column = np.nonzero(upper_bound >= scores_of(best[:, -1:]))
+        results = np.full(nearest.shape, _NO_RESULT, dtype=np.int64)
+        positions = nearest[row, column]
         results[row, column] = as_results(
             exact_scores(queries, row, index.block, positions), positions + start, self.ties
         )
         best = self.merged([best, results])
-        settled = (reach[:, -1] < scores_of(best[:, -1])) | (width == len(index.block))
+        settled = (upper_bound[:, -1] < scores_of(best[:, -1])) | (width == len(index.block))
         return best, settled
 
     def merged(self, lists: Sequence[np.ndarray]) -> np.ndarray:
-        """The k best of several lists of results (Q, any) of the same queries: (Q, k)."""
+        """The k best of several lists of results (Q, any) for the same queries: (Q, k)."""
         return np.sort(np.concatenate(lists, axis=1), axis=1)[:, : self.best.shape[1]]
 
 
 def as_results(scores: np.ndarray, positions: np.ndarray, ties: Ties) -> np.ndarray:
-    """Scores and positions, of the same shape, as integers that sort best first.
+    """Scores and positions, of the same shape, as integers whose ascending order is best first.
 
-    The high half holds the score, descending; the low half the position, such that the better of two ties is smaller.
+    The high 32 bits hold the score, the low ones the position, so that the better of two ties is the smaller integer.
     """
     bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # adding 0 makes one of the two zeros
-    ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # IEEE 754: negative numbers count backwards
+    ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # in IEEE 754 negative numbers sort backwards
     low = positions if ties == "first" else _LOW_BITS - positions
     return (~ascending << 32) | low
 
 
 def scores_of(results: np.ndarray) -> np.ndarray:
-    """The float32 scores in results; -inf where there is none."""
+    """The float32 scores of results; -inf where there is no result."""
     ascending = ~(results >> 32)
     bits = np.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).astype(np.int32)
-    return np.where(results == _NOTHING, np.float32(-np.inf), bits.view(np.float32))
+    return np.where(results == _NO_RESULT, np.float32(-np.inf), bits.view(np.float32))
 
 
 def positions_of(results: np.ndarray, ties: Ties) -> np.ndarray:
-    """The positions in results; -1 where there is none."""
+    """The positions of results; -1 where there is no result."""
     low = results & _LOW_BITS
-    return np.where(results == _NOTHING, -1, low if ties == "first" else _LOW_BITS - low)
+    return np.where(results == _NO_RESULT, -1, low if ties == "first" else _LOW_BITS - low)
 
 
 class PairScores:
-    """The scores of given (query, passage) pairs, filled in as blocks of passages come by.
+    """The scores of given (query, passage) pairs, filled in as blocks of passages are added.
 
-    query_rows, positions: (P,) each. `scores` (P,) is NaN where the passage has not come by yet.
+    query_rows, positions: (P,) each. `scores` (P,) is NaN for passages that were not added yet.
     """
 
-    def __init__(self, queries: np.ndarray, query_rows: np.ndarray, positions: np.ndarray):
+    def __init__(self, queries: np.ndarray, query_rows: np.ndarray, positions: np.ndarray) -> None:
         self.queries = queries
         self.query_rows = np.asarray(query_rows, dtype=np.int64)
         self.positions = np.asarray(positions, dtype=np.int64)
         self.scores = np.full(len(self.positions), np.nan, dtype=np.float32)
 
     def add(self, start: int, block: np.ndarray) -> None:
-        """Score the pairs whose passage is one of start .. start + n - 1; block: (n, H)."""
+        """Score the pairs with one of the passages start .. start + n - 1, whose embeddings are block (n, H)."""
         here = np.flatnonzero((self.positions >= start) & (self.positions < start + len(block)))
         self.scores[here] = exact_scores(self.queries, self.query_rows[here], block, self.positions[here] - start)
 
 
 class NearDuplicates:
-    """Pairs of a given text and a passage whose cosine is at least `threshold`, found as blocks of passages come by.
+    """Pairs of a given text and a passage with a cosine of at least `threshold`, found as blocks of passages are added.
 
-    embeddings: (P, H), of any length but 0. `pairs` (n, 2) int64 holds rows of embeddings and positions of passages.
+    embeddings: (P, H), of the given texts, none of length 0. `pairs`: (n, 2) int64, a row of embeddings and a passage's
+    position.
     """
 
-    def __init__(self, embeddings: np.ndarray, threshold: float):
+    def __init__(self, embeddings: np.ndarray, threshold: float) -> None:
         self.embeddings = _unit(embeddings)
         self.threshold = threshold
         self.pairs = np.empty((0, 2), dtype=np.int64)
@@ -175,14 +177,14 @@ class NearDuplicates:
         index = faiss.IndexFlatIP(block.shape[1])
         index.add(block)
         slack = float(_rounding_error(self.embeddings, block).max(initial=0))
-        found = [self.pairs]
+        pairs = [self.pairs]
         for first in range(0, len(self.embeddings), _QUERIES_PER_RANGE_SEARCH):
             queries = self.embeddings[first : first + _QUERIES_PER_RANGE_SEARCH]
             ends, _, passages = index.range_search(queries, self.threshold - slack)
             rows = np.repeat(np.arange(len(queries)), np.diff(ends).astype(np.int64))
             near = exact_scores(queries, rows, block, passages) >= self.threshold
-            found.append(np.stack([rows[near] + first, passages[near] + start], axis=1))
-        self.pairs = np.concatenate(found)
+            pairs.append(np.stack([rows[near] + first, passages[near] + start], axis=1))
+        self.pairs = np.concatenate(pairs)
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
@@ -190,15 +192,15 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
 
 
 def fuse(rankings: Sequence[np.ndarray]) -> np.ndarray:
-    """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): the sum over rankings of 1 / (60 + rank), ranks from 1.
+    """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): rank by the sum over rankings of 1 / (60 + rank from 1).
 
-    rankings: positions (Q, k) each, best first, -1 past the end. Returns positions (Q, k); ties by position.
+    rankings: positions (Q, k) each, best first, -1 past the end. Returns positions (Q, k); ties go by position.
     """
     fused = np.full_like(rankings[0], -1)
     credit = np.concatenate([1 / (_FUSION_OFFSET + np.arange(1, r.shape[1] + 1)) for r in rankings])
     for row in range(len(fused)):
         positions, places = np.unique(np.concatenate([ranking[row] for ranking in rankings]), return_inverse=True)
-        # Rounded, so that sums of the same terms in another order are equal.
+        # Rounding makes sums of the same terms in another order equal.
         scores = np.bincount(places, weights=credit).round(12)
         scores[positions < 0] = -1
         best = np.lexsort((positions, -scores))[: fused.shape[1]]
@@ -209,7 +211,10 @@ def fuse(rankings: Sequence[np.ndarray]) -> np.ndarray:
 def exact_scores(
     queries: np.ndarray, query_rows: np.ndarray, passages: np.ndarray, passage_rows: np.ndarray
 ) -> np.ndarray:
-    """Inner products of pairs (P,) of rows of queries (Q, H) and passages (n, H), summed in float64: (P,) float32."""
+    """Inner products of pairs of rows of queries (Q, H) and passages (n, H), summed in float64: (P,) float32.
+
+    query_rows, passage_rows: (P,).
+    """
     scores = np.empty(len(query_rows), dtype=np.float32)
     step = max(_VALUES_PER_CHUNK // queries.shape[1], 1)
     for first in range(0, len(scores), step):
@@ -219,8 +224,8 @@ def exact_scores(
     return scores
 
 
-def gpus_to_search_on(own: int | None = None) -> list[int]:
-    """The numbers of all GPUs, or of a process's own one alone.
+def gpus_to_search_on(own_gpu: int | None = None) -> list[int]:
+    """The numbers of all GPUs, or only of the process's own GPU if it has one.
 
     Raises UserError unless the installed faiss can search on a GPU of this machine.
     """
@@ -232,13 +237,13 @@ def gpus_to_search_on(own: int | None = None) -> list[int]:
     count = faiss.get_num_gpus()
     if count == 0:
         raise UserError("--use_gpu_for_searching: faiss finds no GPU on this machine; drop the flag")
-    return list(range(count)) if own is None else [own % count]
+    return list(range(count)) if own_gpu is None else [own_gpu % count]
 
 
 class _Index:
-    """A block of passages (n, H) to search: on the GPUs, and on the CPU where these cannot serve."""
+    """A block of passages (n, H) to search: on the GPUs, or on the CPU for widths that faiss-gpu does not take."""
 
-    def __init__(self, block: np.ndarray, gpus: Sequence[int]):
+    def __init__(self, block: np.ndarray, gpus: Sequence[int]) -> None:
         self.block = np.ascontiguousarray(block, dtype=np.float32)
         self._gpus = gpus
         self._indices: dict[bool, faiss.Index] = {}
@@ -247,7 +252,7 @@ class _Index:
         """Scores and rows of the `width` best passages, best first: (q, width) each."""
         on_gpu = bool(self._gpus) and width <= _FAISS_GPU_MAX_K
         if self._gpus and not on_gpu:
-            _say_that_the_cpu_searches()
+            _warn_that_the_cpu_searches()
         if on_gpu not in self._indices:
             self._indices[on_gpu] = self._build(on_gpu)
         return self._indices[on_gpu].search(np.ascontiguousarray(queries, dtype=np.float32), width)
@@ -262,14 +267,14 @@ class _Index:
         return index
 
 
-@functools.cache  # once is enough
-def _say_that_the_cpu_searches() -> None:
+@functools.cache  # warn once
+def _warn_that_the_cpu_searches() -> None:
     logger.warning(
-        "warning: faiss-gpu gives at most %d results, more are needed: searching on the CPU", _FAISS_GPU_MAX_K
+        "warning: faiss-gpu gives at most %d results, and more are needed: searching on the CPU", _FAISS_GPU_MAX_K
     )
 
 
 def _rounding_error(queries: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """A generous bound on float32 rounding in an inner product of H terms, per query: (Q,)."""
+    """A generous bound on the float32 rounding of an inner product of H terms, for each query: (Q,)."""
     longest = np.sqrt(np.einsum("nh,nh->n", block, block).max())
     return 4 * np.finfo(np.float32).eps * np.sqrt(block.shape[1]) * longest * np.linalg.norm(queries, axis=1)
