@@ -47,7 +47,7 @@ class TrainExample(NamedTuple):
 class KnownPositives:
     """Query -> the ids of every text that any row gives as an answer to it."""
 
-    def __init__(self, rows: datasets.Dataset):
+    def __init__(self, rows: datasets.Dataset) -> None:
         owners, answers = flatten_column(rows, "pos_ids")
         queries = rows.select_columns(["query_id"]).with_format("arrow")[:]["query_id"].to_numpy()[owners]
         order = np.lexsort((answers, queries))
@@ -71,7 +71,7 @@ class TrainDataset(Dataset[TrainExample]):
     needs to be.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int):
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int) -> None:
         self.rows = rows
         self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
         self.seed = seed
@@ -123,7 +123,7 @@ def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) 
 class EpochSampler(Sampler[EpochIndex]):
     """Yields (epoch, index) over all rows: shuffled by (seed, epoch), neighbours together if given, or in order."""
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool = True, neighbours: Neighbours | None = None):
+    def __init__(self, length: int, *, seed: int, shuffle: bool = True, neighbours: Neighbours | None = None) -> None:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
@@ -131,6 +131,7 @@ class EpochSampler(Sampler[EpochIndex]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Take the epoch to draw from; the Trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -159,7 +160,7 @@ class EmbedCollator:
         query_max_len: int,
         passage_max_len: int,
         with_teacher: bool = False,
-    ):
+    ) -> None:
         self.tokenizer = tokenizer
         self.group_size = group_size
         self.with_teacher = with_teacher
@@ -168,6 +169,7 @@ class EmbedCollator:
         )
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
+        """Tokenize the distinct texts of the examples, and point at them."""
         texts_of = [example.passages for example in examples]
         queries, cut_queries = self.query.tokenize(self.tokenizer, [example.query for example in examples])
         passages, cut_passages = self.passage.tokenize(self.tokenizer, [text for texts in texts_of for text in texts])

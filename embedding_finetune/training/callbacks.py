@@ -17,17 +17,19 @@ logger = logging.getLogger(__name__)
 class StderrProgress(ProgressCallback):
     """Progress and log lines, all on stderr: stdout carries results only."""
 
-    def __init__(self, *, disabled: bool):
+    def __init__(self, *, disabled: bool) -> None:
         super().__init__()
         self.disabled = disabled
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to show the steps."""
         self.current_step = 0
         if state.is_world_process_zero:
             self.training_bar = Progress(state.max_steps, "Training", "step", disable=self.disabled)
             self.training_bar.show()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the values as one line."""
         if state.is_world_process_zero and logs is not None:
             line = "  ".join(
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -40,7 +42,7 @@ class StderrProgress(ProgressCallback):
 class CutTexts(TrainerCallback):
     """Counts the texts of the first epoch that were longer than the lengths they are trained with, and says so."""
 
-    def __init__(self, *, query: int, passage: int):
+    def __init__(self, *, query: int, passage: int) -> None:
         self._lengths = {"query": query, "passage": passage}
         self._counts = np.zeros((2, 2), dtype=np.int64)
 

@@ -25,7 +25,7 @@ class Neighbours:
     Raises UserError when no row has any.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, most: int):
+    def __init__(self, rows: datasets.Dataset, *, most: int) -> None:
         self.most = most
         row_numbers, positive_ids = flatten_column(rows, "pos_ids")
         positives, first = np.unique(positive_ids, return_index=True)  # (P,) each

@@ -44,6 +44,7 @@ class Parser(HfArgumentParser, OneLineErrorParser):
                 action.help = f"the same as --{action.dest} False"
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; unknown flags end in one line that says what is meant."""
         found, rest = super().parse_known_args(args, namespace)
         check_known(rest)
         check_given(self.given, {flag: self.get_default(flag) for flag in self.given})

@@ -64,7 +64,7 @@ class RetrievalTrainer(Trainer):
         trained_before: np.ndarray,
         neighbours: Neighbours | None = None,
         task: RetrievalTask | None = None,
-    ):
+    ) -> None:
         super().__init__(
             model=model,
             args=args,
