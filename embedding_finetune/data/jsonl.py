@@ -1,179 +1,139 @@
 """Reading and writing JSON Lines: every error names `path:line`, and a file appears whole or not at all.
 
-Readers yield one validated record per line. They skip blank lines and accept a byte-order mark. Names that end in `.gz`
+A file may also be one array of objects. Blank lines are skipped, a byte-order mark is accepted. Names that end in `.gz`
 are read and written compressed.
 """
 
+import codecs
 import gzip
 import json
-import logging
-import os
+import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import IO, Any, cast
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.files import AnyPath, atomic_writer
 
-logger = logging.getLogger(__name__)
-
 Record = dict[str, Any]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-SCORE_FIELDS = ("pos_scores", "neg_scores")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
-_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""Scores are held as float32."""
 _GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
-_SHOWN_CHARACTERS = 20
-_SHOWN_FIELDS = 10
-"""In one log line."""
-
-
-def read_training_rows(
-    path: AnyPath, *, scores_required: bool = False, known: Iterable[str] = (), unused: str = "ignored"
-) -> Iterator[Record]:
-    """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
-
-    They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. Other fields
-    are kept. A log line counts them, except those in `known`, and says with `unused` what happens to them.
-
-    Raises UserError naming `path:line` at the first row that is not like this.
-    """
-    used = {"query", "pos", "neg", *known, *(SCORE_FIELDS if scores_required else ())}
-    others: Counter[str] = Counter()
-    for line, record in read(path):
-        _drop_nulls(record, "neg")
-        _require_text(path, line, record, "query")
-        _require_texts(path, line, record, "pos")
-        if "neg" in record:
-            _require_texts(path, line, record, "neg", may_be_empty=True)
-        for field in ("pos", "neg"):
-            _check_scores(path, line, record, field)
-            if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
-                raise UserError(
-                    f'{path}:{line}: "{field}_scores" is missing, which --distillation_weight needs; '
-                    "mine_hard_neg.py --save_scores writes it"
-                )
-        others.update(_fields_beyond(used, record))
-        yield record
-    _log_others(path, others, unused)
-
-
-def read_queries(path: AnyPath) -> Iterator[Record]:
-    """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
-
-    They may have a `group` (any string) and an `id` (a string without whitespace or a whole number). Either all rows
-    have an `id` or none has, and no two are the same. null is the same as missing. A log line counts other fields.
-    """
-    used = {"query", "pos", "id", "group"}
-    others: Counter[str] = Counter()
-    lines_of: dict[str, int] = {}
-    without_id = 0
-    for line, record in read(path):
-        _drop_nulls(record, "id", "group")
-        _require_text(path, line, record, "query")
-        _require_texts(path, line, record, "pos")
-        if "group" in record:
-            _require_text(path, line, record, "group")
-        if "id" in record:
-            name = record["id"]
-            if isinstance(name, str):
-                _check_text(path, line, '"id"', name)
-            if type(name) not in (str, int) or str(name).split() != [str(name)]:
-                raise UserError(f'{path}:{line}: "id" is {name!r}, expected a string without whitespace or a number')
-            if lines_of.setdefault(str(name), line) != line:
-                raise UserError(f'{path}:{line}: "id" {name!r} is already in line {lines_of[str(name)]}')
-        else:
-            without_id += 1
-        if lines_of and without_id:
-            raise UserError(f'{path}:{line}: some rows have an "id" and some do not; give all of them one, or none')
-        others.update(_fields_beyond(used, record))
-        yield record
-    _log_others(path, others, "ignored")
-
-
-def read_passages(path: AnyPath) -> Iterator[str]:
-    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
-
-    A log line counts other fields. Raises like read_training_rows.
-    """
-    others: Counter[str] = Counter()
-    for line, record in read(path):
-        _drop_nulls(record, "context", "text")
-        if "context" in record:
-            used = "context"
-            _require_texts(path, line, record, "context")
-            yield from record["context"]
-        elif "text" in record:
-            used = "text"
-            _require_text(path, line, record, "text")
-            yield record["text"]
-        else:
-            raise UserError(
-                f'{path}:{line}: neither "context" nor "text" is there; '
-                'expected {"context": [str, ...]} or {"text": str}'
-            )
-        others.update(_fields_beyond({used}, record))
-    _log_others(path, others, "ignored")
-
-
-def data_files(path: AnyPath) -> list[Path]:
-    """The data files at `path`: the file itself, or a folder's visible JSON files, sorted by name."""
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    try:
-        children = sorted(path.iterdir())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    files = [child for child in children if child.is_file() and _is_data_file(child.name)]
-    subfolders = {child.name: count for child in children if (count := _count_data_files(child))}
-    if not files:
-        hint = f"; subfolders are not read: give {path / next(iter(subfolders))}" if subfolders else ""
-        raise UserError(f"{path}: the folder holds no {', '.join('*' + s for s in DATA_SUFFIXES)} file{hint}")
-    if subfolders:
-        counts = ", ".join(f"{name} ({count} data files)" for name, count in subfolders.items())
-        logger.warning("warning: %s: subfolders are not read: %s", path, counts)
-    ignored = [child.name for child in children if child not in files and child.name not in subfolders]
-    if ignored:
-        logger.info("%s: not read: %s", path, ", ".join(ignored))
-    return files
-
-
-def _is_data_file(name: str) -> bool:
-    return name.endswith(DATA_SUFFIXES) and not name.startswith(".")
-
-
-def _count_data_files(folder: Path) -> int:
-    """How many data files a visible folder holds, at any depth; 0 for a file."""
-    if folder.name.startswith(".") or not folder.is_dir():
-        return 0
-    return sum(_is_data_file(name) for _, _, names in os.walk(folder) for name in names)
+_PART_BYTES = 2**20
+_CUT_CHARACTERS = 16
+"""Where the end of a part cuts a value, json sees an error at most so many characters before the end."""
 
 
 def read(path: AnyPath) -> Iterator[tuple[int, Record]]:
     """Yield (line number from 1, record) for every line of a file that is not blank.
 
-    Raises UserError when the file is missing, unreadable or not UTF-8, when it holds no record, and at a line that is
-    not one JSON object.
+    Of a file that is one array, the line is that where an object begins. Raises UserError when the file is missing,
+    unreadable or not UTF-8, and at a line that is not one JSON object.
     """
-    line, is_empty = 0, True
+    line = 0
     try:
         with _open_for_reading(path) as file:
+            if _is_array(file):
+                yield from _read_array(path, file)
+                return
             for line, raw in enumerate(file, start=1):
                 record = _parse(path, line, raw)
                 if record is not None:
-                    is_empty = False
                     yield line, record
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}:{line + 1}: cannot be read: {reason}") from error
-    if is_empty:
-        raise UserError(f"{path}: the file is empty; expected one JSON object per line")
+
+
+def _is_array(file: IO[bytes]) -> bool:
+    """Whether the first character of a file that was just opened is a bracket; the file is as before."""
+    first = b""
+    while not first and (line := file.readline(_PART_BYTES)):
+        first = line.removeprefix(codecs.BOM_UTF8).strip()[:1]
+    file.seek(0)
+    return first == b"["
+
+
+def _read_array(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Record]]:
+    """The objects of one array, with the lines where they begin."""
+    text = _Text(path, file)
+    text.skip("[")
+    while text.next_character() != "]":
+        line = text.line
+        record = text.take_value()
+        yield line, _require_object(path, line, record)
+        if text.next_character() == ",":
+            text.skip(",")
+            if text.next_character() != "]":
+                continue
+            raise UserError(f"{path}:{text.line}: not valid JSON (a comma before the end of the array)")
+        if text.next_character() != "]":
+            raise UserError(f"{path}:{text.line}: not valid JSON (expected , or ] after an object)")
+    text.skip("]")
+    if text.next_character():
+        raise UserError(f"{path}:{text.line}: not valid JSON (more text after the end of the array)")
+
+
+class _Text:
+    """The text of a file, of which a part at a time is held."""
+
+    def __init__(self, path: AnyPath, file: IO[bytes]) -> None:
+        self.line = 1
+        self._path = path
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._held = ""
+        self._position = 0
+
+    def next_character(self) -> str:
+        """The next character that is not white space, empty at the end of the file."""
+        while True:
+            match = _BLANK.match(self._held, self._position)
+            self._move_to(match.end() if match else self._position)
+            if self._position < len(self._held) or not self._read_more():
+                return self._held[self._position : self._position + 1]
+
+    def skip(self, character: str) -> None:
+        """Go on after a character that next_character gave."""
+        self.next_character()
+        self._position += len(character)
+
+    def take_value(self) -> object:
+        """The JSON value that begins at the next character."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._held, self._position)
+            except json.JSONDecodeError as error:
+                cut = "Unterminated string" in error.msg or error.pos > len(self._held) - _CUT_CHARACTERS
+                if cut and self._read_more():
+                    continue
+                line = self.line + self._held.count("\n", self._position, error.pos)
+                raise UserError(f"{self._path}:{line}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self._path}:{self.line}: not valid JSON ({error})") from error
+            self._move_to(end)
+            return value
+
+    def _move_to(self, position: int) -> None:
+        self.line += self._held.count("\n", self._position, position)
+        self._position = position
+
+    def _read_more(self) -> bool:
+        """Hold as much text again as is held beyond the position, at least a part; whether there was any."""
+        left = len(self._held) - self._position
+        raw = self._file.read(max(_PART_BYTES, left))
+        try:
+            more = self._decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            line = self.line + self._held.count("\n", self._position) + raw.count(b"\n", 0, error.start)
+            raise UserError(f"{self._path}:{line}: not UTF-8; save the file as UTF-8") from error
+        self._held, self._position = self._held[self._position :] + more, 0
+        return bool(raw)
+
+
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 
 def write(path: AnyPath, records: Iterable[Record]) -> None:
@@ -206,10 +166,12 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     try:
         record = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        if line == 1 and text.startswith("["):
-            raise UserError(f"{path}:1: the file is one JSON array; expected one object per line") from error
         reason = str(error).replace("line 1 column", "column")  # json counts lines within this one
         raise UserError(f"{path}:{line}: not valid JSON ({reason}); expected one object per line") from error
+    return _require_object(path, line, record)
+
+
+def _require_object(path: AnyPath, line: int, record: object) -> Record:
     if not isinstance(record, dict):
         raise UserError(f"{path}:{line}: a JSON {type(record).__name__}, expected an object")
     return record
@@ -225,69 +187,3 @@ def _without_repeated_names(pairs: list[tuple[str, Any]]) -> Record:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_names)
-
-
-def _require_text(path: AnyPath, line: int, record: Record, field: str) -> None:
-    if field not in record:
-        raise UserError(f'{path}:{line}: "{field}" is missing, expected a string')
-    _check_text(path, line, f'"{field}"', record[field])
-
-
-def _require_texts(path: AnyPath, line: int, record: Record, field: str, *, may_be_empty: bool = False) -> None:
-    if field not in record:
-        raise UserError(f'{path}:{line}: "{field}" is missing, expected a list of strings')
-    texts = record[field]
-    if not isinstance(texts, list):
-        raise UserError(f'{path}:{line}: "{field}" is a {type(texts).__name__}, expected a list of strings')
-    if not texts and not may_be_empty:
-        raise UserError(f'{path}:{line}: "{field}" is empty, expected at least one string')
-    for position, text in enumerate(texts):
-        _check_text(path, line, f'"{field}"[{position}]', text)
-
-
-def _drop_nulls(record: Record, *fields: str) -> None:
-    """Remove those of the fields that are null."""
-    for field in fields:
-        if field in record and record[field] is None:
-            del record[field]
-
-
-def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
-    """The names of a record's other fields, without those that are null."""
-    return [name for name, value in record.items() if name not in used and value is not None]
-
-
-def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
-    """Log other fields and in how many rows they are; `unused` says what happens to them, such as "ignored"."""
-    fields = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
-    if len(fields) > _SHOWN_FIELDS:
-        fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
-    if fields:
-        logger.info("%s: %s: %s", path, unused, ", ".join(fields))
-
-
-def _check_scores(path: AnyPath, line: int, record: Record, field: str) -> None:
-    scores = record.get(f"{field}_scores")
-    if scores is None:
-        return
-    texts = record.get(field, [])
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
-    if not numbers or len(scores) != len(texts):
-        raise UserError(f'{path}:{line}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
-    for position, score in enumerate(scores):
-        if not -_LARGEST_FLOAT32 <= score <= _LARGEST_FLOAT32:  # NaN is refused too
-            raise UserError(
-                f'{path}:{line}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN_CHARACTERS]}, '
-                "expected a finite number that float32 can hold"
-            )
-
-
-def _check_text(path: AnyPath, line: int, name: str, text: object) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"{path}:{line}: {name} is a {type(text).__name__}, expected a string")
-    if not text.strip():
-        raise UserError(f"{path}:{line}: {name} is an empty string, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}:{line}: {name} holds half a surrogate pair, which is not Unicode text") from error

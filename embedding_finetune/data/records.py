@@ -1,0 +1,191 @@
+"""What the rows of a file must be: training rows, queries with their answers, passages to search.
+
+Readers yield one validated record per row, read through formats.py. Every error names the place and the field.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data.formats import OWN_NAMES, Columns, Place, Record, read
+from embedding_finetune.files import AnyPath
+
+logger = logging.getLogger(__name__)
+
+SCORE_FIELDS = ("pos_scores", "neg_scores")
+
+_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""Scores are held as float32."""
+_SHOWN_CHARACTERS = 20
+_SHOWN_FIELDS = 10
+"""In one log line."""
+
+
+def read_training_rows(
+    path: AnyPath,
+    columns: Columns = OWN_NAMES,
+    *,
+    scores_required: bool = False,
+    known: Iterable[str] = (),
+    unused: str = "ignored",
+) -> Iterator[Record]:
+    """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
+
+    They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must; and an
+    `instruction` that is put before their query. Other fields are kept. A log line counts them, except those in `known`, and says with `unused` what happens to them.
+
+    Raises UserError naming file and line, or row, at the first row that is not like this.
+    """
+    used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
+    others: Counter[str] = Counter()
+    for place, record in read(path, columns):
+        _drop_nulls(record, "neg", "instruction")
+        _require_text(place, record, "query")
+        _require_texts(place, record, "pos")
+        if "neg" in record:
+            _require_texts(place, record, "neg", may_be_empty=True)
+        _check_instruction(place, record)
+        for field in ("pos", "neg"):
+            _check_scores(place, record, field)
+            if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
+                raise UserError(
+                    f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
+                    "mine_hard_neg.py --save_scores writes it"
+                )
+        others.update(_fields_beyond(used, record))
+        yield record
+    _log_others(path, others, unused)
+
+
+def read_queries(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[Record]:
+    """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
+
+    They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number). Either all rows
+    have an `id` or none has, and no two are the same. null is the same as missing. A log line counts other fields.
+    """
+    used = {"query", "pos", "id", "group", "instruction"}
+    others: Counter[str] = Counter()
+    places_of: dict[str, Place] = {}
+    without_id = 0
+    for place, record in read(path, columns):
+        _drop_nulls(record, "id", "group", "instruction")
+        _require_text(place, record, "query")
+        _require_texts(place, record, "pos")
+        _check_instruction(place, record)
+        if "group" in record:
+            _require_text(place, record, "group")
+        if "id" in record:
+            name = record["id"]
+            if isinstance(name, str):
+                _check_text(place, place.name("id"), name)
+            if type(name) not in (str, int) or str(name).split() != [str(name)]:
+                raise UserError(
+                    f"{place}: {place.name('id')} is {name!r}, expected a string without whitespace or a number"
+                )
+            if places_of.setdefault(str(name), place) is not place:
+                raise UserError(f"{place}: {place.name('id')} {name!r} is already in {places_of[str(name)]}")
+        else:
+            without_id += 1
+        if places_of and without_id:
+            raise UserError(f'{place}: some rows have an "id" and some do not; give all of them one, or none')
+        others.update(_fields_beyond(used, record))
+        yield record
+    _log_others(path, others, "ignored")
+
+
+def read_passages(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[str]:
+    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
+
+    A log line counts other fields. Raises like read_training_rows.
+    """
+    others: Counter[str] = Counter()
+    for place, record in read(path, columns):
+        _drop_nulls(record, "context", "text")
+        if "context" in record:
+            used = "context"
+            _require_texts(place, record, "context")
+            yield from record["context"]
+        elif "text" in record:
+            used = "text"
+            _require_text(place, record, "text")
+            yield record["text"]
+        else:
+            raise UserError(
+                f'{place}: neither "context" nor "text" is there; expected {{"context": [str, ...]}} or {{"text": str}}'
+            )
+        others.update(_fields_beyond({used}, record))
+    _log_others(path, others, "ignored")
+
+
+def _require_text(place: Place, record: Record, field: str) -> None:
+    if field not in record:
+        raise UserError(f"{place}: {place.name(field)} is missing, expected a string")
+    _check_text(place, place.name(field), record[field])
+
+
+def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
+    if field not in record:
+        raise UserError(f"{place}: {place.name(field)} is missing, expected a list of strings")
+    texts = record[field]
+    if not isinstance(texts, list):
+        raise UserError(f"{place}: {place.name(field)} is a {type(texts).__name__}, expected a list of strings")
+    if not texts and not may_be_empty:
+        raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
+    for position, text in enumerate(texts):
+        _check_text(place, f"{place.name(field)}[{position}]", text)
+
+
+def _check_instruction(place: Place, record: Record) -> None:
+    """An instruction may be empty: then nothing is put before the query."""
+    if "instruction" in record and record["instruction"] != "":
+        _require_text(place, record, "instruction")
+
+
+def _drop_nulls(record: Record, *fields: str) -> None:
+    """Remove those of the fields that are null."""
+    for field in fields:
+        if field in record and record[field] is None:
+            del record[field]
+
+
+def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
+    """The names of a record's other fields, without those that are null."""
+    return [name for name, value in record.items() if name not in used and value is not None]
+
+
+def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
+    """Log other fields and in how many rows they are; `unused` says what happens to them, such as "ignored"."""
+    fields = [f"{json.dumps(name)} in {count} rows" for name, count in others.items()]
+    if len(fields) > _SHOWN_FIELDS:
+        fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
+    if fields:
+        logger.info("%s: %s: %s", path, unused, ", ".join(fields))
+
+
+def _check_scores(place: Place, record: Record, field: str) -> None:
+    scores = record.get(f"{field}_scores")
+    if scores is None:
+        return
+    texts = record.get(field, [])
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    if not numbers or len(scores) != len(texts):
+        raise UserError(f'{place}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
+    for position, score in enumerate(scores):
+        if not -_LARGEST_FLOAT32 <= score <= _LARGEST_FLOAT32:  # NaN is refused too
+            raise UserError(
+                f'{place}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN_CHARACTERS]}, '
+                "expected a finite number that float32 can hold"
+            )
+
+
+def _check_text(place: Place, name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise UserError(f"{place}: {name} is an empty string, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: {name} holds half a surrogate pair, which is not Unicode text") from error
