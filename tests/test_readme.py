@@ -69,7 +69,7 @@ def parse(monkeypatch):
     check = files.require_file
     monkeypatch.setattr(files, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(files, "require_writable", lambda *_: None)
-    monkeypatch.setattr("embedding_finetune.training.run_folder.check_output_dir", lambda *_: None)
+    monkeypatch.setattr("embedding_finetune.training.parser.check_output_dir", lambda *_: None)
 
     def parse(command: str) -> object:
         _, script, *argv = shlex.split(command)
