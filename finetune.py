@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave_process_group_at_exit()
     rows = load_rows(
         data_args.train_data,
+        data_args.columns,
         max_rows_per_file=data_args.max_example_num_per_dataset,
         seed=args.seed,
         scores_required=args.distillation_weight > 0,

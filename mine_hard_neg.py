@@ -23,9 +23,10 @@ import numpy as np
 
 from embedding_finetune import __version__, files
 from embedding_finetune.command_line import UserError, command
-from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.formats import add_columns_argument, write
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.records import SCORE_FIELDS, read_passages, read_training_rows
 from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments
 from embedding_finetune.mining.choice import Selection, lowest_scores
 from embedding_finetune.mining.stopwatch import Stopwatch
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stopwatch = Stopwatch()
     options = parse_arguments(argv)
     rows = read_rows(options)
-    corpus = Corpus(candidate_texts(rows, options.candidate_pool), beyond=required_texts(rows, options))
+    corpus = Corpus(candidate_texts(rows, options), beyond=required_texts(rows, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
     stopwatch.lap("read")
 
@@ -89,7 +90,7 @@ def write_outcome(
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
     positive_scores = np.split(candidates.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
     mined = partial(mined_rows, rows, corpus, selections, positive_scores if options.save_scores else None)
-    jsonl.write(options.output_file, mined(written))
+    write(options.output_file, mined(written))
     stopwatch.lap("write")
     audit = {
         **mining_audit(selections, candidates.pair_scores, lowest_positive, wanted=options.negative_number),
@@ -130,6 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
         help='texts to mine from, {"text": str} or {"context": [str, ...]} a line '
         '(default: every "pos" and "neg" of the input file)',
     )
+    add_columns_argument(parser)
     parser.add_argument(
         "--reranker_name_or_path", metavar="NAME", help="a cross-encoder whose scores replace the model's"
     )
@@ -144,8 +146,8 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
 def read_rows(options: MiningOptions) -> list[Record]:
     """The rows of --input_file. Log lines say which fields mining does not use, and whether scores are dropped."""
     use_of_others = "kept and written, but not used"
-    rows = list(jsonl.read_training_rows(options.input_file, known=jsonl.SCORE_FIELDS, unused=use_of_others))
-    scored = sum(any(row.get(field) is not None for field in jsonl.SCORE_FIELDS) for row in rows)
+    rows = list(read_training_rows(options.input_file, options.columns, known=SCORE_FIELDS, unused=use_of_others))
+    scored = sum(any(row.get(field) is not None for field in SCORE_FIELDS) for row in rows)
     if scored and not options.save_scores:
         logger.info(
             "%s: scores in %d rows are left out: they belong to the old negatives; --save_scores writes new ones",
@@ -155,10 +157,10 @@ def read_rows(options: MiningOptions) -> list[Record]:
     return rows
 
 
-def candidate_texts(rows: Sequence[Record], candidate_pool: str | None) -> Iterator[str]:
+def candidate_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:
     """The texts that may become negatives, in first-seen order, repeats included."""
-    if candidate_pool is not None:
-        yield from jsonl.read_passages(candidate_pool)
+    if options.candidate_pool is not None:
+        yield from read_passages(options.candidate_pool, options.columns)
     else:
         for row in rows:
             yield from row["pos"]
@@ -186,7 +188,7 @@ def mined_rows(
     """
     for number in numbers:
         row, selection = rows[number], selections[number]
-        fields = {name: value for name, value in row.items() if name not in jsonl.SCORE_FIELDS}
+        fields = {name: value for name, value in row.items() if name not in SCORE_FIELDS}
         mined = {**fields, "neg": [corpus.texts[position] for position in selection.negatives]}
         if positive_scores is not None:
             mined["pos_scores"] = [round(score, 6) for score in positive_scores[number].tolist()]

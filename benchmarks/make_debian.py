@@ -29,6 +29,7 @@ from common import DATA, new_parser
 from embedding_finetune.command_line import UserError, command
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.records import read_training_rows
 from embedding_finetune.data.texts import canonical
 from embedding_finetune.parser import positive_int
 
@@ -64,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_rows(path: Path) -> list[Record]:
     """The rows of a JSON Lines file, with their query and positives only."""
-    return [{"query": row["query"], "pos": row["pos"]} for row in jsonl.read_training_rows(path)]
+    return [{"query": row["query"], "pos": row["pos"]} for row in read_training_rows(path)]
 
 
 def debian_rows() -> Iterator[Record]:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedding_finetune.data.jsonl import Record, read_queries
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.records import read_queries
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
 from embedding_finetune.files import AnyPath
 
@@ -82,9 +83,9 @@ class RetrievalTask(NamedTuple):
         return int(np.isin([text_id(query) for query in self.queries], ids).sum())
 
 
-def load_task(query_file: AnyPath, corpus: Corpus) -> RetrievalTask:
+def load_task(query_file: AnyPath, corpus: Corpus, columns: Sequence[str] = ()) -> RetrievalTask:
     """Read queries from a file and find their positives in the corpus, see make_task."""
-    return make_task(list(read_queries(query_file)), corpus)
+    return make_task(list(read_queries(query_file, columns)), corpus)
 
 
 def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:

@@ -4,20 +4,19 @@
 read a part at a time. A file with any other name is read as JSON Lines.
 """
 
+import argparse
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl, tables
+from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 DELIMITED = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 PARQUET = ".parquet"
@@ -25,6 +24,7 @@ DATA_SUFFIXES = (*jsonl.SUFFIXES, *DELIMITED, PARQUET)
 
 ROLES = ("query", "pos", "neg", "text", "id", "group", "instruction")
 """The suite's own names of columns, which --columns maps others to."""
+COLUMNS_HELP = f"what your files call the columns {', '.join(ROLES)}, such as query=question pos=answer"
 _LISTS = ("pos", "neg", "context")
 _ANOTHER_NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 _ALSO_CALLED = {"query": "anchor", "pos": "positive", "instruction": "prompt"}
@@ -33,13 +33,20 @@ _JUDGEMENTS = ("label", "score")
 """Columns beside sentence-transformers' names that say how good a pair is."""
 
 
-class Place(NamedTuple):
-    """Where a record stands in a file, for errors, and which columns its fields came from."""
+_AS_THEY_ARE: Mapping[str, Sequence[str]] = {}
 
-    path: AnyPath
-    number: int
-    is_line: bool
-    columns: Mapping[str, Sequence[str]]
+
+class Place:
+    """Where a reader stands in a file, for errors, and which columns the fields of this record came from.
+
+    A reader has one, and moves it from record to record.
+    """
+
+    def __init__(self, path: AnyPath, *, is_line: bool) -> None:
+        self.path = path
+        self.number = 0
+        self.is_line = is_line
+        self.columns = _AS_THEY_ARE
 
     def __str__(self) -> str:
         return f"{self.path}:{self.number}" if self.is_line else f"{self.path}: row {self.number}"
@@ -49,23 +56,45 @@ class Place(NamedTuple):
         return " and ".join(f'"{column}"' for column in self.columns.get(field, [field]))
 
 
-class Columns:
-    """Which column of a file plays which role, as --columns says: role -> column.
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --columns."""
+    parser.add_argument("--columns", nargs="+", default=[], metavar="ROLE=COLUMN", help=COLUMNS_HELP)
+
+
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+    """`["query=question", "pos=answer"]` of --columns as role -> column. Raises UserError for anything else."""
+    columns: dict[str, str] = {}
+    for text in given:
+        role, _, column = text.partition("=")
+        if role not in ROLES or not column:
+            raise UserError(
+                f"--columns {text}: expected ROLE=COLUMN, such as query=question; the roles are {', '.join(ROLES)}"
+            )
+        if role in columns or column in columns.values():
+            raise UserError(f"--columns {text}: that {'role' if role in columns else 'column'} is given twice")
+        columns[role] = column
+    return columns
+
+
+class _Columns:
+    """Which column of a file plays which role. `given`: role -> column, as --columns says.
 
     Without it the suite's own names count, and where these are missing, sentence-transformers': anchor, positive,
-    negative, negative_1 and so on, and FlagEmbedding's prompt. A file without the column that --columns names is read as
-    if the flag had not been given.
+    negative, negative_1 and so on, and FlagEmbedding's prompt. A file without a column that --columns names is read as
+    if it had not been named.
     """
 
-    def __init__(self, given: Mapping[str, str] | None = None) -> None:
-        self._given = dict(given or {})
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self._given = given
         self._known: dict[tuple[str, ...], Mapping[str, Sequence[str]]] = {}
 
-    def sources(self, place: Place, names: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    def sources(self, place: Place, record: Record) -> Mapping[str, Sequence[str]]:
         """Field -> the columns that it comes from, for fields that are called otherwise in the file."""
-        if names not in self._known:
-            self._known[names] = self._find_sources(place, names)
-        return self._known[names]
+        names = tuple(record)
+        sources = self._known.get(names)
+        if sources is None:
+            sources = self._known[names] = self._find_sources(place, names)
+        return sources
 
     def _find_sources(self, place: Place, names: Sequence[str]) -> Mapping[str, Sequence[str]]:
         found: dict[str, Sequence[str]] = {}
@@ -86,29 +115,26 @@ class Columns:
         return found
 
 
-OWN_NAMES = Columns()
-
-
-def read(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[tuple[Place, Record]]:
+def read(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[tuple[Place, Record]]:
     """Yield (place, record) for every record of a file, with the suite's own names.
+
+    columns: what --columns gives, such as `query=question`.
 
     In csv, tsv and parquet, and in sentence-transformers' columns, a text where a list is expected is a list of one.
     Raises UserError when the file cannot be read, when it holds no record, and where it is damaged.
     """
+    roles = _Columns(parse_columns(columns))
     is_table = str(path).endswith((*DELIMITED, PARQUET))
-    empty = True
-    for number, record in _read(path):
-        empty = False
-        place = Place(path, number, not is_table, {})
-        sources = columns.sources(place, tuple(record))
-        if sources:
-            place = place._replace(columns=sources)
+    place = Place(path, is_line=not is_table)
+    for place.number, record in _read(path):
+        place.columns = roles.sources(place, record)
+        if place.columns:
             _check_no_judgement(place, record)
-            record = _renamed(record, sources)
+            record = _renamed(record, place.columns)
         if is_table:
             _put_texts_into_lists(record)
         yield place, record
-    if empty:
+    if not place.number:
         raise UserError(f"{path}: the file is empty; expected {'rows' if is_table else 'one JSON object per line'}")
 
 

@@ -6,10 +6,11 @@ Readers yield one validated record per row, read through formats.py. Every error
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.formats import OWN_NAMES, Columns, Place, Record, read
+from embedding_finetune.data.formats import Place, read
+from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _SHOWN_FIELDS = 10
 
 def read_training_rows(
     path: AnyPath,
-    columns: Columns = OWN_NAMES,
+    columns: Sequence[str] = (),
     *,
     scores_required: bool = False,
     known: Iterable[str] = (),
@@ -33,8 +34,9 @@ def read_training_rows(
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
-    They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must; and an
-    `instruction` that is put before their query. Other fields are kept. A log line counts them, except those in `known`, and says with `unused` what happens to them.
+    They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
+    `instruction` is put before their query. Other fields are kept. A log line counts them, except those in `known`, and
+    says with `unused` what happens to them.
 
     Raises UserError naming file and line, or row, at the first row that is not like this.
     """
@@ -59,15 +61,16 @@ def read_training_rows(
     _log_others(path, others, unused)
 
 
-def read_queries(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[Record]:
+def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
 
-    They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number). Either all rows
-    have an `id` or none has, and no two are the same. null is the same as missing. A log line counts other fields.
+    They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number).
+    Either all rows have an `id` or none has, and no two are the same. null is the same as missing. A log line counts
+    other fields.
     """
     used = {"query", "pos", "id", "group", "instruction"}
     others: Counter[str] = Counter()
-    places_of: dict[str, Place] = {}
+    places_of: dict[str, str] = {}
     without_id = 0
     for place, record in read(path, columns):
         _drop_nulls(record, "id", "group", "instruction")
@@ -79,13 +82,14 @@ def read_queries(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[Record
         if "id" in record:
             name = record["id"]
             if isinstance(name, str):
-                _check_text(place, place.name("id"), name)
+                _check_text(place, "id", name)
             if type(name) not in (str, int) or str(name).split() != [str(name)]:
                 raise UserError(
                     f"{place}: {place.name('id')} is {name!r}, expected a string without whitespace or a number"
                 )
-            if places_of.setdefault(str(name), place) is not place:
+            if str(name) in places_of:
                 raise UserError(f"{place}: {place.name('id')} {name!r} is already in {places_of[str(name)]}")
+            places_of[str(name)] = str(place)
         else:
             without_id += 1
         if places_of and without_id:
@@ -95,7 +99,7 @@ def read_queries(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[Record
     _log_others(path, others, "ignored")
 
 
-def read_passages(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[str]:
+def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
     """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
 
     A log line counts other fields. Raises like read_training_rows.
@@ -122,7 +126,7 @@ def read_passages(path: AnyPath, columns: Columns = OWN_NAMES) -> Iterator[str]:
 def _require_text(place: Place, record: Record, field: str) -> None:
     if field not in record:
         raise UserError(f"{place}: {place.name(field)} is missing, expected a string")
-    _check_text(place, place.name(field), record[field])
+    _check_text(place, field, record[field])
 
 
 def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
@@ -134,7 +138,7 @@ def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bo
     if not texts and not may_be_empty:
         raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
     for position, text in enumerate(texts):
-        _check_text(place, f"{place.name(field)}[{position}]", text)
+        _check_text(place, field, text, position)
 
 
 def _check_instruction(place: Place, record: Record) -> None:
@@ -180,7 +184,11 @@ def _check_scores(place: Place, record: Record, field: str) -> None:
             )
 
 
-def _check_text(place: Place, name: str, text: object) -> None:
+def _check_text(place: Place, field: str, text: object, position: int | None = None) -> None:
+    """Raise UserError unless a field, or the item at a position of its list, is Unicode text that says something."""
+    if isinstance(text, str) and text.isascii() and text and not text.isspace():
+        return
+    name = place.name(field) if position is None else f"{place.name(field)}[{position}]"
     if not isinstance(text, str):
         raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")
     if not text.strip():

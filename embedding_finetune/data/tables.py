@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath, atomic_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-Record = dict[str, Any]
 
 _BLOCK_BYTES = 2**24
 """What is parsed at once, and the longest row of a csv or tsv file."""
@@ -156,7 +155,8 @@ def read_parquet(path: AnyPath) -> Iterator[tuple[int, Record]]:
 def write_parquet(path: AnyPath, records: Iterable[Record]) -> None:
     """Write records as a parquet file, fields in first-seen order.
 
-    A run that is killed leaves the old file or the new one. Raises UserError for a field whose values are of several types, which a column cannot hold.
+    A run that is killed leaves the old file or the new one. Raises UserError for a field whose values are of several
+    types, which a column cannot hold.
     """
     import pyarrow as pa
     import pyarrow.parquet

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.formats import parse_columns
 from embedding_finetune.parser import repeated_model
 from embedding_finetune.retrieval.arguments import EncodingOptions
 
@@ -25,6 +26,7 @@ class EvaluationOptions(EncodingOptions):
     model_name: list[str]
     index_file_jsonl_path: str
     query_file_jsonl_path: str
+    columns: list[str] = field(default_factory=list)
     cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
     measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
     output_dir: str | None = None
@@ -34,6 +36,7 @@ class EvaluationOptions(EncodingOptions):
     fail_if_worse: bool = False
 
     def __post_init__(self) -> None:
+        parse_columns(self.columns)
         if (repeated := repeated_model(self.model_name)) is not None:
             raise UserError(f"--model_name: the same model is named twice, as {repeated}")
         if self.fail_if_worse and len(self.model_name) == 1:

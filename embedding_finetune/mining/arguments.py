@@ -1,11 +1,12 @@
 """The flags of mine_hard_neg.py: those about choosing and writing negatives, and all of them as one value."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.formats import parse_columns
 from embedding_finetune.mining.choice import ScoreFilters, Strategy
 from embedding_finetune.parser import (
     add_switch,
@@ -55,6 +56,7 @@ class MiningOptions(EncodingOptions, SelectionOptions):
     model_name_or_path: list[str]
     input_file: str
     output_file: str
+    columns: list[str] = field(default_factory=list)
     candidate_pool: str | None = None
     reranker_name_or_path: str | None = None
     save_scores: bool = False
@@ -64,6 +66,7 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_columns(self.columns)
         if (repeated := repeated_model(self.model_name_or_path)) is not None:
             raise UserError(f"--model_name_or_path: the same model is named twice, as {repeated}")
 

@@ -15,6 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.data.formats import COLUMNS_HELP, parse_columns
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
@@ -44,6 +45,7 @@ class DataArguments:
     """What to train on."""
 
     train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
+    columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
         0,
@@ -73,6 +75,7 @@ class DataArguments:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         check_numbers(self)
+        parse_columns(self.columns)
         files.require_file("--train_data", self.train_data, folder_allowed=True)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
@@ -135,6 +138,7 @@ class RetrieverTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_launcher()
         check_numbers(self)
+        parse_columns(self.columns)
         _set_defaults(self)
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:

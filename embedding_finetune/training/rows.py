@@ -3,16 +3,21 @@
 Shapes: N numbers in all lists of a column.
 """
 
+import itertools
+import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
-from embedding_finetune.command_line import UserError, first_line, scratch_folder
-from embedding_finetune.data import jsonl
+from embedding_finetune.command_line import UserError, scratch_folder
+from embedding_finetune.data.formats import data_files
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.records import read_training_rows
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import once_per_machine
 
@@ -34,19 +39,24 @@ ROW_FEATURES = datasets.Features(
 
 
 def load_rows(
-    train_data: str, *, max_rows_per_file: int | None = None, seed: int = 0, scores_required: bool = False
+    train_data: str,
+    columns: Sequence[str] = (),
+    *,
+    max_rows_per_file: int | None = None,
+    seed: int = 0,
+    scores_required: bool = False,
 ) -> datasets.Dataset:
     """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
 
     Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
-    Raises UserError naming `path:line`, with scores_required also where a row has texts without scores.
+    Raises UserError naming file and line or row, with scores_required also where a row has texts without scores.
     """
-    paths = jsonl.data_files(train_data)
-    written = once_per_machine(lambda: [_write_rows(path, scores_required) for path in paths])
+    paths = data_files(train_data)
+    written = once_per_machine(lambda: [_write_rows(path, columns, scores_required) for path in paths])
     per_file = []
-    for path, files in zip(paths, written):
-        rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    for path, file in zip(paths, written):
+        rows = datasets.Dataset.from_file(file)
         if max_rows_per_file is not None and len(rows) > max_rows_per_file:
             chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
             rows = rows.select(sorted(chosen))
@@ -71,32 +81,25 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
     return np.repeat(np.arange(len(rows)), np.concatenate(counts)), np.concatenate(numbers)
 
 
-def _write_rows(path: Path, scores_required: bool) -> list[str]:
-    """Write one file's rows in Arrow format; gives the files. Every run writes them anew: no cache can be stale."""
-    folder = tempfile.mkdtemp(dir=scratch_folder())
+def _write_rows(path: Path, columns: Sequence[str], scores_required: bool) -> str:
+    """Write one file's rows in Arrow's format; gives the file. Every run writes them anew: no cache can be stale."""
+    target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
+    schema = ROW_FEATURES.arrow_schema
+    rows = _training_rows(path, columns, scores_required)
     try:
-        rows = datasets.Dataset.from_generator(
-            _training_rows,
-            gen_kwargs={"path": str(path), "scores_required": scores_required},
-            features=ROW_FEATURES,
-            cache_dir=folder,
-            writer_batch_size=_ROWS_PER_WRITE,
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise UserError(
-                f"{folder}: the training rows cannot be written there: {first_line(cause)}; "
-                "make room, or set TMPDIR to another folder"
-            ) from error
-        raise
-    return [file["filename"] for file in rows.cache_files]
+        with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            while batch := list(itertools.islice(rows, _ROWS_PER_WRITE)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    except OSError as error:
+        raise UserError(
+            f"{target}: the training rows cannot be written there: {error.strerror or error}; "
+            "make room, or set TMPDIR to another folder"
+        ) from error
+    return target
 
 
-def _training_rows(path: str, scores_required: bool) -> Iterator[jsonl.Record]:
-    for row in jsonl.read_training_rows(path, scores_required=scores_required):
+def _training_rows(path: Path, columns: Sequence[str], scores_required: bool) -> Iterator[Record]:
+    for row in read_training_rows(path, columns, scores_required=scores_required):
         yield {
             "query": row["query"],
             "pos": row["pos"],

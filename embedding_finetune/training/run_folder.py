@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import datasets
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.jsonl import data_files
+from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished

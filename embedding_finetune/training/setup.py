@@ -8,8 +8,8 @@ import os
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, RetrievalTask, make_task
+from embedding_finetune.data.records import read_passages, read_queries
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
@@ -38,9 +38,9 @@ def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> Retrieva
     """The queries to measure with and the passages to search, if any; warns where training has seen them."""
     if data_args.eval_query_file_jsonl_path is None:
         return None
-    queries = list(jsonl.read_queries(data_args.eval_query_file_jsonl_path))
+    queries = list(read_queries(data_args.eval_query_file_jsonl_path, data_args.columns))
     if data_args.eval_index_file_jsonl_path is not None:
-        corpus = Corpus(jsonl.read_passages(data_args.eval_index_file_jsonl_path))
+        corpus = Corpus(read_passages(data_args.eval_index_file_jsonl_path, data_args.columns))
     else:
         # Training rows stay on disk: they are read one after the other.
         rows = itertools.chain(dataset.rows.select_columns(["pos"]), queries)
