@@ -263,11 +263,12 @@ def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (gzip.compress(b'{"text": "a"}'), "the file is compressed; give it a name that ends in .gz"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), "the file is compressed; give it a name that ends in .gz"),
         (b'[\n  {"text": "a"}\n]', ":1: the file is one JSON array; expected one object per line"),
         (b'{"text": "a", "text": "b"}', ':1: not valid JSON ("text" is there twice); expected one object per line'),
         (b"question,answer\n", ":1: not valid JSON (Expecting value: column 1 (char 0)); expected one object per line"),
     ],
+    ids=["gzip", "array", "twice", "csv"],
 )
 def test_files_of_other_formats_are_told_for_what_they_are(tmp_path, content, complaint):
     (tmp_path / "a.jsonl").write_bytes(content)
