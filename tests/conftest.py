@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
-from helpers.tiny import make_tiny_bert
+from helpers.tiny import make_tiny_bert, make_tiny_reranker
 
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +15,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(scope="session")
+def other_bert(tmp_path_factory) -> Path:
+    return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "other", seed=7)
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory) -> Path:
+    return make_tiny_reranker(tmp_path_factory.mktemp("tiny") / "reranker")
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,6 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval.reranker import check_reranker, load_reranker
 
 
-@pytest.fixture(scope="module")
-def tiny_reranker(tmp_path_factory):
-    return make_tiny_reranker(tmp_path_factory.mktemp("tiny") / "reranker")
-
-
 def pairs():
     passages = [passage_about(topic) for topic in TOPICS]
     queries = [f"reset the {topic}" + " please" * (n % 4) for n, topic in enumerate(TOPICS)]

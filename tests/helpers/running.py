@@ -34,3 +34,13 @@ def encoder_for(folder, *flags):
 def embed_passages(encoder, texts):
     """(N, H)."""
     return np.concatenate([block for _, block in encoder.encode_passages(texts)])
+
+
+def argv_of(**flags):
+    """A command line of these flags."""
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def evaluation(model, candidates, pairs):
+    """The command line of evaluate.py."""
+    return argv_of(model_name=model, index_file_jsonl_path=candidates, query_file_jsonl_path=pairs)
