@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.running import encoding_arguments
+from helpers.running import embed_passages, encoder_for, encoding_arguments, mean_reciprocal_rank
 from helpers.tiny import make_tiny_bert
 from helpers.training import embeddings, train, write_rows
 
@@ -55,7 +55,14 @@ def test_truncated_embeddings_are_renormalised_prefixes_kept_apart_in_the_store(
 def test_evaluate_and_mine_take_truncate_dim_and_refuse_one_that_is_too_large(tiny_bert, rows, tmp_path, capsys):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
     argv = ["--model_name", tiny_bert, "--index_file_jsonl_path", corpus, "--query_file_jsonl_path", rows]
-    assert evaluate.main([*map(str, argv), "--truncate_dim", "4"])
+    metrics = evaluate.main([*map(str, argv), "--truncate_dim", "4", "--dtype", "float32"])
+    encoder = encoder_for(tiny_bert, "--dtype", "float32")
+    cut = [
+        encoder.encode_queries([row["query"] for row in read_jsonl(rows)])[:, :4],
+        embed_passages(encoder, [passage_about(topic) for topic in TOPICS])[:, :4],
+    ]
+    cut = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in cut]
+    assert metrics["MRR@10"] == pytest.approx(mean_reciprocal_rank(*cut, range(len(TOPICS))))
     mined = tmp_path / "mined.jsonl"
     argv = ["--model_name_or_path", tiny_bert, "--input_file", rows, "--output_file", mined, "--negative_number", 2]
     mine_hard_neg.main([*map(str, argv), "--range_for_sampling", "0-4", "--truncate_dim", "4"])

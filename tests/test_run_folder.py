@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.running import wait_until
 from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -413,8 +414,7 @@ def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoi
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while last_checkpoint(folder) is None:
-            assert process.poll() is None
+        wait_until(lambda: last_checkpoint(folder) is not None, process)
         assert any(scratch.iterdir())
         process.send_signal(signal.SIGTERM)
         error = process.stderr.read()
