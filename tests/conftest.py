@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"

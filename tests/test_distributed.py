@@ -16,7 +16,7 @@ STEPS, GLOBAL_BATCH = 3, 8
 
 
 def launch(program: str, folder: Path, *arguments: str, processes: int, **variables) -> subprocess.CompletedProcess:
-    """Run a Python program under torchrun; it ends within two minutes or has hung."""
+    """Run a Python program under torchrun; it ends within five minutes, on a busy machine too, or has hung."""
     script = folder / f"program_{processes}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
@@ -28,7 +28,7 @@ def launch(program: str, folder: Path, *arguments: str, processes: int, **variab
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 

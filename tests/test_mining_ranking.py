@@ -135,15 +135,15 @@ def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
         assert sum(audit["seconds"].values()) == pytest.approx(2 * audit["seconds"]["total"])
 
 
-def rank(monkeypatch, vectors, texts, **flags):
+def rank(monkeypatch, vectors, texts, beyond="", **flags):
     """Candidates of the queries "q" and "r" over texts, of models of made-up embeddings, by name."""
     encoders = {name: encoder_of(table) for name, table in vectors.items()}
     for name, encoder in encoders.items():
         encoder.weights_digest = f"digest of {name}"
     monkeypatch.setattr(ranking, "load_encoder", lambda name, *_, **__: encoders[name])
     options = MiningOptions(model_name_or_path=list(vectors), input_file="", output_file="", **flags)
-    corpus = Corpus(texts)
-    pairs = Pairs(np.array([0, 1, 1]), np.array([0, 0, 2]))
+    corpus = Corpus(texts, beyond=beyond)
+    pairs = Pairs(np.array([0, 1, 1]), np.array([0, 0, len(corpus.texts) - 1]))
     return rank_candidates(["q", "r"], corpus, pairs, np.array([0, 2]), options, Stopwatch())
 
 
@@ -156,7 +156,7 @@ def test_a_ranking_ends_with_the_window_whose_scores_are_known(monkeypatch):
     assert found.ranking.tolist() == [[0, 2, 1], [2, 1, 3]]  # q: 3 1 2 0; r: 0 1 2 1, ties by position
     assert found.window_scores.tolist() == [[2, 1], [1, 1]]
     assert found.window == (1, 3)
-    assert found.pair_scores.tolist() == [3, 0, 2]
+    assert found.pair_scores.tolist() == [3, 0, 1]
     assert found.score(Pairs(np.array([1, 0, 1]), np.array([3, 3, 0]))).tolist() == [1, 0, 0]
     assert found.weights == {"one": "digest of one"}
     assert found.near_duplicates.shape == (0, 2)
@@ -167,6 +167,12 @@ def test_a_window_past_the_end_of_the_corpus_is_cut(monkeypatch):
     assert (found.window, found.window_scores.tolist()) == ((3, 4), [[0], [0]])
     beyond = rank(monkeypatch, {"one": ONE}, "abcd", range_for_sampling=(50, 100))
     assert (beyond.window, beyond.window_scores.shape) == ((4, 4), (2, 0))
+
+
+def test_positives_that_the_pool_lacks_are_scored_and_never_ranked(monkeypatch):
+    found = rank(monkeypatch, {"one": {**ONE, "best": [9, 9]}}, "abcd", beyond=["a", "best"], range_for_sampling=(0, 9))
+    assert found.ranking.tolist() == [[0, 2, 1, 3], [2, 1, 3, 0]]
+    assert found.pair_scores.tolist() == [3, 0, 9]
 
 
 def test_two_models_are_fused_by_reciprocal_ranks_and_the_first_gives_the_scores(monkeypatch):
@@ -194,5 +200,5 @@ def test_a_reranker_puts_the_window_into_its_own_order_and_scores_the_pairs(monk
     found = rank(monkeypatch, {"one": ONE}, "abcd", range_for_sampling=(1, 4), reranker_name_or_path="it")
     assert found.ranking.tolist() == [[0, 3, 2, 1], [2, 3, 1, 0]]  # the first rank is no part of the window
     assert found.window_scores.tolist() == [[3, 2, 1], [13, 11, 10]]
-    assert found.pair_scores.tolist() == [0, 10, 12]
+    assert found.pair_scores.tolist() == [0, 10, 13]
     assert found.weights == {"one": "digest of one", "it": "digest of it"}
