@@ -1,12 +1,17 @@
 """Fixtures: a tiny random model, a small made-up data set, the real demo model."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from hypothesis import settings
+
+# Under nohup, or in the background of a script, the tests and their processes would inherit that these are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile("suite", deadline=None)

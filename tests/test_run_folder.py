@@ -161,16 +161,27 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     another = f"""
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.run_folder import run_in
-try:
-    with run_in({str(tmp_path)!r}, None, {{}}):
-        print("took it")
-except UserError as error:
-    print(error)
+for _ in range(2):
+    input()
+    try:
+        with run_in({str(tmp_path)!r}, None, {{}}):
+            print("took it", flush=True)
+    except UserError as error:
+        print(error, flush=True)
 """
-    with run_in(tmp_path, None, {}) as run:
-        assert run_python(another).stdout.endswith("another run is writing there; give another folder\n")
-        assert run_of(tmp_path) == run["run"]
-    assert run_python(another).stdout == "took it\n"
+
+    def try_now():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", another], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        with run_in(tmp_path, None, {}) as run:
+            assert try_now().endswith("another run is writing there; give another folder\n")
+            assert run_of(tmp_path) == run["run"]
+        assert try_now() == "took it\n"
     with run_in(tmp_path, None, {}) as other:
         assert run_of(tmp_path) == other["run"] != run["run"]
     assert os.listdir(tmp_path) == ["training_run.json"]
