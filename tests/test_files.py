@@ -239,7 +239,7 @@ def test_only_files_of_a_models_own_that_are_there_are_kept_from_being_replaced(
     (tmp_path / "config.json").touch()
     free = {"--a": notes, "--b": tmp_path / "config.json", "--c": model / "modules.json", "--d": None}
     require_outside_models(free, [str(model), "a/hub-name", None])
-    with pytest.raises(UserError, match=f"^--e {model}/config.json is a file of the model, and would replace it"):
+    with pytest.raises(UserError, match=f"^--e {model}/config.json is a file of the model and would be replaced"):
         require_outside_models({**free, "--e": model / "config.json"}, [str(model)])
 
 

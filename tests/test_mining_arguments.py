@@ -35,8 +35,11 @@ def test_bounds_that_leave_nothing_are_refused_and_equal_ones_are_not():
         ({"output_file": "nowhere/out.jsonl"}, "--output_file: the folder .* does not exist"),
         ({"report_file": "."}, r"--report_file: \. is a folder"),
         ({"embeddings_dir": __file__}, "--embeddings_dir .* is a file; give a folder"),
-        ({"output_file": "{in}", "candidate_pool": "{in}"}, "--output_file .* is the file of --candidate_pool, and"),
-        ({"report_file": "{in}"}, "--report_file .* is the file of --input_file, and would replace it"),
+        (
+            {"output_file": "{in}", "candidate_pool": "{in}"},
+            "--output_file .* is also the file of --candidate_pool, and",
+        ),
+        ({"report_file": "{in}"}, "--report_file .* is also the file of --input_file, and would replace it"),
         ({"report_file": "{out}"}, "--report_file .* is also the file of --output_file"),
         ({"output_file": "{model}/config.json"}, "--output_file .* is a file of the model"),
         (
