@@ -22,7 +22,7 @@ def trained_weight_hashes(model: nn.Module) -> dict[str, str]:
 def _hash_of(tensor: torch.Tensor) -> str:
     """Of all bits in their order. torch.hash_tensor is faster, but equal changes of two elements cancel out in it."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
 def saved_weights(folder: str) -> dict[str, torch.Tensor]:
