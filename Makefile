@@ -1,5 +1,5 @@
 # make demo   the whole path on the sample data, ending in a before/after table
-# make test   lint, then every test
+# make test   lint, then every test, and the coverage of lines and branches
 # make lint   ruff and mypy
 # make test-models   the verified models at their full sizes, with random weights: several minutes, 8 GB
 
@@ -29,8 +29,10 @@ demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	@echo; echo "Query by query: .demo/evaluation/report.html"
 
 # A process for each core, with one thread: most of the time goes into starting processes that use one.
+# The floor is a little under the coverage that there is.
 test: lint .demo/model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not full_size" -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not full_size" -n auto --maxprocesses 8 --dist worksteal \
+	  --cov --cov-report=term --cov-fail-under=95
 
 test-models: .venv/dev
 	$(BIN)/python -m pytest -q -m full_size

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
-from helpers.tiny import make_tiny_bert
+from helpers.tiny import make_tiny_bert, make_tiny_reranker
+from hypothesis import settings
+
+# Under nohup, or in the background of a script, the tests and their processes would inherit that these are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`; runs would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,6 +28,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
     return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "bert")
+
+
+@pytest.fixture(scope="session")
+def other_bert(tmp_path_factory) -> Path:
+    return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "other", seed=7)
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory) -> Path:
+    return make_tiny_reranker(tmp_path_factory.mktemp("tiny") / "reranker")
 
 
 @pytest.fixture(scope="session")

@@ -239,15 +239,12 @@ def test_a_model_that_cannot_be_loaded_is_one_line(folder, capsys, monkeypatch, 
 def test_help_and_errors_answer_at_once(tmp_path, script, argv):
     if argv == ["missing"]:
         argv = mine_argv(input_file="no.jsonl") if script.startswith("mine") else evaluate_argv()
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        status = subprocess.run(
-            [sys.executable, REPOSITORY / script, *argv], cwd=tmp_path, capture_output=True, check=False
-        ).returncode
-        times.append(time.monotonic() - began)
-        assert status == (0 if argv == ["--help"] else 2)
-    assert min(times) < 0.5
+    command = [sys.executable, REPOSITORY / script, *argv]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == (0 if argv == ["--help"] else 2)
+    assert used.ru_utime + used.ru_stime < 0.5  # of its own time, whatever else the machine does
 
 
 @pytest.mark.parametrize("script", ["mine_hard_neg", "finetune", "evaluate"])
@@ -260,7 +257,7 @@ def test_importing_a_script_does_nothing_and_imports_nothing_heavy(script):
 
 def test_ctrl_c_ends_mining_with_130_and_leaves_the_old_output(tmp_path):
     model = make_tiny_bert(tmp_path / "bert")
-    rows = ({"query": f"reset {n}", "pos": [f"the {TOPICS[n % 10]} {n} is red"]} for n in range(300_000))
+    rows = ({"query": f"reset {n}", "pos": [f"the {TOPICS[n % 10]} {n} is red"]} for n in range(100_000))
     write_jsonl(tmp_path / "in.jsonl", rows)
     output = tmp_path / "out.jsonl"
     output.write_text("old")
@@ -268,9 +265,8 @@ def test_ctrl_c_ends_mining_with_130_and_leaves_the_old_output(tmp_path):
     command = [sys.executable, REPOSITORY / "mine_hard_neg.py", *argv]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if "distinct candidates" in line:
+            if "encoding in" in line:  # for longer than the signal needs
                 break
-        time.sleep(1)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130, rest

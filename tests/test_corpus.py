@@ -1,12 +1,10 @@
 import unicodedata
 
-import numpy as np
 from helpers.data import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_finetune.data.corpus import Corpus, load_task
-from embedding_finetune.data.texts import TextsOnDisk
 
 SPELLINGS = st.sampled_from(["a", " a", "b\n", "\u00e9", "e\u0301", "A", "\x00", "\U0001f600 text", "long " * 50])
 
@@ -31,17 +29,6 @@ def test_texts_that_are_not_there_have_no_position():
     assert Corpus(["a", "b"]).positions(["c", " b ", "B"]).tolist() == [-1, 1, -1]
     assert Corpus([]).positions(["c"]).tolist() == [-1]
     assert Corpus(["a"]).positions([]).tolist() == []
-
-
-@given(texts=st.lists(st.text(alphabet="a\u00e9\n\U0001f600", max_size=5)), data=st.data())
-def test_texts_on_disk_are_a_list(texts, data):
-    on_disk = TextsOnDisk(texts)
-    part = data.draw(st.slices(len(texts)))
-    assert on_disk[part] == texts[part]
-    assert list(on_disk) == texts
-    rows = np.array(data.draw(st.lists(st.sampled_from(range(len(texts))))) if texts else [], dtype=np.int64)
-    on_disk.keep(rows)
-    assert on_disk[:] == [texts[row] for row in rows]
 
 
 def test_answers_are_found_by_canonical_text_and_counted_once(tmp_path, caplog):

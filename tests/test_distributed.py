@@ -16,7 +16,7 @@ STEPS, GLOBAL_BATCH = 3, 8
 
 
 def launch(program: str, folder: Path, *arguments: str, processes: int, **variables) -> subprocess.CompletedProcess:
-    """Run a Python program under torchrun; it ends within two minutes or has hung."""
+    """Run a Python program under torchrun; it ends within five minutes, on a busy machine too, or has hung."""
     script = folder / f"program_{processes}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
@@ -28,7 +28,7 @@ def launch(program: str, folder: Path, *arguments: str, processes: int, **variab
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -169,7 +169,10 @@ import torch.distributed as dist
 from embedding_finetune import command_line, distributed
 from embedding_finetune.training import rows
 write = rows._write_rows
-rows._write_rows = lambda *arguments: print("validates", flush=True) or write(*arguments)
+rows._write_rows = lambda *arguments: tell("validates") and write(*arguments)
+
+def tell(line):
+    return os.write(1, f"{line}\\n".encode())  # at once: processes that print take turns within a line
 
 @command_line.command
 def main():
@@ -177,7 +180,7 @@ def main():
     loaded = rows.load_rows(sys.argv[1], max_rows_per_file=20, seed=3)
     files = list(Path(tempfile.gettempdir()).rglob("*.arrow"))
     dist.barrier()
-    print(len(files), "files", len(loaded), hashlib.sha256(repr(loaded[:]).encode()).hexdigest(), flush=True)
+    tell(f"{len(files)} files {len(loaded)} {hashlib.sha256(repr(loaded[:]).encode()).hexdigest()}")
 
 main()
 """

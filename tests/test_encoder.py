@@ -35,11 +35,11 @@ def test_texts_of_the_same_tokens_get_identical_embeddings(tiny_bert):
 
 
 def test_repeated_texts_go_through_the_model_once(tiny_bert, monkeypatch):
-    encoder, counts = encoder_for(tiny_bert), []
-    forward = encoder._forward
-    monkeypatch.setattr(encoder, "_forward", lambda ids, kind: counts.append(len(ids)) or forward(ids, kind))
+    encoder, batches = encoder_for(tiny_bert, "--tokens_per_batch", "1"), []  # each text is a batch of its own
+    encode = encoder.model.forward
+    monkeypatch.setattr(encoder.model, "forward", lambda **batch: batches.append(batch) or encode(**batch))
     encoder.encode_queries([*TEXTS, *TEXTS, "Reset the PUMP", "reset  the pump"])
-    assert sum(counts) == len(TEXTS) + 1
+    assert [len(batch["input_ids"]) for batch in batches] == [1] * (len(TEXTS) + 1)
 
 
 def test_no_texts_give_no_embeddings(tiny_bert):

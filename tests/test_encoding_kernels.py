@@ -15,7 +15,6 @@ from embedding_finetune.model.encoding_kernels import (
     prepare_for_encoding,
 )
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.training_kernels import attention_with_cheap_dropout
 
 CPU = torch.device("cpu")
 
@@ -52,18 +51,6 @@ def test_attention_in_batched_products_is_sdpa(kind, scaling, length):
     exact = (tensor.float() for tensor in (query, key, value))
     theirs, _ = sdpa_attention_forward(nn.Module(), *exact, mask, scaling=scaling, is_causal=False)
     assert torch.allclose(ours.float(), theirs, atol=0.03)
-
-
-def test_a_causal_model_without_a_mask_stays_causal():
-    query, key, value = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(3))
-    module = nn.Module()
-    module.is_causal = True
-    ours, _ = attention_in_batched_products(module, query, key, value, None)
-    changed = value.clone()
-    changed[:, :, -1] += 1
-    after, _ = attention_in_batched_products(module, query, key, changed, None)
-    assert torch.equal(ours[:, :-1], after[:, :-1])
-    assert not torch.equal(ours[:, -1], after[:, -1])
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -125,34 +112,6 @@ def test_bfloat16_embeddings_of_the_real_model_keep_their_direction(demo_model):
     exact = encoder_for(demo_model, "--dtype", "float32").encode_queries(texts)
     rough = encoder_for(demo_model, "--dtype", "bfloat16").encode_queries(texts)
     assert (exact * rough).sum(axis=1).min() >= 0.9998
-
-
-@pytest.mark.parametrize("attention", [attention_in_batched_products, attention_with_cheap_dropout])
-def test_a_keyword_that_changes_attention_is_never_dropped(attention):
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if attention is attention_in_batched_products else torch.float32
-    query, key, value = (torch.randn(3, 2, 6, 8, dtype=dtype) for _ in range(3))
-    bias, mask = torch.randn(1, 2, 6, 6, dtype=dtype) * 3, masks("right", 6)
-    inputs = (nn.Module(), query, key, value, mask)
-    ours, _ = attention(*inputs, position_bias=bias)
-    scores = (query @ key.transpose(2, 3)).float() * 8**-0.5 + bias.float()
-    expected = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.float()).transpose(1, 2)
-    assert torch.allclose(ours.float(), expected, atol=0.05)
-    assert not torch.allclose(attention(*inputs)[0].float(), expected, atol=0.05)
-    for name in ("softcap", "s_aux", "sinks"):  # sdpa refuses the first itself, and would drop the others
-        with pytest.raises(ValueError, match=name):
-            attention(*inputs, **{name: torch.ones(2)})
-    assert torch.equal(attention(*inputs, sliding_window=3, use_cache=False)[0], attention(*inputs)[0])
-
-
-@pytest.mark.parametrize("attention", [attention_in_batched_products, attention_with_cheap_dropout])
-def test_values_of_another_size_than_keys_are_left_to_sdpa(attention):
-    dtype = torch.bfloat16 if attention is attention_in_batched_products else torch.float32
-    query, key = (torch.randn(3, 2, 6, 8, dtype=dtype) for _ in range(2))
-    value, mask = torch.randn(3, 2, 6, 4, dtype=dtype), masks("right", 6)
-    ours, _ = attention(nn.Module(), query, key, value, mask)
-    assert torch.equal(ours, sdpa_attention_forward(nn.Module(), query, key, value, mask)[0])
-    assert attention(nn.Module(), query, key, query, mask)[0].is_contiguous()
 
 
 def test_the_weight_of_a_packed_layer_can_be_read():

@@ -96,7 +96,7 @@ records = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(records, min_size=1, max_size=8),
     pool=st.none() | st.lists(texts, min_size=1, max_size=8),

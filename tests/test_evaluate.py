@@ -5,15 +5,9 @@ import json
 import numpy as np
 import pytest
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.tiny import make_tiny_bert
 
 import evaluate
 import finetune
-
-
-@pytest.fixture(scope="session")
-def other_bert(tmp_path_factory):
-    return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "other", seed=7)
 
 
 @pytest.fixture

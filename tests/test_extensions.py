@@ -1,4 +1,4 @@
-"""finetune.py beyond the plain loss: adapters, Matryoshka, a teacher, weights mixed with those of the base."""
+"""finetune.py beyond the plain loss: Matryoshka, a teacher."""
 
 import json
 
@@ -6,102 +6,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.running import encoding_arguments
+from helpers.running import embed_passages, encoder_for, encoding_arguments, mean_reciprocal_rank
 from helpers.tiny import make_tiny_bert
-from safetensors.torch import load_file
+from helpers.training import embeddings, train, write_rows
 
 import evaluate
-import finetune
 import mine_hard_neg
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.tokens import pad, tokenize
 from embedding_finetune.retrieval.encoder import load_encoder
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss, contrastive_loss
-
-TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "red green blue " * 30]
 
 
 @pytest.fixture
 def rows(tmp_path):
-    """Ten rows with two negatives each."""
-    texts = [passage_about(topic) for topic in TOPICS]
-    return write_jsonl(
-        tmp_path / "rows.jsonl",
-        [
-            {"query": f"how do i reset the {topic}?", "pos": [texts[n]], "neg": [texts[n - 1], texts[n - 2]]}
-            for n, topic in enumerate(TOPICS)
-        ],
-    )
-
-
-def train(model, rows, output, *flags, steps=4):
-    argv = ["--model_name_or_path", model, "--train_data", rows, "--output_dir", output, "--max_steps", steps]
-    argv += ["--per_device_train_batch_size", 5, "--train_group_size", 3, "--learning_rate", 1e-2, "--temperature", 0.1]
-    finetune.main([str(part) for part in (*argv, "--save_steps", 2, *flags)])
-    return output
-
-
-def embeddings(folder, *flags):
-    encoder = load_encoder(str(folder), encoding_arguments("--dtype", "float32", *flags), flag="--model")
-    return encoder.encode_queries(TEXTS)
-
-
-def test_adapters_start_from_the_seed_alone(tiny_bert, rows, tmp_path):
-    def adapter(name, seed):
-        train(tiny_bert, rows, tmp_path / name, "--lora_rank", 4, "--seed", seed, steps=1)
-        weights = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        return torch.cat([tensor.flatten() for name, tensor in sorted(weights.items()) if "lora_A" in name])
-
-    torch.rand(3)  # whatever was drawn before
-    first = adapter("first", 1)
-    torch.rand(5)
-    assert torch.equal(first, adapter("again", 1))
-    assert not torch.equal(first, adapter("other", 2))
-
-
-def test_adapters_train_few_weights_and_are_saved_merged_so_that_every_tool_loads_them(tiny_bert, rows, tmp_path):
-    from sentence_transformers import SentenceTransformer
-
-    tuned = train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4)
-    assert not np.allclose(embeddings(tuned), embeddings(tiny_bert), atol=1e-3)
-    assert np.allclose(embeddings(tuned), SentenceTransformer(str(tuned), device="cpu").encode(TEXTS), atol=1e-5)
-    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_bert, tuned))
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all(name.startswith("encoder.layer.") and name.endswith("weight") for name in changed)
-
-    adapter = load_file(tuned / "adapter" / "adapter_model.safetensors")
-    assert {min(tensor.shape) for tensor in adapter.values()} == {4}
-
-
-def test_a_resumed_run_with_adapters_ends_where_an_unbroken_one_does(tiny_bert, rows, tmp_path):
-    whole = embeddings(train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4))
-    checkpoint = tmp_path / "tuned" / "checkpoint-2"
-    train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4, "--resume_from_checkpoint", checkpoint)
-    assert np.array_equal(embeddings(tmp_path / "tuned"), whole)
-
-
-def test_the_adapter_alone_is_what_peft_loads_and_gives_the_merged_model(tiny_bert, rows, tmp_path):
-    from peft import PeftModel
-
-    merged = train(tiny_bert, rows, tmp_path / "merged", "--lora_rank", 4)
-    alone = train(tiny_bert, rows, tmp_path / "alone", "--lora_rank", 4, "--save_adapter_only", "True")
-    assert not (alone / "model.safetensors").exists()
-    backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
-    model = BiEncoder(PeftModel.from_pretrained(backbone, str(alone)), config).eval()
-    ids, _ = tokenize(tokenizer, TEXTS, instruction="", max_length=128)
-    with torch.no_grad():
-        assert np.allclose(model(**pad(tokenizer, ids, limit=128)), embeddings(merged), atol=1e-5)
-
-
-def test_without_peft_the_flag_says_what_to_install(tiny_bert, rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4)
-    assert stop.value.code == 2
-    assert "--lora_rank needs the package peft: pip install peft" in capsys.readouterr().err
+    return write_rows(tmp_path)
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -136,7 +55,14 @@ def test_truncated_embeddings_are_renormalised_prefixes_kept_apart_in_the_store(
 def test_evaluate_and_mine_take_truncate_dim_and_refuse_one_that_is_too_large(tiny_bert, rows, tmp_path, capsys):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
     argv = ["--model_name", tiny_bert, "--index_file_jsonl_path", corpus, "--query_file_jsonl_path", rows]
-    assert evaluate.main([*map(str, argv), "--truncate_dim", "4"])
+    metrics = evaluate.main([*map(str, argv), "--truncate_dim", "4", "--dtype", "float32"])
+    encoder = encoder_for(tiny_bert, "--dtype", "float32")
+    cut = [
+        encoder.encode_queries([row["query"] for row in read_jsonl(rows)])[:, :4],
+        embed_passages(encoder, [passage_about(topic) for topic in TOPICS])[:, :4],
+    ]
+    cut = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in cut]
+    assert metrics["MRR@10"] == pytest.approx(mean_reciprocal_rank(*cut, range(len(TOPICS))))
     mined = tmp_path / "mined.jsonl"
     argv = ["--model_name_or_path", tiny_bert, "--input_file", rows, "--output_file", mined, "--negative_number", 2]
     mine_hard_neg.main([*map(str, argv), "--range_for_sampling", "0-4", "--truncate_dim", "4"])
@@ -145,14 +71,6 @@ def test_evaluate_and_mine_take_truncate_dim_and_refuse_one_that_is_too_large(ti
         mine_hard_neg.main([*map(str, argv), "--truncate_dim", "33"])
     assert stop.value.code == 2
     assert "--truncate_dim 33: the model's embeddings have 32 dimensions" in capsys.readouterr().err
-
-
-def test_merging_with_the_base_saves_the_weighted_mean_of_all_weights(tiny_bert, rows, tmp_path):
-    tuned = train(tiny_bert, rows, tmp_path / "tuned", "--merge_with_base", 0.25)
-    base, own, mixed = (load_file(folder / "model.safetensors") for folder in (tiny_bert, tuned, tuned / "merged"))
-    for name, tensor in base.items():
-        assert torch.allclose(mixed[name], 0.25 * own[name] + 0.75 * tensor, atol=1e-7)
-    assert embeddings(tuned / "merged").shape == (3, 32)
 
 
 def scored(rows, tmp_path, name="scored.jsonl"):

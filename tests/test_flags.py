@@ -1,6 +1,5 @@
 """Every flag works or is refused, in one line that names it; docs/flags.md lists them all."""
 
-import argparse
 import re
 import sys
 from dataclasses import MISSING, fields
@@ -18,7 +17,6 @@ import mine_hard_neg
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.parser import new_parser, repeated_model
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.flags import REFUSED
@@ -347,17 +345,6 @@ def test_an_instruction_may_be_empty(folder):
     assert encoding_arguments("--query_instruction_for_retrieval", "").query_instruction_for_retrieval == ""
 
 
-def test_what_a_parse_was_given_is_its_own():
-    parser = new_parser("")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[1])
-    parser.add_argument("--switch", action="store_false")
-    assert parser.parse_args([]) == argparse.Namespace(numbers=[1], switch=True)
-    assert parser.given == {}
-    for _ in range(2):
-        assert parser.parse_args(["--numbers", "2", "--numbers=3", "--switch"]).numbers == [2, 3]
-        assert parser.given == {"numbers": [2, 3], "switch": False}
-
-
 def test_a_file_of_flags_beside_the_script_is_not_read(folder, monkeypatch):
     (folder / "finetune.args").write_text("--learning_rate 1")
     monkeypatch.setattr(sys, "argv", [str(folder / "finetune.py")])
@@ -390,14 +377,6 @@ def test_a_file_of_flags_beside_the_script_is_not_read(folder, monkeypatch):
 )
 def test_odd_values_of_the_other_scripts_are_refused_by_name(folder, capsys, script, flags, named):
     assert named in refusal(flags, capsys, script)
-
-
-def test_a_folder_is_the_same_model_whatever_way_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    for again in ("model/", "./model", str(tmp_path / "model"), "../" + tmp_path.name + "/model"):
-        assert repeated_model(["model", "other", again]) == again
-    assert repeated_model(["model", "other", "models"]) is None
 
 
 # Flags that were broken

@@ -9,7 +9,6 @@ import pytest
 from helpers.data import REPOSITORY
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.files import is_model_file
 from embedding_finetune.model.folder import model_replaced, remove_unfinished
 
 OLD = {
@@ -113,8 +112,3 @@ with model_folder.model_replaced({str(tmp_path)!r}) as staging:
     assert "adapter_config.json" not in left
     remove_unfinished(tmp_path)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".saving-")]
-
-
-@pytest.mark.parametrize("name", ["train.json", "notes.txt", "my_model.safetensors", "report.html", "metrics.json"])
-def test_other_files_are_not_taken_for_a_models(name):
-    assert not is_model_file(name)

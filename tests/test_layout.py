@@ -49,3 +49,16 @@ def test_imports_go_one_way(path):
 def test_there_is_one_level_of_folders_and_only_what_has_no_room_lies_outside():
     assert {path.parent.name for path in MODULES} == (MAY_IMPORT.keys() - {"top"}) | {PACKAGE.name}
     assert {path.stem for path in PACKAGE.glob("*.py")} == TOP | {"__init__"}
+
+
+def test_every_module_that_decides_something_has_its_tests():
+    """In test_NAME.py, or test_ROOM_NAME.py where modules of two rooms have the same name."""
+    code = (ast.FunctionDef, ast.ClassDef)
+    deciding = [path for path in MODULES if any(isinstance(node, code) for node in ast.parse(path.read_text()).body)]
+    names = [path.stem for path in deciding]
+
+    def test_file(path):
+        room = "" if path.parent == PACKAGE or names.count(path.stem) == 1 else f"{path.parent.name}_"
+        return REPOSITORY / "tests" / f"test_{room}{path.stem}.py"
+
+    assert [test_file(path).name for path in deciding if not test_file(path).exists()] == []

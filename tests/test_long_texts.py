@@ -88,7 +88,7 @@ PIECES = st.sampled_from(
     instruction=st.sampled_from(["", "query: ", "x" * 150]),
     lower_case=st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_beginning_of_a_long_text_has_the_ids_of_the_whole(kind, parts, max_length, instruction, lower_case):
     tokenizer = tokenizer_of(kind)
     text = "".join(piece * count for piece, count in parts)

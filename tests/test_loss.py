@@ -57,7 +57,7 @@ def test_one_query_and_one_passage_have_loss_zero():
     assert contrastive_loss(torch.ones(1, 3), torch.ones(1, 1, 3), temperature=0.02).item() == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 5),
     group=st.integers(1, 4),

@@ -61,7 +61,7 @@ def test_a_cutoff_beyond_the_ranking_counts_what_is_there():
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     queries=st.integers(1, 6),
     corpus=st.integers(1, 30),

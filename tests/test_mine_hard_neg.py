@@ -4,75 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.tiny import make_tiny_bert, make_tiny_reranker
-
-import mine_hard_neg
-from embedding_finetune.model.loading import load_backbone
-
-SENTENCES = [f"{start} {passage_about(topic)}" for topic in TOPICS for start in ("Open the hall.", "Close the yard.")]
-
-
-@pytest.fixture(scope="module")
-def other_bert(tmp_path_factory):
-    return make_tiny_bert(tmp_path_factory.mktemp("tiny") / "other", seed=7)
-
-
-@pytest.fixture(scope="module")
-def tiny_reranker(tmp_path_factory):
-    return make_tiny_reranker(tmp_path_factory.mktemp("tiny") / "reranker")
+from helpers.data import TOPICS, read_jsonl, write_jsonl
+from helpers.mining import SENTENCES, mine, reference, similarity, write_data
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Ten rows, each with one positive, the last with two; and a pool of twenty texts."""
-    rows = [{"query": f"how do i reset the {topic}?", "pos": [SENTENCES[2 * n]]} for n, topic in enumerate(TOPICS)]
-    rows[-1]["pos"].append(SENTENCES[0])
-    pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": text} for text in SENTENCES])
-    return write_jsonl(tmp_path / "rows.jsonl", rows), pool
-
-
-def mine(models, data, tmp_path, *flags):
-    """The mined rows and the audit."""
-    rows, pool = data
-    models = models if isinstance(models, (list, tuple)) else [models]
-    argv = ["--model_name_or_path", *models, "--input_file", rows, "--candidate_pool", pool, "--dtype", "float32"]
-    argv += ["--output_file", tmp_path / "out.jsonl", "--report_file", tmp_path / "audit.json", *flags]
-    argv += ["--sentence_pooling_method", "mean"]
-    mine_hard_neg.main([str(part) for part in argv])
-    return read_jsonl(tmp_path / "out.jsonl"), json.loads((tmp_path / "audit.json").read_text())
-
-
-def similarity(model, queries, passages):
-    """Every score, one text at a time, by the definition."""
-    import torch
-    from torch.nn.functional import normalize
-
-    backbone, tokenizer, _ = load_backbone(str(model), flag="--model")
-    backbone.eval()
-    with torch.no_grad():
-        q, p = (
-            torch.cat(
-                [
-                    normalize(backbone(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(dim=1))
-                    for text in texts
-                ]
-            ).numpy()
-            for texts in (queries, passages)
-        )
-    return q @ p.T
-
-
-def reference(model, data, *, window, allowed):
-    """The negatives that `top` has to give: in order of score, `allowed(score, lowest positive)`, never a positive."""
-    rows = read_jsonl(data[0])
-    scores = similarity(model, [row["query"] for row in rows], SENTENCES)
-    expected = []
-    for row, own in zip(rows, scores):
-        lowest = min(own[SENTENCES.index(text)] for text in row["pos"])
-        ranking = np.argsort(-own, kind="stable")[slice(*window)]
-        expected.append([SENTENCES[p] for p in ranking if SENTENCES[p] not in row["pos"] and allowed(own[p], lowest)])
-    return expected
+    return write_data(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,24 +75,6 @@ def test_existing_negatives_are_kept_first_but_never_a_positive_or_a_repeat(tiny
     assert "a text of nowhere" not in replaced[0]["neg"]
 
 
-def test_near_duplicates_of_a_positive_are_left_out_of_the_window_and_of_random_fills(tiny_bert, data, tmp_path):
-    flags = ("--range_for_sampling", "0-8", "--negative_number", "19")
-    threshold = 0.996
-    close = similarity(tiny_bert, SENTENCES, SENTENCES) >= threshold
-    assert 20 < close.sum() < 300
-    mined, audit = mine(tiny_bert, data, tmp_path, *flags, "--near_duplicate_threshold", str(threshold))
-    plain, _ = mine(tiny_bert, data, tmp_path, *flags)
-    for row, without in zip(mined, plain):
-        near = {
-            text
-            for positive in row["pos"]
-            for text, is_near in zip(SENTENCES, close[SENTENCES.index(positive)])
-            if is_near
-        }
-        assert set(row["neg"]) == set(without["neg"]) - near
-    assert audit["left_out"]["near-duplicate of a positive"] > 0
-
-
 def test_kept_negatives_that_nearly_equal_a_positive_of_the_same_query_in_any_row_are_left_out(
     tiny_bert, data, tmp_path
 ):
@@ -170,50 +90,6 @@ def test_kept_negatives_that_nearly_equal_a_positive_of_the_same_query_in_any_ro
         assert row["neg"][0] == doubled[2]
         assert not set(row["neg"]) & {*doubled[:2], SENTENCES[0], SENTENCES[2]}
     assert audit["left_out"]["near-duplicate of a positive (of the input)"] == 4
-
-
-def test_several_retrievers_are_fused_and_the_first_gives_the_scores(tiny_bert, other_bert, data, tmp_path):
-    flags = ("--range_for_sampling", "0-6", "--negative_number", "6", "--sampling_strategy", "top", "--save_scores")
-    mined, audit = mine([tiny_bert, other_bert], data, tmp_path, *flags)
-    queries = [row["query"] for row in mined]
-    scores = [similarity(model, queries, SENTENCES) for model in (tiny_bert, other_bert)]
-    for number, row in enumerate(mined):
-        credit = np.zeros(len(SENTENCES))
-        for own in scores:
-            ranking = np.argsort(-own[number], kind="stable")[:6]
-            credit[ranking] += 1 / (60 + np.arange(1, 7))
-        fused = [SENTENCES[p] for p in np.argsort(-credit, kind="stable")[:6] if credit[p]]
-        expected = [text for text in fused if text not in row["pos"]]
-        assert row["neg"][: len(expected)] == expected
-        assert row["neg_scores"] == pytest.approx([scores[0][number][SENTENCES.index(t)] for t in row["neg"]], abs=2e-6)
-    assert list(audit["weights_sha256"]) == [str(tiny_bert), str(other_bert)]
-
-
-def test_a_reranker_orders_filters_and_scores(tiny_bert, tiny_reranker, data, tmp_path):
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    flags = ("--range_for_sampling", "2-12", "--negative_number", "10", "--sampling_strategy", "top", "--save_scores")
-    flags += ("--reranker_name_or_path", tiny_reranker, "--absolute_margin", "0.05")
-    mined, audit = mine(tiny_bert, data, tmp_path, *flags)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_reranker).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_reranker)
-
-    def logit(query, text):
-        with torch.no_grad():
-            return model(**tokenizer(query, text, return_tensors="pt")).logits.item()
-
-    windows = reference(tiny_bert, data, window=(2, 12), allowed=lambda *_: True)
-    for row, window in zip(mined, windows):
-        lowest = min(logit(row["query"], text) for text in row["pos"])
-        logits = {text: logit(row["query"], text) for text in window}
-        expected = sorted((text for text in window if logits[text] <= lowest - 0.05), key=lambda text: -logits[text])
-        assert row["neg"][: len(expected)] == expected
-        for field in ("pos", "neg"):
-            expected = [logit(row["query"], text) for text in row[field]]
-            assert row[f"{field}_scores"] == pytest.approx(expected, abs=1e-4)
-    assert str(tiny_reranker) in audit["weights_sha256"]
-    assert audit["left_out"]["--absolute_margin"] > 0
 
 
 def test_rows_without_negatives_are_written_or_dropped_and_counted(tiny_bert, data, tmp_path, capsys):
@@ -329,51 +205,6 @@ def test_filters_look_at_the_rerankers_scores_of_random_and_kept_negatives(tiny_
     assert audit["negatives_drawn_at_random"] > 0
 
 
-def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
-    tiny_bert, other_bert, tiny_reranker, data, tmp_path, monkeypatch
-):
-    """On a clock that only encoding, loading and rescoring move."""
-    from types import SimpleNamespace
-
-    from embedding_finetune.mining import ranking as candidates
-    from embedding_finetune.mining import stopwatch
-    from embedding_finetune.retrieval import encoder as encoding
-    from embedding_finetune.retrieval import reranker as reranking
-
-    now = [0.0]
-    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def slow(owner, name, seconds):
-        original = getattr(owner, name)
-
-        def slowed(*args, **kwargs):
-            now[0] += seconds(*args)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, slowed)
-
-    slow(encoding.Encoder, "_embed", lambda encoder, block, *_: len(block.missing))
-    slow(candidates, "load_encoder", lambda *_: 1000)
-    slow(reranking.Reranker, "scores", lambda reranker, queries, _: 0.25 * len(queries))
-    flags = ("--range_for_sampling", "0-3", "--negative_number", "8")
-    _, plain = mine(tiny_bert, data, tmp_path, *flags)
-    assert plain["seconds"] == pytest.approx(
-        {"read": 0, "load": 1000, "encode": 30, "search": 0, "select": 0, "write": 0, "total": 1030}
-    )
-    filters = ("--relative_margin", "0.001", "--near_duplicate_threshold", "0.99", "--save_scores")
-    _, filtered = mine(tiny_bert, data, tmp_path, *flags, *filters)
-    assert filtered["negatives_drawn_at_random"] > 0
-    assert filtered["seconds"] == plain["seconds"]  # positives, fills: no text is encoded twice
-    _, several = mine([tiny_bert, other_bert], data, tmp_path, *flags, *filters)
-    assert several["seconds"]["encode"] == 60
-    assert several["seconds"]["load"] == 2000
-    _, reranked = mine(tiny_bert, data, tmp_path, *flags, *filters, "--reranker_name_or_path", tiny_reranker)
-    assert (reranked["seconds"]["encode"], reranked["seconds"]["load"]) == (30, 1000)
-    assert reranked["seconds"]["rescore"] >= 0.25 * (30 + 11 + reranked["negatives_drawn_at_random"])
-    for audit in (plain, filtered, several, reranked):
-        assert sum(audit["seconds"].values()) == pytest.approx(2 * audit["seconds"]["total"])
-
-
 def test_the_parts_of_a_real_run_add_up_to_what_the_clock_says(tiny_bert, data, tmp_path):
     import time
 
@@ -383,17 +214,6 @@ def test_the_parts_of_a_real_run_add_up_to_what_the_clock_says(tiny_bert, data, 
     total = audit["seconds"].pop("total")
     assert sum(audit["seconds"].values()) == pytest.approx(total)
     assert 0.8 * took < total <= took
-
-
-def test_a_range_as_wide_as_you_like_is_cut_to_the_corpus(tiny_bert, other_bert, tiny_reranker, data, tmp_path):
-    several = ("--near_duplicate_threshold", "0.996", "--reranker_name_or_path", tiny_reranker)
-    for models, flags in ((tiny_bert, ()), ([tiny_bert, other_bert], several)):
-        flags = (*flags, "--negative_number", "9", "--save_scores")
-        whole, _ = mine(models, data, tmp_path, *flags, "--range_for_sampling", "4-20")
-        wide, audit = mine(models, data, tmp_path, *flags, "--range_for_sampling", "4-2000000000")
-        assert wide == whole
-        assert all(len(row["neg"]) == 9 for row in wide)
-        assert audit["settings"]["range_for_sampling"] == [4, 2000000000]
 
 
 def test_a_range_beyond_the_corpus_gives_no_negatives_and_says_so(tiny_bert, data, tmp_path, caplog):

@@ -33,7 +33,7 @@ def test_a_row_is_followed_by_its_nearest_neighbours(tmp_path):
     assert order.tolist() != sorted(order)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(
     negatives=st.lists(st.text("abcdefgh", max_size=6), min_size=1, max_size=8),
     most=st.integers(1, 4),

@@ -1,84 +1,94 @@
-"""The command line of finetune.py: its help, and that its dataclasses check themselves."""
+"""The types of flags, and an argparse that loses nothing it was given."""
 
+import argparse
 import re
-from dataclasses import fields
 
 import pytest
-from helpers.data import write_jsonl
-from transformers import TrainingArguments
 
-import finetune
-from embedding_finetune.command_line import UserError
-from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
-from embedding_finetune.training.flags import REFUSED
-from embedding_finetune.training.parser import GROUPS
-
-THEIRS = {field.name for field in fields(TrainingArguments)}
-ALL = {field.name for kind in (ModelArguments, DataArguments, RetrieverTrainingArguments) for field in fields(kind)}
+from embedding_finetune import parser as flag_types
+from embedding_finetune.parser import add_switch, new_parser, repeated_model
 
 
-@pytest.fixture(scope="module")
-def sections():
-    """Title -> flags, in the order of the help."""
-    with pytest.MonkeyPatch.context() as patch:
-        import io
-        import sys
-
-        patch.setattr(sys, "stdout", io.StringIO())
-        with pytest.raises(SystemExit) as stop:
-            finetune.main(["--help"])
-        text = sys.stdout.getvalue()
-    assert stop.value.code == 0
-    parts = re.split(r"(?m)^(\w.*):$", text)
-    return {"top": parts[0]} | {
-        title: re.findall(r"(?m)^  --(?!no_)(\w+)", body) for title, body in zip(parts[1::2], parts[2::2])
-    }
+def test_what_a_parse_was_given_is_its_own():
+    parser = new_parser("")
+    parser.add_argument("--numbers", type=int, nargs="+", default=[1])
+    parser.add_argument("--switch", action="store_false")
+    assert parser.parse_args([]) == argparse.Namespace(numbers=[1], switch=True)
+    assert parser.given == {}
+    for _ in range(2):
+        assert parser.parse_args(["--numbers", "2", "--numbers=3", "--switch"]).numbers == [2, 3]
+        assert parser.given == {"numbers": [2, 3], "switch": False}
 
 
-def test_help_shows_the_suites_own_flags_first_in_groups_by_what_a_user_wants(sections):
-    titles = list(sections)[1:]
-    assert titles[:6] == ["model", "data", "loss", "memory and speed", "evaluation during training", "output"]
-    assert {title: sections[title] for title in titles[:6]} == {t: flags.split() for t, flags in GROUPS.items()}
-    assert sections["model"][0] == "model_name_or_path"
-    assert sections["data"][0] == "train_data"
-    assert {flag for title in titles[:6] for flag in sections[title]} == (ALL - THEIRS) | {"output_dir"}
+def test_a_folder_is_the_same_model_whatever_way_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for again in ("model/", "./model", str(tmp_path / "model"), "../" + tmp_path.name + "/model"):
+        assert repeated_model(["model", "other", again]) == again
+    assert repeated_model(["model", "other", "models"]) is None
 
 
-def test_help_lists_every_flag_once_and_the_refused_ones_last(sections):
-    flags = [flag for title in list(sections)[1:] for flag in sections[title]]
-    assert sorted(flags) == sorted(ALL)
-    assert set(flags[-len(REFUSED) :]) == set(REFUSED)
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("boolean", {"True": True, "yes": True, "1": True, "FALSE": False, "no": False, "0": False}, "2 on t"),
+        ("positive_int", {"1": 1, "+0010": 10, "2147483647": 2147483647}, "0 -1 1.5 2147483648 1_000 \uff11"),
+        ("seed", {"0": 0, "4294967295": 4294967295}, "-1 4294967296 0x1 1e3"),
+        ("finite_number", {"-1.5": -1.5, "1e3": 1000.0}, "nan inf -inf 1e999 one"),
+        ("margin", {"0": 0.0, "0.05": 0.05}, "-0.1 nan"),
+        ("cosine_threshold", {"1": 1.0, "0.5": 0.5}, "0 1.01 -1 nan"),
+        (
+            "rank_range",
+            {"0-1": (0, 1), "002-10": (2, 10), "0-2147483647": (0, 2147483647)},
+            "5-5 10-2 5 -1-5 a-b 2-3-4",
+        ),
+    ],
+)
+def test_each_type_of_flag_takes_what_has_a_meaning(kind, good, bad):
+    read = getattr(flag_types, kind)
+    assert {text: read(text) for text in good} == good
+    for text in bad.split():
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
+            read(text)
 
 
-def test_help_begins_with_a_usage_of_one_line_and_the_commands_of_the_docstring(sections):
-    usage, description = sections["top"].split("\n\n", 1)
-    assert usage.startswith("usage: finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR")
-    assert "\n" not in usage
-    assert description.startswith(finetune.__doc__.strip())
+def test_a_switch_is_off_unless_it_is_given_alone_or_with_a_value():
+    parser = new_parser("")
+    add_switch(parser, "--quick", "be quick")
+    given = {(): False, ("--quick",): True, ("--quick", "True"): True, ("--quick", "false"): False}
+    assert {flags: parser.parse_args(flags).quick for flags in given} == given
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ({"optim": "lomo"}, "--optim lomo"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr"),
-        ({"report_to": "nonesuch"}, "--report_to"),
-        ({"learning_rate": -1.0}, "--learning_rate"),
-        ({"matryoshka_dims": [4, 4]}, "--matryoshka_dims 4 4"),
-        ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss: must be one of"),
-        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"x": 1}}, "x is unknown"),
+        (["--number", "1", "--number", "2"], "argument --number: it is given twice; give it once"),
+        (["--number="], "argument --number: its value is empty"),
+        (["--text", "\udce9"], "argument --text: '\\udce9' is not UTF-8"),
+        (["--text", "a\0b"], "argument --text: 'a\\x00b' holds a null character"),
+        (["--num", "1"], "unrecognized arguments: --num 1"),
     ],
 )
-def test_training_arguments_made_from_python_check_themselves(tmp_path, flags, complaint):
-    with pytest.raises(UserError, match=re.escape(complaint)):
-        RetrieverTrainingArguments(output_dir=str(tmp_path), **flags)
+def test_an_error_is_one_line(flags, complaint, capsys):
+    parser = new_parser("")
+    parser.prog = "script.py"
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--text")
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"script.py: error: {complaint}")
+    assert error.endswith(" (--help lists the flags)\n")
+    assert error.count("\n") == 1
 
 
-def test_data_arguments_made_from_python_check_themselves(tmp_path):
-    with pytest.raises(UserError, match=r"--train_data: .*nowhere\.jsonl does not exist"):
-        DataArguments(train_data=str(tmp_path / "nowhere.jsonl"))
-    data = str(write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p"]}]))
-    with pytest.raises(UserError, match="--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path"):
-        DataArguments(train_data=data, eval_index_file_jsonl_path=data)
-    with pytest.raises(UserError, match="--query_max_len 0: must be at least 1"):
-        DataArguments(train_data=data, query_max_len=0)
+def test_help_keeps_the_lines_of_the_docstring_and_names_defaults_once():
+    parser = new_parser("Two\n    lines.")
+    parser.add_argument("--number", default=3, help="a number")
+    parser.add_argument("--other", default=4, help="another (default: what fits)")
+    parser.add_argument("--nothing", help="nothing")
+    text = parser.format_help()
+    assert "Two\n    lines." in text
+    assert "a number (default: 3)" in text
+    assert text.count("default") == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.running import wait_until
 from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -160,16 +161,27 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     another = f"""
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.run_folder import run_in
-try:
-    with run_in({str(tmp_path)!r}, None, {{}}):
-        print("took it")
-except UserError as error:
-    print(error)
+for _ in range(2):
+    input()
+    try:
+        with run_in({str(tmp_path)!r}, None, {{}}):
+            print("took it", flush=True)
+    except UserError as error:
+        print(error, flush=True)
 """
-    with run_in(tmp_path, None, {}) as run:
-        assert run_python(another).stdout.endswith("another run is writing there; give another folder\n")
-        assert run_of(tmp_path) == run["run"]
-    assert run_python(another).stdout == "took it\n"
+
+    def try_now():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", another], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        with run_in(tmp_path, None, {}) as run:
+            assert try_now().endswith("another run is writing there; give another folder\n")
+            assert run_of(tmp_path) == run["run"]
+        assert try_now() == "took it\n"
     with run_in(tmp_path, None, {}) as other:
         assert run_of(tmp_path) == other["run"] != run["run"]
     assert os.listdir(tmp_path) == ["training_run.json"]
@@ -417,8 +429,7 @@ def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoi
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        while last_checkpoint(folder) is None:
-            assert process.poll() is None
+        wait_until(lambda: last_checkpoint(folder) is not None, process)
         assert any(scratch.iterdir())
         process.send_signal(signal.SIGTERM)
         error = process.stderr.read()

@@ -57,7 +57,7 @@ def allowed(scores, positive, *, max_score=np.inf, min_score=-np.inf, absolute_m
     return good
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10_000),
     size=st.integers(2, 15),

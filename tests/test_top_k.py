@@ -33,7 +33,7 @@ def vectors(rng, count, dimensions):
     return rng.integers(-2, 3, (count, dimensions)).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     queries=st.integers(0, 30),
     passages=st.integers(1, 60),

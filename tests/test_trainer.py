@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -48,6 +47,7 @@ def make_trainer(tmp_path):
 
     def make(name="out", group_size=2, evaluate=False, **flags):
         backbone, tokenizer, config = load_backbone(str(model_folder), flag="--model")
+        config = config.with_flags(normalized=flags.get("normalized"))
         args = RetrieverTrainingArguments(
             output_dir=str(tmp_path / name),
             **{
@@ -110,13 +110,20 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(mak
     assert any(not torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
 
 
-def test_the_temperature_changes_the_training_also_without_normalisation(make_trainer):
-    losses = []
-    for temperature in (0.5, 1.0):
-        trainer = make_trainer(temperature=temperature)
-        trainer.bi_encoder.embedding_config = trainer.bi_encoder.embedding_config.with_flags(normalized=False)
-        losses.append(trainer.train().training_loss)
-    assert losses[0] != losses[1]
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_loss_of_a_step_is_that_of_scores_divided_by_the_temperature(make_trainer, temperature, normalized):
+    flags = {"temperature": temperature, "normalized": normalized, "max_steps": 1}
+    (batch, *_), untrained = make_trainer(**flags).get_train_dataloader(), make_trainer(**flags).bi_encoder
+    texts = untrained.eval()(batch["input_ids"], batch["attention_mask"])  # (D, H)
+    assert torch.allclose(texts.norm(dim=1), torch.ones(len(texts))) is normalized
+    queries, passages = texts[batch["query_index"]], texts[batch["passage_index"].flatten()]  # (4, H), (8, H)
+    loss = 0.0
+    for number, query in enumerate(queries):
+        scores = [(query @ passage).item() / temperature for passage in passages]
+        loss += (np.logaddexp.reduce(scores) - scores[2 * number]) / 4
+    assert make_trainer(**flags).train().training_loss == pytest.approx(loss, rel=1e-4)
+    assert loss > 0.1
 
 
 def test_epochs_differ_in_order_and_in_their_negatives(make_trainer):
@@ -272,8 +279,8 @@ def test_without_an_index_the_positives_of_training_and_evaluation_are_searched(
     assert "0 of 1 queries and 1 of 2 relevant passages are also in the training data" in caplog.text
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "killed_after"), [(0, 12), (2, 14)])  # an epoch has 8 steps
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp_path, workers, killed_after):
     flags = {
         "max_steps": 26,
         "per_device_train_batch_size": 4,
@@ -285,22 +292,21 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp
     finetune.main(training_flags(tiny_bert, pairs, tmp_path / "whole", **flags))
 
     flags |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}
-    slow = f"""
-import sys, time, finetune
+    killed = f"""
+import os, signal, finetune
 from embedding_finetune.training import trainer
 compute = trainer.RetrievalTrainer.compute_loss
-def slowly(self, *args, **kwargs):
-    time.sleep(0.15)
-    return compute(self, *args, **kwargs)
-trainer.RetrievalTrainer.compute_loss = slowly
+def compute_and_die(self, *args, **kwargs):
+    loss = compute(self, *args, **kwargs)
+    if self.state.global_step == {killed_after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+trainer.RetrievalTrainer.compute_loss = compute_and_die
 finetune.main({training_flags(tiny_bert, pairs, tmp_path / "parts", **flags)!r})
 """
-    with subprocess.Popen([sys.executable, "-c", slow], cwd=REPOSITORY, stderr=subprocess.DEVNULL) as process:
-        while last_checkpoint(tmp_path / "parts") is None or "-12" not in last_checkpoint(tmp_path / "parts"):
-            time.sleep(0.01)
-            assert process.poll() is None
-        time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
+    process = subprocess.run([sys.executable, "-c", killed], cwd=REPOSITORY, capture_output=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert last_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-12")
     assert not (tmp_path / "parts" / "training_summary.json").exists()
     finetune.main(training_flags(tiny_bert, pairs, tmp_path / "parts", resume_from_checkpoint=True, **flags))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))

@@ -1,4 +1,6 @@
-"""Encoders and searches as tests use them."""
+"""Encoders, searches and processes as tests use them, and measures by their definition."""
+
+import time
 
 import numpy as np
 
@@ -34,3 +36,32 @@ def encoder_for(folder, *flags):
 def embed_passages(encoder, texts):
     """(N, H)."""
     return np.concatenate([block for _, block in encoder.encode_passages(texts)])
+
+
+def argv_of(**flags):
+    """A command line of these flags."""
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def evaluation(model, candidates, pairs):
+    """The command line of evaluate.py."""
+    return argv_of(model_name=model, index_file_jsonl_path=candidates, query_file_jsonl_path=pairs)
+
+
+def mean_reciprocal_rank(queries, passages, answers, *, cutoff=10):
+    """By its definition, in loops; answers: the row of each query's one right passage."""
+    total = 0.0
+    for query, answer in zip(queries, answers, strict=True):
+        scores = [float(query @ passage) for passage in passages]
+        rank = 1 + sum(score > scores[answer] for score in scores)
+        total += 1 / rank if rank <= cutoff else 0
+    return total / len(queries)
+
+
+def wait_until(condition, process, *, seconds=300):
+    """Wait for something that a running process does, as long as it runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the process ended with status {process.returncode}"
+        assert time.monotonic() < end, f"nothing happened in {seconds} s"
+        time.sleep(0.02)

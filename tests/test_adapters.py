@@ -1,0 +1,137 @@
+"""Low-rank adapters, and weights mixed with those of the base."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers.training import TEXTS, embeddings, train, write_rows
+from safetensors.torch import load_file
+from torch import nn
+
+from embedding_finetune.model.adapters import adapter_rank, add_adapters, has_adapters, merged, mix_with
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.tokens import pad, tokenize
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path)
+
+
+def test_adapters_start_from_the_seed_alone(tiny_bert, rows, tmp_path):
+    def adapter(name, seed):
+        train(tiny_bert, rows, tmp_path / name, "--lora_rank", 4, "--seed", seed, steps=1)
+        weights = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        return torch.cat([tensor.flatten() for name, tensor in sorted(weights.items()) if "lora_A" in name])
+
+    torch.rand(3)  # whatever was drawn before
+    first = adapter("first", 1)
+    torch.rand(5)
+    assert torch.equal(first, adapter("again", 1))
+    assert not torch.equal(first, adapter("other", 2))
+
+
+def test_adapters_train_few_weights_and_are_saved_merged_so_that_every_tool_loads_them(tiny_bert, rows, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    tuned = train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4)
+    assert not np.allclose(embeddings(tuned), embeddings(tiny_bert), atol=1e-3)
+    assert np.allclose(embeddings(tuned), SentenceTransformer(str(tuned), device="cpu").encode(TEXTS), atol=1e-5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_bert, tuned))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("encoder.layer.") and name.endswith("weight") for name in changed)
+
+    adapter = load_file(tuned / "adapter" / "adapter_model.safetensors")
+    assert {min(tensor.shape) for tensor in adapter.values()} == {4}
+
+
+def test_a_resumed_run_with_adapters_ends_where_an_unbroken_one_does(tiny_bert, rows, tmp_path):
+    whole = embeddings(train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4))
+    checkpoint = tmp_path / "tuned" / "checkpoint-2"
+    train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4, "--resume_from_checkpoint", checkpoint)
+    assert np.array_equal(embeddings(tmp_path / "tuned"), whole)
+
+
+def test_the_adapter_alone_is_what_peft_loads_and_gives_the_merged_model(tiny_bert, rows, tmp_path):
+    from peft import PeftModel
+
+    merged = train(tiny_bert, rows, tmp_path / "merged", "--lora_rank", 4)
+    alone = train(tiny_bert, rows, tmp_path / "alone", "--lora_rank", 4, "--save_adapter_only", "True")
+    assert not (alone / "model.safetensors").exists()
+    backbone, tokenizer, config = load_backbone(str(tiny_bert), flag="--model")
+    model = BiEncoder(PeftModel.from_pretrained(backbone, str(alone)), config).eval()
+    ids, _ = tokenize(tokenizer, TEXTS, instruction="", max_length=128)
+    with torch.no_grad():
+        assert np.allclose(model(**pad(tokenizer, ids, limit=128)), embeddings(merged), atol=1e-5)
+
+
+def test_without_peft_the_flag_says_what_to_install(tiny_bert, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_bert, rows, tmp_path / "tuned", "--lora_rank", 4)
+    assert stop.value.code == 2
+    assert "--lora_rank needs the package peft: pip install peft" in capsys.readouterr().err
+
+
+def test_merging_with_the_base_saves_the_weighted_mean_of_all_weights(tiny_bert, rows, tmp_path):
+    tuned = train(tiny_bert, rows, tmp_path / "tuned", "--merge_with_base", 0.25)
+    base, own, mixed = (load_file(folder / "model.safetensors") for folder in (tiny_bert, tuned, tuned / "merged"))
+    for name, tensor in base.items():
+        assert torch.allclose(mixed[name], 0.25 * own[name] + 0.75 * tensor, atol=1e-7)
+    assert embeddings(tuned / "merged").shape == (3, 32)
+
+
+def test_adapters_change_nothing_before_they_are_trained_and_take_no_random_numbers(tiny_bert):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    backbone.eval()
+    ids = torch.arange(5, 20)[None]
+    before, state = backbone(ids).last_hidden_state, torch.get_rng_state()
+    assert not has_adapters(backbone)
+    assert merged(backbone) is backbone
+    adapted = add_adapters(copy.deepcopy(backbone), 3, seed=1).eval()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert has_adapters(adapted)
+    assert torch.allclose(adapted(ids).last_hidden_state, before, atol=1e-6)
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_merging_adds_alpha_over_rank_times_the_product_of_the_factors(tiny_bert):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    linear = backbone.encoder.layer[0].output.dense.weight.detach().clone()
+    adapted = add_adapters(backbone, 3, seed=1)
+    layer = adapted.base_model.model.encoder.layer[0].output.dense
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (3, 64), (32, 3)
+    with torch.no_grad():
+        up.normal_()
+    plain = merged(adapted)
+    assert torch.allclose(plain.encoder.layer[0].output.dense.weight, linear + 2 * up @ down, atol=1e-6)
+    assert has_adapters(adapted)
+    assert not has_adapters(plain)
+
+
+def test_the_rank_of_a_folder_is_that_of_its_adapter(tmp_path):
+    assert adapter_rank(tmp_path) is None
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 7}')
+    assert adapter_rank(tmp_path) == 7
+    (tmp_path / "adapter_config.json").write_text('{"r": 5}')
+    assert adapter_rank(tmp_path) == 5
+    (tmp_path / "adapter_config.json").write_text("not JSON")
+    assert adapter_rank(tmp_path) is None
+
+
+def test_mixing_is_the_weighted_mean_of_what_is_no_count():
+    tuned, base = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    with torch.no_grad():
+        tuned.weight.fill_(4.0)
+        base.weight.fill_(8.0)
+    tuned.num_batches_tracked.fill_(5)
+    mix_with(tuned, base, 0.75)
+    assert tuned.weight.tolist() == [5.0, 5.0]
+    assert tuned.num_batches_tracked.item() == 5

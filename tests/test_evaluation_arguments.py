@@ -1,0 +1,63 @@
+"""The flags of evaluate.py as a value: its defaults are the parser's, and it refuses what contradicts itself."""
+
+import pytest
+from helpers.running import argv_of
+
+import evaluate
+from embedding_finetune.command_line import UserError
+from embedding_finetune.evaluation.arguments import EvaluationOptions
+
+
+@pytest.fixture
+def required(tmp_path):
+    for name in ("c.jsonl", "q.jsonl"):
+        (tmp_path / name).touch()
+    return {
+        "index_file_jsonl_path": str(tmp_path / "c.jsonl"),
+        "query_file_jsonl_path": str(tmp_path / "q.jsonl"),
+    }
+
+
+def test_without_flags_the_options_are_their_own_defaults(required):
+    parsed = evaluate.parse_arguments([*argv_of(**required), "--model_name", "m"])
+    assert parsed == EvaluationOptions(model_name=["m"], **required)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model_name": ["a", "b", "a/"]}, "--model_name: the same model is named twice, as a/"),
+        ({"fail_if_worse": True}, "--fail_if_worse: there is only one --model_name"),
+        ({"fail_below": [("MRR@7", 0.5)]}, "--fail_below: MRR@7 is not measured; MRR@1, Hit@1, MRR@5, Hit@5, MRR@10"),
+        ({"fail_below": [("nDCG@5", 0.5)], "measures": ["MRR"]}, "--fail_below: nDCG@5 is not measured; MRR@1, MRR@5"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_when_the_options_are_made(required, changes, complaint):
+    with pytest.raises(UserError, match=f"^{complaint}"):
+        EvaluationOptions(**{"model_name": ["m"], **required, **changes})
+    EvaluationOptions(model_name=["m", "n"], **required, fail_if_worse=True, fail_below=[("Hit@5", 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"query_file_jsonl_path": "nowhere"}, "--query_file_jsonl_path: nowhere does not exist"),
+        ({"index_file_jsonl_path": "."}, "--index_file_jsonl_path: . is a folder"),
+        ({"output_dir": __file__}, "--output_dir .* is a file; give a folder"),
+        ({"embeddings_dir": __file__}, "--embeddings_dir .* is a file; give a folder"),
+    ],
+)
+def test_paths_are_checked_before_anything_is_read(required, changes, complaint):
+    EvaluationOptions(model_name=["m"], **required).check_paths()
+    with pytest.raises(UserError, match=f"^{complaint}"):
+        EvaluationOptions(**{"model_name": ["m"], **required, **changes}).check_paths()
+
+
+def test_no_file_of_the_output_replaces_an_input(required, tmp_path):
+    queries = tmp_path / "per_query.jsonl"
+    queries.touch()
+    options = EvaluationOptions(
+        model_name=["m"], **{**required, "query_file_jsonl_path": str(queries), "output_dir": str(tmp_path)}
+    )
+    with pytest.raises(UserError, match=r"per_query\.jsonl is the file of --query_file_jsonl_path, and would replace"):
+        options.check_paths()

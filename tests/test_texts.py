@@ -1,0 +1,72 @@
+"""What makes two texts one, in four forms; texts on disk."""
+
+import hashlib
+import os
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedding_finetune.data import texts as texts_module
+from embedding_finetune.data.texts import TextsOnDisk, canonical, raw_digests, text_digest, text_id
+
+
+def test_texts_compare_after_nfc_and_stripping():
+    assert canonical(" cafe\u0301\n") == "caf\u00e9"
+    assert text_id("caf\u00e9") == text_id(" cafe\u0301 ")
+    assert text_id("Cafe") != text_id("cafe")
+    assert 0 <= text_id("x") < 2**63
+
+
+@given(texts=st.lists(st.text(alphabet="a\u00e9\n\U0001f600", max_size=5)), data=st.data())
+def test_texts_on_disk_are_a_list(texts, data):
+    on_disk = TextsOnDisk(texts)
+    part = data.draw(st.slices(len(texts)))
+    assert on_disk[part] == texts[part]
+    assert list(on_disk) == texts
+    rows = np.array(data.draw(st.lists(st.sampled_from(range(len(texts))))) if texts else [], dtype=np.int64)
+    on_disk.keep(rows)
+    assert on_disk[:] == [texts[row] for row in rows]
+
+
+def test_identities_are_blake2b_of_the_canonical_text_and_of_the_raw_one_for_embeddings():
+    spelled, plain = " cafe\u0301\n", "caf\u00e9"
+    assert text_digest(spelled) == text_digest(plain) == hashlib.blake2b(plain.encode(), digest_size=16).digest()
+    eight = hashlib.blake2b(plain.encode(), digest_size=8).digest()
+    assert text_id(spelled) == int.from_bytes(eight, "little") // 2
+    raw = raw_digests([spelled, plain, spelled])
+    assert raw.tolist() == [
+        hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (spelled, plain, spelled)
+    ]
+    assert raw_digests([]).shape == (0,)
+
+
+def test_a_digest_that_ends_in_zero_bytes_is_still_told_from_others():
+    """numpy's bytes arrays drop zeros at the end, which must not make two texts one."""
+    texts = [str(number) for number in range(2000)]
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    assert any(digest.endswith(b"\0") for digest in digests)
+    assert len(set(raw_digests(texts).tolist())) == 2000
+
+
+def test_texts_far_apart_on_disk_are_read_one_by_one(monkeypatch):
+    texts = ["first", "x" * 5000, "\u00e9", "y" * 5000, "last"]
+    monkeypatch.setattr(texts_module, "_BUFFER_BYTES", 100)
+    on_disk, reads = TextsOnDisk(texts), []
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, start: reads.append(length) or read(file, length, start))
+    assert on_disk[::2] == ["first", "\u00e9", "last"]
+    assert reads == [5, 2, 4]
+    reads.clear()
+    assert on_disk[:3] == texts[:3]
+    assert reads == [5007]
+    part = on_disk.at(np.array([4, 0]))
+    assert (list(part), len(part), part[-1]) == (["last", "first"], 2, "first")
+    assert len(on_disk) == 5
+
+
+def test_a_read_that_gives_less_than_was_asked_for_is_gone_on_with(monkeypatch):
+    """As Linux does beyond 2 GiB."""
+    on_disk, read = TextsOnDisk(["ab\u00e9cdefg", "h"]), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, start: read(file, min(length, 3), start))
+    assert on_disk[:] == ["ab\u00e9cdefg", "h"]

@@ -1,0 +1,55 @@
+"""The command line of finetune.py: its help, and that its dataclasses check themselves."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+
+import finetune
+from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training.flags import REFUSED
+from embedding_finetune.training.parser import GROUPS
+
+THEIRS = {field.name for field in fields(TrainingArguments)}
+ALL = {field.name for kind in (ModelArguments, DataArguments, RetrieverTrainingArguments) for field in fields(kind)}
+
+
+@pytest.fixture(scope="module")
+def sections():
+    """Title -> flags, in the order of the help."""
+    with pytest.MonkeyPatch.context() as patch:
+        import io
+        import sys
+
+        patch.setattr(sys, "stdout", io.StringIO())
+        with pytest.raises(SystemExit) as stop:
+            finetune.main(["--help"])
+        text = sys.stdout.getvalue()
+    assert stop.value.code == 0
+    parts = re.split(r"(?m)^(\w.*):$", text)
+    return {"top": parts[0]} | {
+        title: re.findall(r"(?m)^  --(?!no_)(\w+)", body) for title, body in zip(parts[1::2], parts[2::2])
+    }
+
+
+def test_help_shows_the_suites_own_flags_first_in_groups_by_what_a_user_wants(sections):
+    titles = list(sections)[1:]
+    assert titles[:6] == ["model", "data", "loss", "memory and speed", "evaluation during training", "output"]
+    assert {title: sections[title] for title in titles[:6]} == {t: flags.split() for t, flags in GROUPS.items()}
+    assert sections["model"][0] == "model_name_or_path"
+    assert sections["data"][0] == "train_data"
+    assert {flag for title in titles[:6] for flag in sections[title]} == (ALL - THEIRS) | {"output_dir"}
+
+
+def test_help_lists_every_flag_once_and_the_refused_ones_last(sections):
+    flags = [flag for title in list(sections)[1:] for flag in sections[title]]
+    assert sorted(flags) == sorted(ALL)
+    assert set(flags[-len(REFUSED) :]) == set(REFUSED)
+
+
+def test_help_begins_with_a_usage_of_one_line_and_the_commands_of_the_docstring(sections):
+    usage, description = sections["top"].split("\n\n", 1)
+    assert usage.startswith("usage: finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR")
+    assert "\n" not in usage
+    assert description.startswith(finetune.__doc__.strip())
