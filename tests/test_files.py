@@ -14,7 +14,7 @@ from helpers.running import argv_of, evaluation
 import evaluate
 import mine_hard_neg
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import jsonl
+from embedding_finetune.data import jsonl, records
 from embedding_finetune.files import (
     atomic_writer,
     is_model_file,
@@ -33,7 +33,7 @@ def test_a_gzip_output_has_the_same_bytes_every_time(tmp_path):
     for path in (first, second):
         jsonl.write(path, [{"query": "q", "pos": ["p"]}])
     assert first.read_bytes() == second.read_bytes()
-    assert list(jsonl.read_training_rows(first)) == [{"query": "q", "pos": ["p"]}]
+    assert list(records.read_training_rows(first)) == [{"query": "q", "pos": ["p"]}]
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -55,7 +55,7 @@ def test_kill_9_while_writing_leaves_the_old_file(tmp_path):
     path.write_text("old")
     program = f"""
 import time
-from embedding_finetune.data import jsonl
+from embedding_finetune.data import formats, jsonl, records
 def records():
     for number in range(10**9):
         if number == 50_000:

@@ -5,13 +5,13 @@ import re
 import pytest
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import jsonl
+from embedding_finetune.data import formats, jsonl, records
 
 GOOD = b'{"query": "q", "pos": ["p"]}\n'
 
 
 def read_rows(path):
-    return list(jsonl.read_training_rows(path))
+    return list(records.read_training_rows(path))
 
 
 def test_blank_lines_a_byte_order_mark_and_gzip_are_read(tmp_path):
@@ -74,10 +74,10 @@ def test_a_truncated_gzip_file_is_an_error_not_a_shorter_file(tmp_path):
 def test_candidates_and_pool_lines_give_the_same_passages(tmp_path):
     path = tmp_path / "pool.jsonl"
     path.write_text('{"context": ["a", "b"]}\n{"text": "c"}\n')
-    assert list(jsonl.read_passages(path)) == ["a", "b", "c"]
+    assert list(records.read_passages(path)) == ["a", "b", "c"]
     path.write_text('{"texts": "c"}\n')
     with pytest.raises(UserError, match=r'pool\.jsonl:1: neither "context" nor "text"'):
-        list(jsonl.read_passages(path))
+        list(records.read_passages(path))
 
 
 def test_a_folder_means_its_visible_json_files_in_sorted_order(tmp_path, caplog):
@@ -85,7 +85,7 @@ def test_a_folder_means_its_visible_json_files_in_sorted_order(tmp_path, caplog)
         (tmp_path / name).write_bytes(GOOD)
     (tmp_path / "sub.jsonl").mkdir()
     with caplog.at_level("INFO"):
-        assert [path.name for path in jsonl.data_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
+        assert [path.name for path in formats.data_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
     assert "notes.txt" in caplog.text
 
 
@@ -102,14 +102,14 @@ def test_windows_line_ends_and_files_of_several_gzip_members_are_read(tmp_path):
     (tmp_path / "windows.jsonl").write_bytes(b"\r\n".join(lines) + b"\r\n")
     (tmp_path / "members.jsonl.gz").write_bytes(b"".join(gzip.compress(line + b"\n") for line in lines))
     for name in ("windows.jsonl", "members.jsonl.gz"):
-        assert list(jsonl.read_passages(tmp_path / name)) == ["a", "b", "c"]
+        assert list(records.read_passages(tmp_path / name)) == ["a", "b", "c"]
 
 
 def test_odd_characters_of_texts_are_kept(tmp_path):
     texts = ["\u0000 nul", "\u2028 separator", "\ufeff mark", "👩‍🔬 joined", "ﷺ", "\u202e turned", "é é"]
     path = tmp_path / "out.jsonl"
     jsonl.write(path, [{"text": text} for text in texts])
-    assert list(jsonl.read_passages(path)) == texts
+    assert list(records.read_passages(path)) == texts
 
 
 def test_null_is_the_same_as_missing_where_a_field_may_be_missing(tmp_path):
@@ -117,9 +117,9 @@ def test_null_is_the_same_as_missing_where_a_field_may_be_missing(tmp_path):
     path.write_text('{"query": "q", "pos": ["p"], "neg": null, "pos_scores": null}\n')
     assert [row.get("neg", []) for row in read_rows(path)] == [[]]
     path.write_text('{"query": "q", "pos": ["p"], "id": null, "group": null}\n')
-    assert list(jsonl.read_queries(path)) == [{"query": "q", "pos": ["p"]}]
+    assert list(records.read_queries(path)) == [{"query": "q", "pos": ["p"]}]
     path.write_text('{"context": null, "text": "a"}\n{"context": ["b"], "text": null}\n')
-    assert list(jsonl.read_passages(path)) == ["a", "b"]
+    assert list(records.read_passages(path)) == ["a", "b"]
     for line in ('{"query": null, "pos": ["p"]}', '{"query": "q", "pos": null}', '{"query": "q", "pos": [null]}'):
         path.write_text(line + "\n")
         with pytest.raises(UserError, match=r"a\.jsonl:1: .*NoneType, expected"):
@@ -149,8 +149,8 @@ def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
     jsonl.write(pool, [{"text": "a", "title": "t"}, {"context": ["b"], "text": "c"}, {"text": "d"}])
     with caplog.at_level("INFO"):
         assert len(read_rows(train)) == 31
-        list(jsonl.read_queries(queries))
-        list(jsonl.read_passages(pool))
+        list(records.read_queries(queries))
+        list(records.read_passages(pool))
     assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [
         'train.jsonl: ignored: "prompt" in 29 rows, "neg_scores" in 29 rows, "type" in 1 rows',
         'queries.jsonl: ignored: "neg" in 1 rows',
@@ -158,7 +158,7 @@ def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
     ]
     caplog.clear()
     with caplog.at_level("INFO"):
-        list(jsonl.read_training_rows(train, known=jsonl.SCORE_FIELDS, unused="kept"))
+        list(records.read_training_rows(train, known=records.SCORE_FIELDS, unused="kept"))
     assert caplog.messages == [f'{train}: kept: "prompt" in 29 rows, "type" in 1 rows']
     caplog.clear()
     jsonl.write(train, [{**row, **dict.fromkeys(map(str, range(12)), 0), "a\nb": 1}])
@@ -172,14 +172,14 @@ def test_folders_in_a_folder_of_data_are_a_warning_with_the_number_of_their_file
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(GOOD)
     with caplog.at_level("INFO"):
-        assert [path.name for path in jsonl.data_files(tmp_path)] == ["a.jsonl"]
+        assert [path.name for path in formats.data_files(tmp_path)] == ["a.jsonl"]
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", f"warning: {tmp_path}: subfolders are not read: de (2 data files)"),
         ("INFO", f"{tmp_path}: not read: .cache, notes"),
     ]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(UserError, match=rf"holds no .* file; subfolders are not read: give {tmp_path}/de"):
-        jsonl.data_files(tmp_path)
+        formats.data_files(tmp_path)
 
 
 def test_half_a_surrogate_pair_in_a_field_that_is_passed_on_survives(tmp_path):
@@ -194,7 +194,7 @@ def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "q", "pos": ["p"], "id": "\\ud800"}\n')
     with pytest.raises(UserError, match=r'a\.jsonl:1: "id" holds half a surrogate pair'):
-        list(jsonl.read_queries(path))
+        list(records.read_queries(path))
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
 def test_files_of_other_formats_are_told_for_what_they_are(tmp_path, content, complaint):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(complaint)):
-        list(jsonl.read_passages(tmp_path / "a.jsonl"))
+        list(records.read_passages(tmp_path / "a.jsonl"))

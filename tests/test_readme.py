@@ -15,7 +15,7 @@ import evaluate
 import finetune
 import mine_hard_neg
 from embedding_finetune import files
-from embedding_finetune.data import jsonl
+from embedding_finetune.data import records
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 README = REPOSITORY / "README.md"
@@ -179,7 +179,7 @@ def test_the_program_that_makes_rows_of_a_table_makes_rows(tmp_path, monkeypatch
     [program] = blocks(REPOSITORY / "docs" / "data.md", "python")
     exec(compile(program, "data.md", "exec"), {})
     rows = [{"query": "why?", "pos": ["so, indeed", "é"]}, {"query": "who?", "pos": ["me"]}]
-    assert list(jsonl.read_training_rows("pairs.jsonl")) == rows
+    assert list(records.read_training_rows("pairs.jsonl")) == rows
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
