@@ -17,9 +17,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for `make test &`; runs would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

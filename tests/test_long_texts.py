@@ -6,7 +6,7 @@ import random
 import pytest
 from helpers.data import DEMO_MODEL, REPOSITORY, read_jsonl
 from helpers.tiny import make_tiny_reranker, make_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -88,6 +88,7 @@ PIECES = st.sampled_from(
     instruction=st.sampled_from(["", "query: ", "x" * 150]),
     lower_case=st.booleans(),
 )
+@example(kind="slow", parts=[("</s>", 9)], max_length=4, instruction="", lower_case=False)
 @settings(max_examples=80)
 def test_the_beginning_of_a_long_text_has_the_ids_of_the_whole(kind, parts, max_length, instruction, lower_case):
     tokenizer = tokenizer_of(kind)

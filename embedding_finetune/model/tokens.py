@@ -40,7 +40,9 @@ def tokenize(
         return_token_type_ids=False,
     )
     token_ids = encoded["input_ids"]
-    full = [row for row, ids in enumerate(token_ids) if len(ids) == max_length]
+    # Tokenizers written in Python add no end to a cut text that ends so by itself, and give fewer than max_length then.
+    fewest = max_length - tokenizer.num_special_tokens_to_add()
+    full = [row for row, ids in enumerate(token_ids) if len(ids) >= fewest]
     if encoded.encodings is not None:
         return token_ids, sum(bool(encoded.encodings[row].overflowing) for row in full)
     return token_ids, sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length for row in full)
