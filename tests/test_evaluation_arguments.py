@@ -28,8 +28,14 @@ def test_without_flags_the_options_are_their_own_defaults(required):
     [
         ({"model_name": ["a", "b", "a/"]}, "--model_name: the same model is named twice, as a/"),
         ({"fail_if_worse": True}, "--fail_if_worse: there is only one --model_name"),
-        ({"fail_below": [("MRR@7", 0.5)]}, "--fail_below: MRR@7 is not measured; MRR@1, Hit@1, MRR@5, Hit@5, MRR@10"),
-        ({"fail_below": [("nDCG@5", 0.5)], "measures": ["MRR"]}, "--fail_below: nDCG@5 is not measured; MRR@1, MRR@5"),
+        (
+            {"fail_below": [("MRR@7", 0.5)]},
+            "--fail_below: MRR@7 is not measured; these are: MRR@1, Hit@1, MRR@5, Hit@5, MRR@10",
+        ),
+        (
+            {"fail_below": [("nDCG@5", 0.5)], "measures": ["MRR"]},
+            "--fail_below: nDCG@5 is not measured; these are: MRR@1, MRR@5",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_when_the_options_are_made(required, changes, complaint):
@@ -59,5 +65,7 @@ def test_no_file_of_the_output_replaces_an_input(required, tmp_path):
     options = EvaluationOptions(
         model_name=["m"], **{**required, "query_file_jsonl_path": str(queries), "output_dir": str(tmp_path)}
     )
-    with pytest.raises(UserError, match=r"per_query\.jsonl is the file of --query_file_jsonl_path, and would replace"):
+    with pytest.raises(
+        UserError, match=r"per_query\.jsonl is also the file of --query_file_jsonl_path, and would replace"
+    ):
         options.check_paths()

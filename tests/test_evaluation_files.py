@@ -104,7 +104,7 @@ def test_a_model_in_a_deep_folder_gets_a_run_file(tiny_bert, candidates, pairs, 
 def test_all_files_are_written_into_a_folder_that_is_made(tmp_path):
     options = EvaluationOptions(model_name=["m"], index_file_jsonl_path="c", query_file_jsonl_path="q")
     values = {"m": values_per_query(RANKING, TASK, options.measures, options.cutoffs)}
-    document = summarize(values, TASK, options, weights={"m": "ab"}, seen={"m": 0})
+    document = summarize(values, TASK, options, weights_digests={"m": "ab"}, trained_queries={"m": 0})
     out = tmp_path / "new" / "out"
     write_evaluation(out, document, TASK, {"m": RANKING})
     names = ["metrics.json", "per_query.jsonl", "qrels.trec", "report.html", "run.m.trec"]

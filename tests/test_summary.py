@@ -27,7 +27,9 @@ OPTIONS = EvaluationOptions(
 
 
 def document():
-    return summarize(VALUES, TASK, OPTIONS, weights={"base": "ab", "tuned": "cd"}, seen={"base": 0, "tuned": 2})
+    return summarize(
+        VALUES, TASK, OPTIONS, weights_digests={"base": "ab", "tuned": "cd"}, trained_queries={"base": 0, "tuned": 2}
+    )
 
 
 def test_the_document_has_means_of_all_queries_and_of_each_group_and_counts():
