@@ -11,7 +11,6 @@ import evaluate
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.files import (
-    docid,
     file_name,
     per_query_records,
     qrels_lines,
@@ -26,8 +25,7 @@ TEXTS = [f"passage {number}" for number in range(11)]
 TASK = RetrievalTask(
     queries=["first", "second", "third"],
     corpus=Corpus(TEXTS),
-    relevant=[{10, 2}, set(), {4}],
-    relevant_counts=[3, 1, 1],  # of the first and of the second query, an answer is not in the corpus
+    relevant=[{10: 1, 2: 1, 11: 1}, {12: 1}, {4: 1}],  # of the first two queries, an answer is not in the corpus
     ids=["a", "b", "c"],
     groups=["x", None, None],
 )
@@ -80,7 +78,7 @@ def test_runs_and_answers_are_lines_as_trec_has_them():
 
 
 def test_docids_sort_as_positions_do():
-    ids = [docid(position, 1000) for position in range(1000)]
+    ids = list(map(Corpus(map(str, range(1000))).docid, range(1000)))
     assert sorted(ids) == ids
     assert len(set(map(len, ids))) == 1
 

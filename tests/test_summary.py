@@ -12,8 +12,7 @@ from embedding_finetune.evaluation.summary import evaluation_tables, summarize, 
 TASK = RetrievalTask(
     queries=["q", "r", "s", "t"],
     corpus=Corpus(["a", "b", "a "]),
-    relevant=[{0}, {1}, {0, 1}, set()],
-    relevant_counts=[1, 2, 2, 1],
+    relevant=[{0: 1}, {1: 1, 2: 1}, {0: 1, 1: 1}, {3: 1}],
     ids=["0", "1", "2", "3"],
     groups=["odd", "even", "odd", None],
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import jsonl, tables
+from embedding_finetune.data import beir, jsonl, tables
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
 
@@ -193,9 +193,12 @@ def write(path: AnyPath, records: Iterator[Record]) -> None:
 
 
 def data_files(path: AnyPath) -> list[Path]:
-    """The data files at `path`: the file itself, or a folder's visible JSON files, sorted by name."""
+    """The data files at `path`: the file itself, or a folder's visible JSON files, sorted by name.
+
+    A BEIR folder counts as one file.
+    """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or beir.is_beir(path):
         return [path]
     try:
         children = sorted(path.iterdir())

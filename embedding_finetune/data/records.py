@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data import beir
 from embedding_finetune.data.formats import Place, read
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
@@ -36,13 +37,13 @@ def read_training_rows(
 
     They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
     `instruction` is put before their query. Other fields are kept. A log line counts them, except those in `known`, and
-    says with `unused` what happens to them.
+    says with `unused` what happens to them. A BEIR folder gives the queries of its qrels/train.tsv, with an `id`.
 
     Raises UserError naming file and line, or row, at the first row that is not like this.
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
-    for place, record in read(path, columns):
+    for place, record in _read_beir(path, "train") if beir.is_beir(path) else read(path, columns):
         _drop_nulls(record, "neg", "instruction")
         _require_text(place, record, "query")
         _require_texts(place, record, "pos")
@@ -100,10 +101,13 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
 
 def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
-    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
+    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line, or of a BEIR folder.
 
     A log line counts other fields. Raises like read_training_rows.
     """
+    if beir.is_beir(path):
+        yield from beir.read_texts(beir.corpus_file(path))
+        return
     others: Counter[str] = Counter()
     for place, record in read(path, columns):
         _drop_nulls(record, "context", "text")
@@ -121,6 +125,13 @@ def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
             )
         others.update(_fields_beyond({used}, record))
     _log_others(path, others, "ignored")
+
+
+def _read_beir(path: AnyPath, split: str) -> Iterator[tuple[Place, Record]]:
+    files = beir.find_split(path, split)
+    place = Place(files.queries, is_line=True)
+    for place.number, record in beir.read_rows(files):
+        yield place, record
 
 
 def _require_text(place: Place, record: Record, field: str) -> None:

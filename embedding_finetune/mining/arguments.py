@@ -6,6 +6,7 @@ from typing import get_args
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data import beir
 from embedding_finetune.data.formats import parse_columns
 from embedding_finetune.mining.choice import ScoreFilters, Strategy
 from embedding_finetune.parser import (
@@ -72,9 +73,11 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 
     def check_paths(self) -> None:
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""
-        files.require_file("--input_file", self.input_file)
+        files.require_file("--input_file", self.input_file, folder_allowed=beir.is_beir(self.input_file))
         if self.candidate_pool is not None:
-            files.require_file("--candidate_pool", self.candidate_pool)
+            files.require_file(
+                "--candidate_pool", self.candidate_pool, folder_allowed=beir.is_beir(self.candidate_pool)
+            )
         files.require_writable("--output_file", self.output_file)
         if self.report_file is not None:
             files.require_writable("--report_file", self.report_file)
@@ -83,6 +86,9 @@ class MiningOptions(EncodingOptions, SelectionOptions):
         outputs = {f"--{name}": getattr(self, name) for name in ("output_file", "report_file", "embeddings_dir")}
         files.require_outside_models(outputs, [*self.model_name_or_path, self.reranker_name_or_path])
         files.require_apart({"--candidate_pool": self.candidate_pool}, outputs)
+        for flag, path in (("--input_file", self.input_file), ("--candidate_pool", self.candidate_pool)):
+            for file in beir.input_files(path) if path is not None and beir.is_beir(path) else ():
+                files.require_apart({flag: str(file)}, outputs)
         files.require_apart({"--input_file": self.input_file}, {"--report_file": self.report_file})
 
 

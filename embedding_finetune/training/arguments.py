@@ -15,6 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.data.beir import is_beir
 from embedding_finetune.data.formats import COLUMNS_HELP, parse_columns
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
@@ -68,7 +69,9 @@ class DataArguments:
         None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
     )
     eval_index_file_jsonl_path: str | None = _flag(
-        None, "the passages they are searched among (default: every positive of training and evaluation rows)"
+        None,
+        "the passages they are searched among (default: every positive of training and evaluation rows, or the BEIR "
+        "folder's own corpus)",
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class DataArguments:
         files.require_file("--train_data", self.train_data, folder_allowed=True)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
-                files.require_file(f"--{flag}", getattr(self, flag))
+                files.require_file(f"--{flag}", getattr(self, flag), folder_allowed=is_beir(getattr(self, flag)))
 
 
 @dataclass
@@ -138,7 +141,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_launcher()
         check_numbers(self)
-        parse_columns(self.columns)
         _set_defaults(self)
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:

@@ -60,7 +60,7 @@ class KnownPositives:
 
     def overlap(self, task: RetrievalTask) -> tuple[int, int]:
         """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
-        passages = [text_id(task.corpus.texts[position]) for position in set().union(*task.relevant)]
+        passages = [text_id(task.corpus.texts[position]) for position in task.findable_answers]
         return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
 
 
