@@ -100,27 +100,46 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
 
 def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
-    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
+    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line, or BEIR documents.
 
-    A log line counts other fields. Raises like read_training_rows.
+    A record with an `_id` is a document, see document_text; one without any text is skipped. Log lines count skipped
+    documents and other fields. Raises like read_training_rows.
     """
     others: Counter[str] = Counter()
+    skipped = 0
     for place, record in read(path, columns):
-        _drop_nulls(record, "context", "text")
+        _drop_nulls(record, "context", "text", "title")
+        used = {"context"} if "context" in record else {"text", "title", "_id"} if "_id" in record else {"text"}
         if "context" in record:
-            used = "context"
             _require_texts(place, record, "context")
             yield from record["context"]
+        elif "_id" in record:
+            if text := document_text(place, record):
+                yield text
+            else:
+                skipped += 1
         elif "text" in record:
-            used = "text"
             _require_text(place, record, "text")
             yield record["text"]
         else:
             raise UserError(
                 f'{place}: neither "context" nor "text" is there; expected {{"context": [str, ...]}} or {{"text": str}}'
             )
-        others.update(_fields_beyond({used}, record))
+        others.update(_fields_beyond(used, record))
+    if skipped:
+        logger.info("%s: %d documents have neither title nor text, and are skipped", path, skipped)
     _log_others(path, others, "ignored")
+
+
+def document_text(place: Place, record: Record) -> str:
+    """Title and text of a BEIR document `{"_id": str, "title": str, "text": str}`, joined as BEIR joins them.
+
+    Either may be missing, null or empty; without both the text is empty. Raises UserError for what is not Unicode text.
+    """
+    for field in ("title", "text"):
+        if record.get(field):
+            _check_text(place, field, record[field], may_be_blank=True)
+    return f"{record.get('title') or ''} {record.get('text') or ''}".strip()
 
 
 def _require_text(place: Place, record: Record, field: str) -> None:
@@ -184,14 +203,16 @@ def _check_scores(place: Place, record: Record, field: str) -> None:
             )
 
 
-def _check_text(place: Place, field: str, text: object, position: int | None = None) -> None:
+def _check_text(
+    place: Place, field: str, text: object, position: int | None = None, *, may_be_blank: bool = False
+) -> None:
     """Raise UserError unless a field, or the item at a position of its list, is Unicode text that says something."""
     if isinstance(text, str) and text.isascii() and text and not text.isspace():
         return
     name = place.name(field) if position is None else f"{place.name(field)}[{position}]"
     if not isinstance(text, str):
         raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")
-    if not text.strip():
+    if not text.strip() and not may_be_blank:
         raise UserError(f"{place}: {name} is an empty string, expected text")
     try:
         text.encode()
