@@ -16,6 +16,7 @@ from embedding_finetune.files import AnyPath
 logger = logging.getLogger(__name__)
 
 SCORE_FIELDS = ("pos_scores", "neg_scores")
+_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction")
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Scores are held as float32."""
@@ -30,19 +31,20 @@ def read_training_rows(
     *,
     scores_required: bool = False,
     known: Iterable[str] = (),
-    unused: str = "ignored",
+    others_are_kept: bool = False,
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
     They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
-    `instruction` is put before their query. Other fields are kept. A log line counts them, except those in `known`, and
-    says with `unused` what happens to them.
+    `instruction` is put before their query. `known`: other fields that the caller uses. Log lines tell what other
+    fields there are; they are read from all formats with others_are_kept, else not from parquet.
 
     Raises UserError naming file and line, or row, at the first row that is not like this.
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
-    for place, record in read(path, columns):
+    fields = dict.fromkeys((*_QUERY_FIELDS, "neg", *SCORE_FIELDS, *known))
+    for place, record in read(path, columns, fields=list(fields), others=others_are_kept):
         _drop_nulls(record, "neg", "instruction")
         _require_text(place, record, "query")
         _require_texts(place, record, "pos")
@@ -58,7 +60,7 @@ def read_training_rows(
                 )
         others.update(_fields_beyond(used, record))
         yield record
-    _log_others(path, others, unused)
+    _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
 
 
 def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]:
@@ -72,7 +74,7 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
     without_id = 0
-    for place, record in read(path, columns):
+    for place, record in read(path, columns, fields=_QUERY_FIELDS, others=False):
         _drop_nulls(record, "id", "group", "instruction")
         _require_text(place, record, "query")
         _require_texts(place, record, "pos")
@@ -107,7 +109,7 @@ def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
     """
     others: Counter[str] = Counter()
     skipped = 0
-    for place, record in read(path, columns):
+    for place, record in read(path, columns, fields=("context", "text", "title", "_id", "id"), others=False):
         _drop_nulls(record, "context", "text", "title")
         used = {"context"} if "context" in record else {"text", "title", "_id"} if "_id" in record else {"text"}
         if "context" in record:
@@ -137,20 +139,20 @@ def document_text(place: Place, record: Record) -> str:
     Either may be missing, null or empty; without both the text is empty. Raises UserError for what is not Unicode text.
     """
     for field in ("title", "text"):
-        if record.get(field):
+        if record.get(field) is not None:
             _check_text(place, field, record[field], may_be_blank=True)
     return f"{record.get('title') or ''} {record.get('text') or ''}".strip()
 
 
 def _require_text(place: Place, record: Record, field: str) -> None:
-    if field not in record:
-        raise UserError(f"{place}: {place.name(field)} is missing, expected a string")
+    if _lacks(place, record, field):
+        raise UserError(f"{place}: {place.missing(field, 'a string')}")
     _check_text(place, field, record[field])
 
 
 def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
-    if field not in record:
-        raise UserError(f"{place}: {place.name(field)} is missing, expected a list of strings")
+    if _lacks(place, record, field):
+        raise UserError(f"{place}: {place.missing(field, 'a list of strings')}")
     texts = record[field]
     if not isinstance(texts, list):
         raise UserError(f"{place}: {place.name(field)} is a {type(texts).__name__}, expected a list of strings")
@@ -158,6 +160,11 @@ def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bo
         raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
     for position, text in enumerate(texts):
         _check_text(place, field, text, position)
+
+
+def _lacks(place: Place, record: Record, field: str) -> bool:
+    """Whether a field is missing, or null in a table, where cells are nothing else."""
+    return field not in record or (place.table is not None and record[field] is None)
 
 
 def _check_instruction(place: Place, record: Record) -> None:

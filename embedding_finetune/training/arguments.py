@@ -44,7 +44,7 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
+    train_data: str = field(metadata={"help": "training rows: JSON Lines, JSON, csv, tsv or parquet, or a folder of such files"})
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
@@ -76,10 +76,10 @@ class DataArguments:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         check_numbers(self)
         parse_columns(self.columns)
-        files.require_file("--train_data", self.train_data, folder_allowed=True)
+        files.require_data("--train_data", self.train_data)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
-                files.require_file(f"--{flag}", getattr(self, flag))
+                files.require_data(f"--{flag}", getattr(self, flag))
 
 
 @dataclass
