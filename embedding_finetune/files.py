@@ -97,7 +97,8 @@ def require_folder(flag: str, path: AnyPath) -> None:
 def require_apart(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
     """Raise UserError where an output is also an input, or in an input folder, or another output.
 
-    flag -> path, None where it is not given. Two paths may name one file: a relative one, one through a link, on some disks one in another case.
+    flag -> path, None where it is not given. Two paths may name one file: a relative one, one through a link, on some
+    disks one in another case.
     """
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
     for number, (flag, path) in enumerate(given):

@@ -170,7 +170,9 @@ def test_no_output_lies_in_a_folder_of_data(tmp_path):
     folder.mkdir()
     link.symlink_to(folder)
     for place in (folder, link):
-        with pytest.raises(UserError, match=r"^--output_file .* is in the folder of --input_file, whose files are data"):
+        with pytest.raises(
+            UserError, match=r"^--output_file .* is in the folder of --input_file, whose files are data"
+        ):
             require_apart({"--input_file": str(folder)}, {"--output_file": str(place / "new.jsonl")})
     require_apart({"--input_file": str(folder)}, {"--output_file": str(folder / "sub" / "new.jsonl")})
     require_apart({"--input_file": str(folder)}, {"--output_file": str(tmp_path / "new.jsonl")})

@@ -85,7 +85,9 @@ JSON = st.recursive(
     indent=st.sampled_from([None, 0, 30]),
     ascii_only=st.booleans(),
 )
-def test_an_array_is_read_as_json_reads_it_wherever_its_parts_end(tmp_path_factory, rows, part_bytes, indent, ascii_only):
+def test_an_array_is_read_as_json_reads_it_wherever_its_parts_end(
+    tmp_path_factory, rows, part_bytes, indent, ascii_only
+):
     path = tmp_path_factory.mktemp("array") / "a.json"
     content = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     path.write_bytes(b"\xef\xbb\xbf" + content)

@@ -63,7 +63,9 @@ class Place:
         self._asked = asked
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.number}" if self.table is None else f"{self.path}: row {self.number}"
+        if self.table is None:
+            return f"{self.path}:{self.number}"
+        return f"{self.path}: row {self.number}" if self.number else f"{self.path}"
 
     def name(self, field: str) -> str:
         """A field as the file calls it: "question"."""
@@ -193,7 +195,8 @@ def read(
 def _read_lines(place: Place, roles: _Columns) -> Iterator[tuple[Place, Record]]:
     if str(place.path).lower().endswith(_NOT_READ):
         raise UserError(f"{place.path}: such files are not read; save it as one of {', '.join(DATA_SUFFIXES)}")
-    for place.number, record in jsonl.read(place.path):
+    for number, record in jsonl.read(place.path):
+        place.number = number
         names = tuple(record)
         layout = roles.layout(place, names)
         place.layout = layout or _OWN_NAMES
@@ -232,7 +235,8 @@ def _read_table(place: Place, roles: _Columns, only: Sequence[str] | None) -> It
         fields, wanted = layout, set(names)
     for first, batch in tables.read_columns(place.path, [name for name in names if name in wanted]):
         for name in judgements:
-            for place.number, value in enumerate(batch[name], first):
+            for number, value in enumerate(batch[name], first):
+                place.number = number
                 _check_no_judgement(place, name, value)
         columns = [_column(field, [batch[name] for name in names]) for field, names in fields.items()]
         for number, values in enumerate(zip(*columns), first):

@@ -89,9 +89,10 @@ def _read_delimited(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
                 closed = part[columns[0]][-1].as_py() == file.last_cell
                 no_rows = max(0, header_row + 1 - number)
                 rows = part.slice(no_rows, max(0, part.num_rows - no_rows - closed))
-                yield number + no_rows, {
-                    name: _texts(path, number + no_rows, name, rows[column]) for name, column in zip(names, wanted)
-                }
+                yield (
+                    number + no_rows,
+                    {name: _texts(path, number + no_rows, name, rows[column]) for name, column in zip(names, wanted)},
+                )
                 number += part.num_rows
         if not closed:
             raise UserError(f"{path}: row {number - 1}: a quote is opened there and never closed")
@@ -103,9 +104,7 @@ def _header(path: AnyPath) -> tuple[str, list[str], int]:
     """The separator, the first row that is not blank, and its number."""
     try:
         with open_for_reading(path) as file:
-            lines = file.peek(1).decode("utf-8", errors="replace").lstrip("\r\n").splitlines() or [""]
-            is_tsv = str(path).lower().removesuffix(".gz").endswith(".tsv")
-            delimiter = "\t" if is_tsv else max(",;\t", key=re.sub('"[^"]*"', "", lines[0]).count)
+            delimiter = _separator(path, file.peek(1))
             # What follows the header is decoded with it, and is checked where it is read.
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
             rows = enumerate(csv.reader(text, delimiter=delimiter), start=1)
@@ -116,6 +115,14 @@ def _header(path: AnyPath) -> tuple[str, list[str], int]:
         raise UserError(f"{path}: row {number}: not UTF-8; save the file as UTF-8") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: row 1: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _separator(path: AnyPath, start: bytes) -> str:
+    if str(path).lower().removesuffix(".gz").endswith(".tsv"):
+        return "\t"
+    without_quoted = re.sub(b'"[^"]*"', b"", start.lstrip(b"\r\n"))
+    header = re.split(rb"[\r\n]", without_quoted)[0]
+    return max(",;\t", key=lambda separator: header.count(separator.encode()))
 
 
 class _WithLastRow(io.RawIOBase):
@@ -167,7 +174,8 @@ def _reason(error: Exception, number: int) -> str:
             "JSON Lines or parquet"
         )
     if match := _WRONG_CELLS.match(message):
-        return "row {}: expected {} cells, as the header has, but there are {}; check its separators and quotes".format(*match.groups())
+        row, expected, there = match.groups()
+        return f"row {row}: expected {expected} cells, as the header has, but there are {there}; check its quotes"
     return f"cannot be read after row {number - 1}: {getattr(error, 'strerror', None) or message}"
 
 

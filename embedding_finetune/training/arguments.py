@@ -44,7 +44,7 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    train_data: str = field(metadata={"help": "training rows: JSON Lines, JSON, csv, tsv or parquet, or a folder of such files"})
+    train_data: str = field(metadata={"help": "training rows, a file or a folder of files"})
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
