@@ -67,8 +67,8 @@ MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test",
 def parse(monkeypatch):
     """A function that parses a command as its script does, in a folder where no earlier command has run."""
     monkeypatch.chdir(REPOSITORY)
-    check = files.require_file
-    monkeypatch.setattr(files, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
+    check = files.require_data
+    monkeypatch.setattr(files, "require_data", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(files, "require_writable", lambda *_: None)
     monkeypatch.setattr("embedding_finetune.training.parser.check_output_dir", lambda *_: None)
 

@@ -179,7 +179,9 @@ def read_documents(path: AnyPath) -> Iterator[tuple[str, str]]:
     Raises UserError naming file and line.
     """
     for line, name, record in _read_identified(path):
-        yield name, document_text(f"{path}:{line}", record)
+        for field in ("title", "text"):
+            _check_string(f'{path}:{line}: "{field}"', record.get(field))
+        yield name, title_and_text(record)
 
 
 def read_texts(path: AnyPath) -> Iterator[str]:
@@ -192,10 +194,9 @@ def read_texts(path: AnyPath) -> Iterator[str]:
     log_skipped(path, empty)
 
 
-def document_text(place: object, record: Record) -> str:
+def title_and_text(record: Record) -> str:
     """Title and text of a document, joined as BEIR does; empty where there is neither."""
-    title, text = (_string(place, field, record.get(field)) for field in ("title", "text"))
-    return f"{title} {text}".strip()
+    return f"{record.get('title') or ''} {record.get('text') or ''}".strip()
 
 
 def log_skipped(path: AnyPath, count: int) -> None:
@@ -208,9 +209,10 @@ def read_judged_queries(split: Split, judgements: Mapping[str, object]) -> Itera
     """Yield (line, id, text) of the queries that have judgements. Raises UserError naming file and line."""
     for line, name, record in _read_identified(split.queries):
         if name in judgements:
-            text = _string(f"{split.queries}:{line}", "text", record.get("text"))
-            if not text.strip():
-                raise UserError(f'{split.queries}:{line}: "text" is missing or empty, expected the text of the query')
+            text, what = record.get("text"), f'{split.queries}:{line}: "text"'
+            _check_string(what, text)
+            if not text or not text.strip():
+                raise UserError(f"{what} is missing or empty, expected the text of the query")
             yield line, name, text
 
 
@@ -304,14 +306,12 @@ def _check_id(what: str, name: str) -> None:
     _check_unicode(what, name)
 
 
-def _string(place: object, field: str, value: object) -> str:
-    """A field's string, empty where it is missing or null."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f'{place}: "{field}" is a {type(value).__name__}, expected a string')
-    _check_unicode(f'{place}: "{field}"', value)
-    return value
+def _check_string(what: str, value: object) -> None:
+    """Raise UserError unless a field is Unicode text, or missing, or null."""
+    if isinstance(value, str):
+        _check_unicode(what, value)
+    elif value is not None:
+        raise UserError(f"{what} is a {type(value).__name__}, expected a string")
 
 
 def _check_unicode(what: str, text: str) -> None:

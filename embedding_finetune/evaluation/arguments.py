@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.beir import is_beir
 from embedding_finetune.data.formats import parse_columns
 from embedding_finetune.parser import repeated_model
 from embedding_finetune.retrieval.arguments import EncodingOptions
@@ -51,7 +50,7 @@ class EvaluationOptions(EncodingOptions):
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""
         inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
         for flag, path in inputs.items():
-            files.require_file(flag, path, folder_allowed=is_beir(path))
+            files.require_data(flag, path)
         if self.output_dir is not None:
             files.require_folder("--output_dir", self.output_dir)
             outputs = {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in FILES}

@@ -15,7 +15,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.beir import is_beir
 from embedding_finetune.data.formats import COLUMNS_HELP, parse_columns
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
@@ -45,7 +44,7 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    train_data: str = field(metadata={"help": "JSON Lines file of training rows, or a folder of such files"})
+    train_data: str = field(metadata={"help": "training rows, a file or a folder of files"})
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
@@ -79,10 +78,10 @@ class DataArguments:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         check_numbers(self)
         parse_columns(self.columns)
-        files.require_file("--train_data", self.train_data, folder_allowed=True)
+        files.require_data("--train_data", self.train_data)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
-                files.require_file(f"--{flag}", getattr(self, flag), folder_allowed=is_beir(getattr(self, flag)))
+                files.require_data(f"--{flag}", getattr(self, flag))
 
 
 @dataclass

@@ -92,7 +92,7 @@ def _check_data_is_not_replaced(flag: str, data: str | None, output_dir: str) ->
     """Raise UserError where data that is read has the place and name of a file that is written."""
     if data is None or not os.path.exists(data) or not os.path.isdir(output_dir):
         return
-    for path in data_files(data):
+    for path in data_files(data, quiet=True):
         if os.path.samefile(os.path.realpath(path.parent), output_dir) and is_model_file(path.name):
             raise UserError(
                 f"--output_dir {output_dir}: the new model would replace {path} of {flag}; give another folder"
