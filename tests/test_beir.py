@@ -155,10 +155,14 @@ def test_a_split_without_any_answer_and_an_empty_one_are_refused(folder):
 def test_ids_and_texts_do_not_mix(folder, tmp_path):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "q", "pos": ["valve"]}])
     passages = write_jsonl(tmp_path / "passages.jsonl", [{"text": "valve"}])
-    with pytest.raises(UserError, match="give the BEIR folder as the passages too"):
+    with pytest.raises(UserError, match=r"give .*beir as the passages too"):
         load_task(folder, read_corpus(passages))
-    with pytest.raises(UserError, match=r"pairs\.jsonl: its answers are texts.*give .*corpus\.jsonl as the passages"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl: is no BEIR folder, .* or .*corpus\.jsonl as the passages"):
         load_task(pairs, read_corpus(folder))
+    with pytest.raises(UserError, match=r"queries\.jsonl:1: .*give the folder itself"):
+        load_task(folder / "queries.jsonl", read_corpus(folder / "corpus.jsonl"))
+    task = load_task(pairs, read_corpus(folder / "corpus.jsonl"))  # texts, not documents
+    assert (len(task.corpus), task.relevant) == (3, [{1: 1}])
 
 
 def test_a_task_holds_documents_sorted_by_id_and_grades(folder, caplog):

@@ -48,9 +48,13 @@ class Split(NamedTuple):
 
 def is_beir(path: AnyPath) -> bool:
     """Whether a path is a BEIR folder, or a file in the `qrels` of one."""
+    return _is_folder(folder_of(path))
+
+
+def folder_of(path: AnyPath) -> Path:
+    """The folder that a path to be read as BEIR data is in: the path itself, or of a file in `qrels` the folder."""
     path = Path(path)
-    is_qrels = path.parent.name == _QRELS and os.path.isfile(path)
-    return _is_folder(path.parent.parent if is_qrels else path)
+    return path.parent.parent if path.parent.name == _QRELS and os.path.isfile(path) else path
 
 
 def _is_folder(folder: Path) -> bool:
@@ -64,28 +68,24 @@ def find_split(path: AnyPath, split: str) -> Split:
 
     Raises UserError naming a file that is not there, and the splits that are.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return Split(_require(path.parent.parent, "corpus"), _require(path.parent.parent, "queries"), path)
-    qrels = _find(path / _QRELS / f"{split}.tsv")
+    folder = folder_of(path)
+    qrels = _find(folder / _QRELS / f"{split}.tsv") if folder == Path(path) else Path(path)
     if qrels is None:
-        others = sorted((path / _QRELS).glob("[!.]*.tsv*"))
+        others = sorted((folder / _QRELS).glob("[!.]*.tsv*"))
         there = ", ".join(other.name for other in others)
-        remedy = f"{path / _QRELS} has {there}: give {others[0]}" if others else f"{path / _QRELS} holds no .tsv file"
-        raise UserError(f"{path}: {_QRELS}/{split}.tsv is not there; {remedy}")
-    return Split(_require(path, "corpus"), _require(path, "queries"), qrels)
+        remedy = f"{folder / _QRELS} has {there}: give {others[0]}" if others else "there is no other .tsv file either"
+        raise UserError(f"{folder}: {_QRELS}/{split}.tsv is not there; {remedy}")
+    return Split(_require(folder, "corpus"), _require(folder, "queries"), qrels)
 
 
 def corpus_file(path: AnyPath) -> Path:
     """The corpus of a BEIR folder, or of the folder of a file in `qrels`."""
-    path = Path(path)
-    return _require(path if path.is_dir() else path.parent.parent, "corpus")
+    return _require(folder_of(path), "corpus")
 
 
 def input_files(path: AnyPath) -> list[Path]:
     """The files of a BEIR folder that may be read; no output may replace one of them."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent.parent
+    folder = folder_of(path)
     found = [_find(folder / f"{name}.jsonl") for name in ("corpus", "queries")]
     return [*(file for file in found if file is not None), *sorted((folder / _QRELS).glob("*"))]
 

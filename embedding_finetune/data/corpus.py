@@ -157,13 +157,14 @@ def load_task(query_file: AnyPath, corpus: Corpus | Documents, columns: Sequence
     if beir.is_beir(query_file):
         if not isinstance(corpus, Documents):
             raise UserError(
-                f"{query_file}: its judgements are about ids of documents: give the BEIR folder as the passages too"
+                f"{query_file}: its judgements are about ids of documents: give {beir.folder_of(query_file)} as the "
+                "passages too"
             )
         return _make_beir_task(beir.find_split(query_file, "test"), corpus)
     if isinstance(corpus, Documents):
         raise UserError(
-            f"{query_file}: its answers are texts, and the passages are a BEIR folder's, known by ids: "
-            f"give {corpus.path} as the passages, or a BEIR folder as the queries"
+            f"{query_file}: is no BEIR folder, and the passages are one's, known by their ids: give a BEIR folder as "
+            f"the queries too, or {corpus.path} as the passages"
         )
     return make_task(list(read_queries(query_file, columns)), corpus)
 

@@ -163,7 +163,9 @@ def document_text(place: Place, record: Record) -> str:
 
 def _require_text(place: Place, record: Record, field: str) -> None:
     if _lacks(place, record, field):
-        raise UserError(f"{place}: {place.missing(field, 'a string')}")
+        is_of_beir = field == "query" and "_id" in record
+        hint = "; of a BEIR folder give the folder itself, whose qrels say what answers a query" if is_of_beir else ""
+        raise UserError(f"{place}: {place.missing(field, 'a string')}{hint}")
     _check_text(place, field, record[field])
 
 
