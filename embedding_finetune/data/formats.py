@@ -240,12 +240,11 @@ def _read_table(place: Place, roles: _Columns, only: Sequence[str] | None) -> It
                 _check_no_judgement(place, name, value)
         columns = [_column(field, [batch[name] for name in names]) for field, names in fields.items()]
         for number, values in enumerate(zip(*columns), first):
-            if is_parquet:
-                record = dict(zip(fields, values))
-            elif any(values):
-                record = {field: value for field, value in zip(fields, values) if value is not None}
-            else:
-                continue
+            record = dict(zip(fields, values))
+            if not is_parquet and None in values:
+                record = {field: value for field, value in record.items() if value is not None}
+                if not any(values):
+                    continue
             place.number = number
             yield place, record
 

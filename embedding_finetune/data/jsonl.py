@@ -186,7 +186,9 @@ def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     if not text:
         return None
     try:
-        record = _DECODER.decode(text)
+        record, end = _DECODER.raw_decode(text)
+        if end < len(text):
+            _DECODER.decode(text)  # says what is wrong
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 column", "column")  # json counts lines within this one
         raise UserError(f"{path}:{line}: not valid JSON ({reason}); expected one object per line") from error

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
@@ -45,6 +46,7 @@ def read_training_rows(
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
+    plain = {"query", "pos", "neg"}
     fields = dict.fromkeys((*_QUERY_FIELDS, "neg", *SCORE_FIELDS, *known))
     rows = (
         _read_beir(path, "train")
@@ -57,15 +59,13 @@ def read_training_rows(
         _require_texts(place, record, "pos")
         if "neg" in record:
             _require_texts(place, record, "neg", may_be_empty=True)
-        _check_instruction(place, record)
-        for field in ("pos", "neg"):
-            _check_scores(place, record, field)
-            if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
-                raise UserError(
-                    f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
-                    "mine_hard_neg.py --save_scores writes it"
-                )
-        others.update(_fields_beyond(used, record))
+        if not plain.issuperset(record):
+            _check_instruction(place, record)
+            for field in ("pos", "neg"):
+                _check_scores(place, record, field)
+            others.update(_fields_beyond(used, record))
+        if scores_required:
+            _require_scores(place, record)
         yield record
     _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
 
@@ -162,6 +162,8 @@ def document_text(place: Place, record: Record) -> str:
 
 
 def _require_text(place: Place, record: Record, field: str) -> None:
+    if _are_texts([record.get(field)]):
+        return
     if _lacks(place, record, field):
         is_of_beir = field == "query" and "_id" in record
         hint = "; of a BEIR folder give the folder itself, whose qrels say what answers a query" if is_of_beir else ""
@@ -170,15 +172,26 @@ def _require_text(place: Place, record: Record, field: str) -> None:
 
 
 def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
+    texts = record.get(field)
+    if isinstance(texts, list) and texts and _are_texts(texts):
+        return
     if _lacks(place, record, field):
         raise UserError(f"{place}: {place.missing(field, 'a list of strings')}")
-    texts = record[field]
     if not isinstance(texts, list):
         raise UserError(f"{place}: {place.name(field)} is a {type(texts).__name__}, expected a list of strings")
     if not texts and not may_be_empty:
         raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
     for position, text in enumerate(texts):
         _check_text(place, field, text, position)
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether all of the values are Unicode text that says something. One look at good ones, which most are."""
+    try:
+        together = "".join(values)
+        return all(map(str.strip, values)) and (together.isascii() or bool(together.encode()))
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 def _lacks(place: Place, record: Record, field: str) -> bool:
@@ -195,7 +208,7 @@ def _check_instruction(place: Place, record: Record) -> None:
 def _drop_nulls(record: Record, *fields: str) -> None:
     """Remove those of the fields that are null."""
     for field in fields:
-        if field in record and record[field] is None:
+        if record.get(field, field) is None:
             del record[field]
 
 
@@ -211,6 +224,15 @@ def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
         fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
     if fields:
         logger.info("%s: %s: %s", path, unused, ", ".join(fields))
+
+
+def _require_scores(place: Place, record: Record) -> None:
+    for field in ("pos", "neg"):
+        if record.get(field) and record.get(f"{field}_scores") is None:
+            raise UserError(
+                f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
+                "mine_hard_neg.py --save_scores writes it"
+            )
 
 
 def _check_scores(place: Place, record: Record, field: str) -> None:
@@ -233,8 +255,6 @@ def _check_text(
     place: Place, field: str, text: object, position: int | None = None, *, may_be_blank: bool = False
 ) -> None:
     """Raise UserError unless a field, or the item at a position of its list, is Unicode text that says something."""
-    if isinstance(text, str) and text.isascii() and text and not text.isspace():
-        return
     name = place.name(field) if position is None else f"{place.name(field)}[{position}]"
     if not isinstance(text, str):
         raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")

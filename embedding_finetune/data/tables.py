@@ -78,7 +78,8 @@ def _read_delimited(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
     as_bytes = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.binary()),
         include_columns=list(dict.fromkeys([*wanted, columns[0]])),
-        strings_can_be_null=False,
+        null_values=[""],
+        strings_can_be_null=True,
         check_utf8=False,
     )
     number, closed = 1, False
@@ -155,11 +156,11 @@ def _texts(path: AnyPath, number: int, name: str, cells: "pa.Array") -> list[str
     import pyarrow as pa
 
     try:
-        return [text or None for text in cells.cast(pa.string()).to_pylist()]
+        return cells.cast(pa.string()).to_pylist()
     except pa.ArrowInvalid:
         for row, cell in enumerate(cells.to_pylist(), start=number):
             try:
-                cell.decode()
+                (cell or b"").decode()
             except UnicodeDecodeError:
                 raise UserError(f'{path}: row {row}: "{name}" is not UTF-8; save the file as UTF-8') from None
         raise
