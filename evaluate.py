@@ -102,13 +102,13 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--index_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='the passages to search, {"context": [str, ...]} or {"text": str} a line',
+        help='the passages to search, {"context": [str, ...]} or {"text": str} a line, or a BEIR folder',
     )
     parser.add_argument(
         "--query_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"',
+        help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"; or a BEIR folder',
     )
     add_columns_argument(parser)
     parser.add_argument(

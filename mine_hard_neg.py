@@ -124,14 +124,16 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
         metavar="NAME",
         help="model folder or hub name; with several, their rankings are fused, and the first one's scores count",
     )
-    parser.add_argument("--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}')
+    parser.add_argument(
+        "--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}, or a BEIR folder'
+    )
     parser.add_argument(
         "--output_file", required=True, metavar="FILE", help='where to write the rows with "neg": [str, ...]'
     )
     parser.add_argument(
         "--candidate_pool",
         metavar="FILE",
-        help='texts to mine from, {"text": str} or {"context": [str, ...]} a line '
+        help='texts to mine from, {"text": str} or {"context": [str, ...]} a line, or a BEIR folder '
         '(default: every "pos" and "neg" of the input file)',
     )
     add_columns_argument(parser)
