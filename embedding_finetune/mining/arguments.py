@@ -6,7 +6,8 @@ from typing import get_args
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
-from embedding_finetune.mining.choice import ScoreFilters, Strategy
+from embedding_finetune.mining.choice import Strategy
+from embedding_finetune.mining.filters import ScoreFilters
 from embedding_finetune.parser import (
     add_switch,
     cosine_threshold,
