@@ -5,7 +5,7 @@ from helpers.running import argv_of
 
 import evaluate
 from embedding_finetune.command_line import UserError
-from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.arguments import EvaluationOptions, run_file
 
 
 @pytest.fixture
@@ -69,3 +69,20 @@ def test_no_file_of_the_output_replaces_an_input(required, tmp_path):
         UserError, match=r"per_query\.jsonl is also the file of --query_file_jsonl_path, and would replace"
     ):
         options.check_paths()
+
+
+@pytest.mark.parametrize("name", ["run.m.trec", "qrels.trec", "report.html"])
+def test_the_folder_of_embeddings_and_no_input_may_stand_where_a_file_is_written(required, tmp_path, name):
+    (tmp_path / name).touch()
+    paths = {"query_file_jsonl_path": str(tmp_path / name), "output_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=f"--output_dir: {name} .* is also the file of --query_file_jsonl_path"):
+        EvaluationOptions(model_name=["m"], **{**required, **paths}).check_paths()
+
+
+def test_names_of_models_become_names_of_files_that_differ():
+    models = ["./models/a b", "models/a_b", "models_a_b.2", "BAAI/bge-base-en-v1.5", "é/" + "x" * 60]
+    names = [run_file(model, models) for model in models]
+    assert names == [
+        f"run.{name}.trec"
+        for name in ("models_a_b.1", "models_a_b.2_", "models_a_b.2", "BAAI_bge-base-en-v1.5", "x" * 50)
+    ]

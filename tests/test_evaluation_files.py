@@ -11,7 +11,6 @@ import evaluate
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.files import (
-    file_name,
     per_query_records,
     qrels_lines,
     run_lines,
@@ -81,12 +80,6 @@ def test_docids_sort_as_positions_do():
     ids = list(map(Corpus(map(str, range(1000))).docid, range(1000)))
     assert sorted(ids) == ids
     assert len(set(map(len, ids))) == 1
-
-
-def test_names_of_models_become_names_of_files_that_differ():
-    models = ["./models/a b", "models/a_b", "models_a_b.2", "BAAI/bge-base-en-v1.5", "é/" + "x" * 60]
-    names = [file_name(model, models) for model in models]
-    assert names == ["models_a_b.1", "models_a_b.2_", "models_a_b.2", "BAAI_bge-base-en-v1.5", "x" * 50]
 
 
 def test_a_model_in_a_deep_folder_gets_a_run_file(tiny_bert, candidates, pairs, tmp_path):

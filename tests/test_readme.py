@@ -95,6 +95,7 @@ def test_the_documents_have_commands_of_every_script_and_those_of_the_readme_are
 def test_every_other_command_of_the_documents_installs_what_is_there():
     others = [command for _, command in COMMANDS if not is_script(command)]
     assert others == [
+        "python3 -m venv .venv && . .venv/bin/activate",
         "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu",
         "pip install -r requirements_cpu.txt",
         "pip install -r requirements_cuda.txt",

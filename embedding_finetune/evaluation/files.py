@@ -15,6 +15,7 @@ from pathlib import Path
 
 from embedding_finetune.data.corpus import Documents, RetrievalTask
 from embedding_finetune.data.jsonl import Record, write
+from embedding_finetune.evaluation.arguments import run_file
 from embedding_finetune.evaluation.page import html_report
 from embedding_finetune.files import atomic_writer
 from embedding_finetune.retrieval.top_k import Ranking
@@ -24,10 +25,6 @@ logger = logging.getLogger(__name__)
 PASSAGES_PER_QUERY = 10
 """In per_query.jsonl, for each model."""
 
-_NAME_CHARACTERS = 50
-"""A file name holds this many characters of a model's name, from its end, which differs between models. File systems
-allow 255 bytes."""
-
 
 def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> None:
     """Write all files; `document` becomes metrics.json."""
@@ -35,24 +32,12 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
     write(folder / "per_query.jsonl", per_query_records(task, rankings))
     write_lines(folder / "qrels.trec", qrels_lines(task))
     for name, ranking in rankings.items():
-        write_lines(folder / f"run.{file_name(name, list(rankings))}.trec", run_lines(task, ranking, name))
+        write_lines(folder / run_file(name, list(rankings)), run_lines(task, ranking, name))
     with atomic_writer(folder / "report.html") as file:
         file.write(html_report(document, task, rankings).encode())
     with atomic_writer(folder / "metrics.json") as file:
         file.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
     logger.info("wrote %s and other files of the evaluation", folder / "report.html")
-
-
-def file_name(model: str, models: list[str]) -> str:
-    """A model's name as part of a file name, with a number where two models would share it."""
-    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_NAME_CHARACTERS:] for name in models]
-    number = models.index(model)
-    if safe.count(safe[number]) == 1:
-        return safe[number]
-    numbered = f"{safe[number]}.{number + 1}"
-    while numbered in safe:  # another model may have this name
-        numbered += "_"
-    return numbered
 
 
 def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:

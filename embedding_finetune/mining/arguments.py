@@ -9,7 +9,8 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.formats import check_can_be_written, parse_columns
-from embedding_finetune.mining.choice import ScoreFilters, Strategy
+from embedding_finetune.mining.choice import Strategy
+from embedding_finetune.mining.filters import ScoreFilters
 from embedding_finetune.parser import (
     add_switch,
     cosine_threshold,

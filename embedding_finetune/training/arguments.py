@@ -137,6 +137,12 @@ class RetrieverTrainingArguments(TrainingArguments):
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
+    @property
+    def rows_share_negatives(self) -> bool:
+        """Whether the passages of other rows are a row's negatives."""
+        several = self.per_device_train_batch_size > 1 or (self.negatives_cross_device and self.world_size > 1)
+        return self.use_inbatch_neg and several
+
     def __post_init__(self) -> None:
         check_launcher()
         check_numbers(self)

@@ -108,12 +108,7 @@ def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) 
             f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
             f"{global_batch}; lower --per_device_train_batch_size, or leave the flag out"
         )
-    negatives_of_others = (
-        args.use_inbatch_neg
-        and len(dataset) > 1
-        and (args.per_device_train_batch_size > 1 or (args.negatives_cross_device and args.world_size > 1))
-    )
-    if not negatives_of_others and dataset.group_size == 1:
+    if dataset.group_size == 1 and (len(dataset) == 1 or not args.rows_share_negatives):
         raise UserError(
             "no query would have a negative: no row has any, and none shares a batch with another row; "
             'mine "neg" with mine_hard_neg.py, or give a --per_device_train_batch_size of 32 or more'

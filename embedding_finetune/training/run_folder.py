@@ -7,7 +7,6 @@ model is saved.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
-from embedding_finetune.training.rows import list_lengths
+from embedding_finetune.training.rows import rows_digest
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -228,12 +227,7 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     """
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    digest = hashlib.blake2b(digest_size=16)
-    for table in rows.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(batch_size=10_000):
-        digest.update(table["query_id"].to_numpy().tobytes())
-        digest.update(table["pos_ids"].combine_chunks().flatten().to_numpy().tobytes())
-    digest.update(list_lengths(rows, "neg").tobytes())
-    described = {**flags, "rows": len(rows), "rows_digest": digest.hexdigest(), "batch_of_all_processes": batch}
+    described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 

@@ -184,7 +184,10 @@ def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int
 def save_merged_with_base(
     trainer: RetrievalTrainer, model_args: ModelArguments, args: RetrieverTrainingArguments, *, share: float
 ) -> None:
-    """Save share * tuned + (1 - share) * base weights in the folder `merged`: they keep more of what the base knew."""
+    """Save share * tuned + (1 - share) * base weights in the folder `merged`: they keep more of what the base knew.
+
+    To be called when training is over: without adapters the trainer's own weights are overwritten.
+    """
     base, _, config = load_base(model_args)
     backbone, projection = merged(trainer.bi_encoder.backbone), trainer.bi_encoder.projection
     mix_with(backbone.cpu(), base, share)
