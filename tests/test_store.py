@@ -25,9 +25,9 @@ def encoded(monkeypatch):
     seen = []
     tokenize = TextKind.tokenize
 
-    def counting(kind, tokenizer, texts):
+    def counting(kind, tokenizer, texts, instructions=None):
         seen.extend(texts)
-        return tokenize(kind, tokenizer, texts)
+        return tokenize(kind, tokenizer, texts, instructions)
 
     monkeypatch.setattr(TextKind, "tokenize", counting)
     return seen
@@ -157,8 +157,8 @@ import mine_hard_neg
 from embedding_finetune.retrieval import encoder as encoding, store
 encoding.TEXTS_PER_BLOCK = 5
 put, blocks = store.EmbeddingStore.put, []
-def put_and_die(self, texts, embeddings):
-    put(self, texts, embeddings)
+def put_and_die(self, texts, *rest):
+    put(self, texts, *rest)
     blocks.append(len(texts))
     if len(blocks) == {dies_after}:
         os.kill(os.getpid(), signal.SIGKILL)

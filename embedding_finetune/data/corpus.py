@@ -8,7 +8,7 @@ import numpy as np
 
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import read_queries
-from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
+from embedding_finetune.data.texts import DIGEST_BYTES, Instructions, TextsOnDisk, canonical, text_digest, text_id
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class RetrievalTask(NamedTuple):
 
     relevant: the positions of a query's answers in the corpus. relevant_counts: how many distinct answers it has,
     including those that the corpus does not hold. ids name the queries in TREC files. groups: None for a query without.
+    instructions: those that queries have of their own.
     """
 
     queries: list[str]
@@ -67,6 +68,7 @@ class RetrievalTask(NamedTuple):
     relevant_counts: list[int]
     ids: list[str]
     groups: list[str | None]
+    instructions: Instructions = None
 
     @property
     def missing(self) -> int:
@@ -99,6 +101,7 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
         relevant_counts=[len({canonical(text) for text in row["pos"]}) for row in rows],
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
+        instructions=[row.get("instruction") for row in rows],
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
     if task.unanswerable == len(rows):

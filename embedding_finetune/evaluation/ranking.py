@@ -22,7 +22,7 @@ def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequ
     Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first.
     """
     top_k = min(top_k, len(task.corpus))
-    top = TopK(encode_queries(encoder, task.queries), top_k, ties="last", gpus=gpus)
+    top = TopK(encode_queries(encoder, task.queries, task.instructions), top_k, ties="last", gpus=gpus)
     for start, block in encode_own_passages(encoder, task.corpus.texts):
         top.add(start, block)
     merge_rankings(top)

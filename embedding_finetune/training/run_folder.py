@@ -26,7 +26,7 @@ from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
-from embedding_finetune.training.rows import list_lengths
+from embedding_finetune.training.rows import instructions_of, list_lengths, numbers_of_files
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -64,7 +64,9 @@ def check_output_dir(
     require_folder("--output_dir", args.output_dir)
     for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
         _check_is_not_replaced(f"--{flag}", getattr(model_args, flag), args.output_dir)
-    for flag in ("train_data", "eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+    for path in data_args.train_data:
+        _check_data_is_not_replaced("--train_data", path, args.output_dir)
+    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
         _check_data_is_not_replaced(f"--{flag}", getattr(data_args, flag), args.output_dir)
     if resumes(args) or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
@@ -233,7 +235,15 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
         digest.update(table["query_id"].to_numpy().tobytes())
         digest.update(table["pos_ids"].combine_chunks().flatten().to_numpy().tobytes())
     digest.update(list_lengths(rows, "neg").tobytes())
-    described = {**flags, "rows": len(rows), "rows_digest": digest.hexdigest(), "batch_of_all_processes": batch}
+    for row, instruction in enumerate(instructions_of(rows)):
+        if instruction is not None:
+            digest.update(f"{row} {instruction}\n".encode())
+    described = {**flags, "rows": len(rows), "batch_of_all_processes": batch}
+    if flags.get("one_file_per_batch"):
+        digest.update(numbers_of_files(rows).tobytes())
+        # Micro-batches are cut at the ends of files: others would be other rows.
+        described["batch_of_one_file"] = args.per_device_train_batch_size * args.world_size
+    described["rows_digest"] = digest.hexdigest()
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 
@@ -251,6 +261,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "rows_digest": "other training rows",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
+                "batch_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
             }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "
