@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from helpers.data import TOPICS, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.mining import SENTENCES, mine, reference, similarity, write_data
+
+import mine_hard_neg
 
 
 @pytest.fixture
@@ -240,3 +242,39 @@ def test_fields_that_mining_does_not_use_are_kept_and_told(tiny_bert, data, tmp_
     assert mined[0]["title"] == rows[0]["title"]
     assert "pos_scores" not in mined[0]
     assert all(isinstance(row["neg"], list) for row in mined)
+
+
+def test_rows_with_instructions_are_mined_like_queries_that_have_them_written_out(tiny_bert, tmp_path):
+    own = [None, "", "open the ", "how do i "]
+    topics = [(own[n % 4], topic) for n, topic in enumerate(TOPICS)]
+    instructed = [{"query": t, "pos": [passage_about(t)], "instruction": i} for i, t in topics]
+    written = [{"query": ("my " if i is None else i) + t, "pos": [passage_about(t)]} for i, t in topics]
+    mined = {}
+    for name, rows, flag in (("instructed", instructed, "my "), ("written", written, "")):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        argv = [
+            "--model_name_or_path",
+            tiny_bert,
+            "--input_file",
+            data,
+            "--output_file",
+            tmp_path / f"{name}.out.jsonl",
+        ]
+        argv += [
+            "--range_for_sampling",
+            "0-4",
+            "--negative_number",
+            "3",
+            "--save_scores",
+            "--absolute_margin",
+            "0.0001",
+        ]
+        for store in ("store", "store"):
+            flags = ["--query_instruction_for_retrieval", flag, "--embeddings_dir", tmp_path / store]
+            mine_hard_neg.main([str(part) for part in (*argv, *flags)])
+        mined[name] = read_jsonl(tmp_path / f"{name}.out.jsonl")
+    fields = ("neg", "pos_scores", "neg_scores")
+    assert [[row[f] for f in fields] for row in mined["instructed"]] == [
+        [row[f] for f in fields] for row in mined["written"]
+    ]
+    assert [row.get("instruction") for row in mined["instructed"]] == [i for i, _ in topics]

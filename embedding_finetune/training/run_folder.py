@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.formats import data_files
@@ -238,12 +239,11 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     for row, instruction in enumerate(instructions_of(rows)):
         if instruction is not None:
             digest.update(f"{row} {instruction}\n".encode())
-    described = {**flags, "rows": len(rows), "batch_of_all_processes": batch}
+    described = {**flags, "rows": len(rows), "rows_digest": digest.hexdigest(), "batch_of_all_processes": batch}
     if flags.get("one_file_per_batch"):
-        digest.update(numbers_of_files(rows).tobytes())
-        # Micro-batches are cut at the ends of files: others would be other rows.
-        described["batch_of_one_file"] = args.per_device_train_batch_size * args.world_size
-    described["rows_digest"] = digest.hexdigest()
+        # Micro-batches end where files end. So their rows depend on files and sizes.
+        described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
+        described["rows_of_files"] = np.bincount(numbers_of_files(rows)).tolist()
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 
@@ -261,7 +261,8 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "rows_digest": "other training rows",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
-                "batch_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
+                "rows_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
+                "rows_of_files": "the rows in other files",
             }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "
