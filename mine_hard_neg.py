@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
     pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]
-    candidates = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch)
+    instructions = [row.get("instruction") for row in rows]
+    candidates = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch, instructions)
     lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
     selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch)
     if options.save_scores:

@@ -147,3 +147,48 @@ def test_a_group_size_beyond_all_negatives_is_cut_to_what_the_rows_can_fill(tmp_
     assert [len(dataset[0, i].passages) for i in range(3)] == [4, 4, 1]
     assert TrainDataset(rows, group_size=2, seed=0).group_size == 2
     assert TrainDataset(rows_of(tmp_path, many(2, negatives=0)), group_size=9, seed=0).group_size == 1
+
+
+def test_a_rows_instruction_goes_before_its_query_in_place_of_the_models(tmp_path):
+    rows = rows_of(
+        tmp_path,
+        [
+            {"query": "red", "pos": ["green"]},
+            {"query": "red", "pos": ["blue"], "instruction": "open the "},
+            {"query": "red", "pos": ["blue"], "instruction": ""},
+            {"query": "red", "pos": ["gate"], "prompt": "open the "},
+        ],
+    )
+    dataset = TrainDataset(rows, group_size=1, seed=0)
+    batch = collator(1, query_instruction="how: ")([dataset[0, n] for n in range(4)])
+    queries = batch["input_ids"][batch["query_index"]]
+    texts = make_tokenizer().batch_decode(queries, skip_special_tokens=True)
+    assert texts == ["how : red", "open the red", "red", "open the red"]
+    assert batch["query_index"].tolist() == [0, 1, 2, 1]  # with another instruction it is another text
+    # What is known to answer a query is known by its text alone.
+    known = {text_id(text) for text in ("red", "green", "blue", "gate")}
+    assert [set(ids) for ids in batch["known_ids"].tolist()] == [known] * 4
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_a_batch_of_queries_with_instructions_is_that_of_queries_written_out(tmp_path, include_prompt):
+    pooling = {"include_prompt": include_prompt}
+    own = [("red", "open the "), ("pump", ""), ("gate", "open the "), ("desk", None)]
+    instructed = [{"query": q, "pos": [f"the {q}"], "instruction": i} for q, i in own]
+    written = [{"query": ("how: " if i is None else i) + q, "pos": [f"the {q}"]} for q, i in own]
+    batches = []
+    for records, flag in ((instructed, "how: "), (written, "")):
+        dataset = TrainDataset(rows_of(tmp_path, records), group_size=1, seed=0)
+        batches.append(collator(1, query_instruction=flag, **pooling)([dataset[0, n] for n in range(4)]))
+    for name in ("input_ids", "attention_mask", "query_index", "passage_index", "passage_ids"):
+        assert torch.equal(batches[0][name], batches[1][name]), name
+    if not include_prompt:
+        assert batches[0]["prompt_lengths"][batches[0]["query_index"]].tolist() == [3, 0, 3, 3]
+
+
+def test_a_row_without_weight_brings_no_negatives_and_no_loss(tmp_path):
+    dataset = TrainDataset(rows_of(tmp_path, many(2)), group_size=3, seed=1)
+    batch = collator(3)([dataset[0, 1, 0.0], dataset[None]])
+    assert batch["weight"] == 0
+    assert batch["passage_ids"].tolist() == [[PADDING_ID] * 3]
+    assert "weight" not in collator(3)([dataset[0, 1]])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from safetensors.torch import load_file
 
@@ -102,6 +102,45 @@ def test_two_processes_train_as_one_with_the_twofold_batch(data, tmp_path):
     # The masks matter here: without them the loss is another one, so texts of other processes were seen.
     masked, unmasked = (history(tmp_path / f"{name}_2")[1]["loss"] for name in ("plain", "unmasked"))
     assert masked != pytest.approx(unmasked, rel=1e-3)
+
+
+def test_two_processes_train_on_batches_of_one_file_as_one_does_and_resume_in_a_later_epoch(data, tmp_path):
+    """Batches of 7, 6, 5, 4 and 1 rows: unequal shares, and a batch of fewer rows than there are processes."""
+    model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    rows = read_jsonl(data)
+    files = [
+        str(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in enumerate((rows[:13], rows[13:22], rows[22:23]))
+    ]
+    for processes in (1, 2):
+        runs = []
+        for name, extra in (("one_file", ["--one_file_per_batch", "True"]), ("mixed", [])):
+            output = str(tmp_path / f"{name}_{processes}")
+            flags = training_flags(model, files[0], output, processes, "--negatives_cross_device", "True", *extra)
+            flags += ["--train_data", *files[1:]]
+            for flag, value in (("--max_steps", "8"), ("--save_steps", "7"), ("--train_group_size", "2")):
+                flags[flags.index(flag) + 1] = value
+            again = [*flags, "--resume_from_checkpoint", f"{output}/checkpoint-7"]
+            runs += [flags, again]
+        program = f"""
+import finetune, shutil
+for number, flags in enumerate({runs!r}):
+    finetune.main(flags)
+    if number % 2 == 0 and int(__import__("os").environ["RANK"]) == 0:
+        output = flags[flags.index("--output_dir") + 1]
+        shutil.copy(f"{{output}}/model.safetensors", f"{{output}}.whole.safetensors")
+"""
+        result = launch(program, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+        for name in ("mixed", "one_file"):
+            # One that forgot its epoch would go on with the rows of another.
+            resumed = load_file(tmp_path / f"{name}_{processes}" / "model.safetensors")
+            whole = load_file(tmp_path / f"{name}_{processes}.whole.safetensors")
+            assert all(torch.equal(resumed[key], whole[key]) for key in whole), (name, processes)
+    start = load_file(model / "model.safetensors")
+    one, two = (load_file(tmp_path / f"one_file_{n}" / "model.safetensors") for n in (1, 2))
+    for key in one:
+        moved = (one[key] - start[key]).norm()
+        assert (one[key] - two[key]).norm() <= 1e-5 * moved + 1e-6, key
 
 
 def history(folder: Path) -> list[dict]:

@@ -7,7 +7,11 @@ from helpers.data import TOPICS, passage_about
 from helpers.running import embed_passages, encoder_for
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.retrieval import encoder as encoding
+from embedding_finetune.retrieval.encoder import Encoder
 
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
 
@@ -123,3 +127,30 @@ def test_an_encoder_that_does_not_know_its_weights_keeps_no_embeddings(tiny_bert
     encoder.weights_digest = ""
     with pytest.raises(ValueError, match="two models would share them"):
         encoder.keep_embeddings(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("flag", ["", "it is "])
+def test_queries_with_instructions_have_the_embeddings_of_what_is_written_out(tiny_bert, flag):
+    instructions = [None, "", "how: ", "open the ", "how: ", None]
+    written = [(flag if own is None else own) + text for own, text in zip(instructions, TEXTS)]
+    instructed = encoder_for(tiny_bert, "--query_instruction_for_retrieval", flag)
+    plain = encoder_for(tiny_bert, "--query_instruction_for_retrieval", "")
+    assert np.array_equal(instructed.encode_queries(TEXTS[:6], instructions), plain.encode_queries(written))
+
+
+def test_without_instructions_of_their_own_queries_keep_their_bits(tiny_bert):
+    encoder = encoder_for(tiny_bert, "--query_instruction_for_retrieval", "how: ")
+    assert np.array_equal(encoder.encode_queries(TEXTS), encoder.encode_queries(TEXTS, [None] * len(TEXTS)))
+
+
+def test_pooling_leaves_out_each_querys_own_instruction(tiny_bert, tmp_path):
+    backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    config = EmbeddingConfig(pooling="mean", include_prompt=False)
+    encoder = Encoder(BiEncoder(backbone.eval(), config), tokenizer, query_max_len=32, passage_max_len=32)
+    query, instructions = "reset the pump", [None, "how do i ", "open the "]
+    for number, vector in enumerate(encoder.encode_queries([query] * 3, instructions)):
+        own = instructions[number] or ""
+        ids = torch.tensor([tokenizer(own + query)["input_ids"]])
+        states = backbone(ids).last_hidden_state[0].detach()
+        kept = states[len(tokenizer(own)["input_ids"]) - 1 :] if own else states
+        assert np.allclose(vector, torch.nn.functional.normalize(kept.mean(dim=0), dim=0), atol=1e-6)

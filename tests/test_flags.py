@@ -306,6 +306,7 @@ def test_flags_of_several_values_extend_when_they_are_repeated(folder):
     assert args.model_name_or_path == ["a", "b"]
     assert parse("--matryoshka_dims 16 --matryoshka_dims 8 4")[2].matryoshka_dims == [16, 8, 4]
     assert parse("--matryoshka_dims 2")[2].matryoshka_dims == [2]
+    assert parse("--train_data good.jsonl .")[1].train_data == ["good.jsonl", "good.jsonl", "."]
 
 
 @pytest.mark.parametrize(
@@ -319,8 +320,8 @@ def test_flags_of_several_values_extend_when_they_are_repeated(folder):
         (evaluate, "--model_name a --index_file_jsonl_path b", "--index_file_jsonl_path"),
         (mine_hard_neg, "--model_name_or_path a --save_scores --save_scores", "--save_scores"),
         (mine_hard_neg, "--model_name_or_path a --range_for_sampling 0-5 --range_for_sampling=0-6", "--range_for"),
-        (finetune, "--train_data b", "--train_data"),
-        (finetune, "--train-data b", "--train-data"),
+        (finetune, "--output_dir b", "--output_dir"),
+        (finetune, "--output-dir b", "--output-dir"),
         (finetune, "--bf16 True --bf16", "--bf16"),
         (finetune, "--use_inbatch_neg True --no_use_inbatch_neg", "--no_use_inbatch_neg"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.data import TOPICS, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.mining import SENTENCES, mine, reference, similarity, write_data
 
 import mine_hard_neg
@@ -308,3 +308,39 @@ def test_a_column_that_parquet_cannot_hold_and_a_format_that_is_not_written_are_
         assert stop.value.code == 2
         assert complaint in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / name).exists()
+
+
+def test_rows_with_instructions_are_mined_like_queries_that_have_them_written_out(tiny_bert, tmp_path):
+    own = [None, "", "open the ", "how do i "]
+    topics = [(own[n % 4], topic) for n, topic in enumerate(TOPICS)]
+    instructed = [{"query": t, "pos": [passage_about(t)], "instruction": i} for i, t in topics]
+    written = [{"query": ("my " if i is None else i) + t, "pos": [passage_about(t)]} for i, t in topics]
+    mined = {}
+    for name, rows, flag in (("instructed", instructed, "my "), ("written", written, "")):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        argv = [
+            "--model_name_or_path",
+            tiny_bert,
+            "--input_file",
+            data,
+            "--output_file",
+            tmp_path / f"{name}.out.jsonl",
+        ]
+        argv += [
+            "--range_for_sampling",
+            "0-4",
+            "--negative_number",
+            "3",
+            "--save_scores",
+            "--absolute_margin",
+            "0.0001",
+        ]
+        for store in ("store", "store"):
+            flags = ["--query_instruction_for_retrieval", flag, "--embeddings_dir", tmp_path / store]
+            mine_hard_neg.main([str(part) for part in (*argv, *flags)])
+        mined[name] = read_jsonl(tmp_path / f"{name}.out.jsonl")
+    fields = ("neg", "pos_scores", "neg_scores")
+    assert [[row[f] for f in fields] for row in mined["instructed"]] == [
+        [row[f] for f in fields] for row in mined["written"]
+    ]
+    assert [row.get("instruction") for row in mined["instructed"]] == [i for i, _ in topics]

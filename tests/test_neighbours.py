@@ -69,3 +69,11 @@ def test_batches_hold_neighbours_and_differ_from_epoch_to_epoch(tmp_path):
 def test_rows_without_neighbours_are_refused(tmp_path):
     with pytest.raises(UserError, match="--neighbours_in_batch: no row's negatives are positives of other rows"):
         Neighbours(rows_of(tmp_path, "ab", "xy"), most=2)
+
+
+def test_with_files_only_rows_of_one_file_are_neighbours(tmp_path):
+    rows = rows_of(tmp_path, ["a", "b", "c", "d"], ["bcd", "a", "da", "c"])
+    neighbours = Neighbours(rows, most=3, files=np.array([0, 0, 1, 1]))
+    assert [neighbours.of(row) for row in range(4)] == [[1], [0], [3], [2]]
+    with pytest.raises(UserError, match="no row's negatives are positives of other rows"):
+        Neighbours(rows, most=3, files=np.arange(4))

@@ -4,7 +4,14 @@ import pytest
 from helpers.data import write_jsonl
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.training.rows import flatten_column, list_lengths, load_rows, rows_digest
+from embedding_finetune.training.rows import (
+    flatten_column,
+    instructions_of,
+    list_lengths,
+    load_rows,
+    numbers_of_files,
+    rows_digest,
+)
 
 
 def many(count):
@@ -76,6 +83,8 @@ def test_the_digest_tells_every_text_and_score_and_where_they_stand(tmp_path):
         {"neg_scores": [0.26]},
         {"pos_scores": [1.0, 0.5]},
         {"pos_scores": None},
+        {"instruction": ""},
+        {"instruction": "find: "},
     ]
     filler = [{"query": f"filler {n}", "pos": ["p"]} for n in range(150)]  # more than are written at once
 
@@ -87,3 +96,48 @@ def test_the_digest_tells_every_text_and_score_and_where_they_stand(tmp_path):
     assert len(digests) == len(changes) + 2
     assert digest([*filler, row], max_rows_per_file=20) == digest([*filler, row], max_rows_per_file=20)
     assert digest([*filler, row]) in digests
+
+
+def test_several_files_and_folders_are_one_data_set_in_the_order_given(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, query in (("b", "second"), ("a", "first")):
+        write_jsonl(folder / f"{name}.jsonl", [{"query": query, "pos": ["p"]}])
+    last = write_jsonl(tmp_path / "0.jsonl", [{"query": "third", "pos": ["p"]}, {"query": "fourth", "pos": ["p"]}])
+    rows = load_rows([str(folder), str(last)])
+    assert list(rows["query"]) == ["first", "second", "third", "fourth"]
+    assert numbers_of_files(rows).tolist() == [0, 1, 2, 2]
+    assert list(load_rows([str(last), str(folder)])["query"]) == ["third", "fourth", "first", "second"]
+
+
+def test_at_most_so_many_rows_are_drawn_of_each_of_several_files(tmp_path):
+    paths = [str(write_jsonl(tmp_path / f"{name}.jsonl", many(20))) for name in "ab"]
+    rows = load_rows(paths, max_rows_per_file=7, seed=1)
+    assert numbers_of_files(rows).tolist() == [0] * 7 + [1] * 7
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "./folder/../a.jsonl", "link.jsonl", "folder"])
+def test_a_file_that_is_given_twice_is_refused_in_one_line(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", many(1))
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.jsonl").symlink_to("../a.jsonl")
+    with pytest.raises(UserError, match=r"^--train_data: \S+ is given twice(, as a\.jsonl too)?; give it once$"):
+        load_rows(["a.jsonl", again])
+
+
+def test_a_bad_row_of_a_later_file_is_named(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", many(3))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": []}])
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: "):
+        load_rows([str(good), str(bad)])
+
+
+def test_instructions_are_kept_as_they_are_written(tmp_path):
+    written = [" find:  ", "", None, "Cafe\u0301: "]
+    data = [{"query": "q", "pos": ["p"], "instruction": text} for text in written]
+    rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", [*data, {"query": "q", "pos": ["p"]}])))
+    assert list(instructions_of(rows)) == [*written, None]
+    prompts = [{"query": "q", "pos": ["p"], "prompt": "find: "}]  # FlagEmbedding's name
+    assert list(instructions_of(load_rows(str(write_jsonl(tmp_path / "rows.jsonl", prompts))))) == ["find: "]

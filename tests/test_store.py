@@ -25,9 +25,9 @@ def encoded(monkeypatch):
     seen = []
     tokenize = TextKind.tokenize
 
-    def counting(kind, tokenizer, texts):
+    def counting(kind, tokenizer, texts, instructions=None):
         seen.extend(texts)
-        return tokenize(kind, tokenizer, texts)
+        return tokenize(kind, tokenizer, texts, instructions)
 
     monkeypatch.setattr(TextKind, "tokenize", counting)
     return seen
@@ -157,8 +157,8 @@ import mine_hard_neg
 from embedding_finetune.retrieval import encoder as encoding, store
 encoding.TEXTS_PER_BLOCK = 5
 put, blocks = store.EmbeddingStore.put, []
-def put_and_die(self, texts, embeddings):
-    put(self, texts, embeddings)
+def put_and_die(self, texts, *rest):
+    put(self, texts, *rest)
     blocks.append(len(texts))
     if len(blocks) == {dies_after}:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -200,3 +200,16 @@ def test_a_scratch_store_never_speaks_of_a_flag_that_nobody_gave(tmp_path, caplo
     with pytest.raises(UserError, match=r"TMPDIR: .* cannot be written") as error:
         store.put(["x"], np.ones((1, 2), np.float32))
     assert "embeddings_dir" not in caplog.text + str(error.value)
+
+
+def test_a_query_with_two_instructions_is_two_embeddings_of_which_each_is_found_again(tiny_bert, tmp_path, encoded):
+    flags = ("--query_instruction_for_retrieval", "how: ", "--embeddings_dir", str(tmp_path / "store"))
+    queries, instructions = ["reset the pump"] * 4, [None, "open: ", "", "red light "]
+    plain = encoder_for(tiny_bert).encode_queries(
+        [f"{own}reset the pump" for own in ("how: ", "open: ", "", "red light ")]
+    )
+    for asked in ([0], [1, 0], [3, 2, 1, 0], [2, 2]):
+        encoder = encoder_for(tiny_bert, *flags)
+        again = encoder.encode_queries([queries[n] for n in asked], [instructions[n] for n in asked])
+        assert np.array_equal(again, plain[asked])
+    assert encoded[4:] == ["reset the pump"] * 4  # each one once

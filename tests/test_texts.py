@@ -70,3 +70,12 @@ def test_a_read_that_gives_less_than_was_asked_for_is_gone_on_with(monkeypatch):
     on_disk, read = TextsOnDisk(["ab\u00e9cdefg", "h"]), os.pread
     monkeypatch.setattr(os, "pread", lambda file, length, start: read(file, min(length, 3), start))
     assert on_disk[:] == ["ab\u00e9cdefg", "h"]
+
+
+def test_a_text_has_another_raw_digest_with_each_instruction_of_its_own():
+    instructions = [None, "", "a", "ab", "b"]
+    digests = raw_digests(["bc"] * 5, instructions).tolist()
+    assert len(set(digests)) == 5
+    # Where the instruction ends is part of it: "a" + "bc" and "ab" + "c" have the same letters.
+    assert raw_digests(["bc", "c"], ["a", "ab"]).tolist()[1] not in digests
+    assert digests[0] == raw_digests(["bc"])[0] == raw_digests(["bc"], [None])[0]

@@ -1,9 +1,20 @@
 import numpy as np
+import pytest
 from helpers.tiny import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.model.tokens import batches_by_length, batches_of_one_length, pad, padded_length, tokenize
+from embedding_finetune.command_line import UserError
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.tokens import (
+    batches_by_length,
+    batches_of_one_length,
+    first_rows,
+    pad,
+    padded_length,
+    text_kinds,
+    tokenize,
+)
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))
@@ -65,3 +76,37 @@ def test_padded_lengths_are_few_and_never_pass_the_limit():
     assert [padded_length(n, limit=20) for n in (1, 8, 9, 17, 20)] == [8, 8, 16, 20, 20]
     assert pad(make_tokenizer(), [[2, 7, 3]], limit=128)["input_ids"].shape == (1, 8)
     assert pad(make_tokenizer(), [[2, 7, 3]], limit=3)["input_ids"].shape == (1, 3)
+
+
+def test_texts_have_the_tokens_of_their_own_instructions_or_of_their_kinds():
+    tokenizer = make_tokenizer()
+    kind, _ = text_kinds(EmbeddingConfig(query_instruction="how: "), query_max_len=8, passage_max_len=8)
+    texts, own = ["the pump", "the pump", "the pump", "the red pump desk"], [None, "", "open ", "reset open call "]
+    tokens, cut = kind.tokenize(tokenizer, texts, own)
+    written = ["how: the pump", "the pump", "open the pump", "reset open call the red pump desk"]
+    expected = [tuple(tokenizer(text, truncation=True, max_length=8)["input_ids"]) for text in written]
+    assert [ids for ids, _ in tokens] == expected
+    assert cut == 1
+    assert kind.tokenize(tokenizer, texts) == kind.tokenize(tokenizer, texts, [None] * 4)
+
+
+def test_each_texts_own_instruction_is_what_pooling_leaves_out():
+    tokenizer = make_tokenizer()
+    config = EmbeddingConfig(query_instruction="how : ", include_prompt=False)
+    kind, _ = text_kinds(config, query_max_len=16, passage_max_len=16)
+    tokens, _ = kind.tokenize(tokenizer, ["pump"] * 4, [None, "", "open the ", "reset open call "])
+    assert [length for _, length in tokens] == [3, 0, 3, 4]  # with [CLS]; none where there is no instruction
+    # The same letters, and another part of them is the instruction.
+    one, other = kind.tokenize(tokenizer, ["the pump", "pump"], ["open ", "open the "])[0]
+    assert one.ids == other.ids
+    assert one != other
+
+
+def test_an_instruction_that_fills_the_length_is_named_with_its_row():
+    tokenizer = make_tokenizer()
+    kind, _ = text_kinds(EmbeddingConfig(query_instruction="how: "), query_max_len=6, passage_max_len=6)
+    kind.check_instructions(tokenizer, first_rows([None, "", "open the pump ", None]))
+    with pytest.raises(
+        UserError, match=r'^--query_max_len 6 leaves no token for the query of row 3 .*"instruction" \'a b'
+    ):
+        kind.check_instructions(tokenizer, first_rows([None, "", "a b c d ", "a b c d "]))

@@ -73,6 +73,115 @@ def make_trainer(tmp_path):
     return make
 
 
+def test_a_rows_instruction_is_trained_like_a_query_that_has_it_written_out(tiny_bert, tmp_path):
+    own = [("open the ", topic) if n % 2 else (None, topic) for n, topic in enumerate(TOPICS)]
+    records = {
+        "instructed": [{"query": t, "pos": [passage_about(t)], "instruction": i} for i, t in own],
+        "written": [{"query": ("how: " if i is None else i) + t, "pos": [passage_about(t)]} for i, t in own],
+    }
+    queries = write_jsonl(tmp_path / "queries.jsonl", records["instructed"])
+    summaries = {}
+    for name, flag in (("instructed", "how: "), ("written", "")):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", records[name])
+        flags = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "disable_tqdm": True}
+        flags["eval_query_file_jsonl_path"] = queries if name == "instructed" else data
+        argv = training_flags(tiny_bert, data, tmp_path / name / "out", **flags)
+        finetune.main([*argv, "--query_instruction_for_retrieval", flag])
+        summaries[name] = json.loads((tmp_path / name / "out" / "training_summary.json").read_text())
+    one, other = (load_file(tmp_path / name / "out" / "model.safetensors") for name in records)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for when in ("metrics_before", "metrics_after"):
+        assert summaries["instructed"][when] == summaries["written"][when]
+    pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    argv = ["--model_name", tmp_path / "instructed" / "out", "--index_file_jsonl_path", pool, "--dtype", "float32"]
+    measured = evaluate.main([str(part) for part in (*argv, "--query_file_jsonl_path", queries)])
+    assert measured == summaries["instructed"]["metrics_after"]
+
+
+def test_an_instruction_that_fills_the_length_ends_the_run_before_training(tiny_bert, tmp_path, capsys):
+    rows = [{"query": t, "pos": [passage_about(t)]} for t in TOPICS]
+    rows[6]["instruction"] = "open the red light and hold it"
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(training_flags(tiny_bert, data, tmp_path / "out", query_max_len=8))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--query_max_len 8 leaves no token for the query of row 7 (counted from 1)" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    """Ten and six rows, and a folder of one row."""
+    rows = [{"query": f"reset the {t} {n}", "pos": [passage_about(t)]} for n in range(2) for t in TOPICS]
+    (tmp_path / "folder").mkdir()
+    parts = {"a.jsonl": rows[:10], "b.jsonl": rows[10:16], "folder/c.jsonl": rows[16:17]}
+    for name, part in parts.items():
+        write_jsonl(tmp_path / name, part)
+    return [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "folder")]
+
+
+def test_with_one_file_per_batch_no_step_sees_rows_of_two_files(tiny_bert, two_files, tmp_path, monkeypatch):
+    seen, compute = [], RetrievalTrainer.compute_loss
+
+    def note_rows(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["rows"].tolist())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(RetrievalTrainer, "compute_loss", note_rows)
+    flags = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "one_file_per_batch": True, "disable_tqdm": True}
+    first, *others = two_files
+    argv = training_flags(tiny_bert, first, tmp_path / "out", **flags)
+    finetune.main([*argv, "--train_data", *others])
+    file_of = [0] * 10 + [1] * 6 + [2]
+    assert all(len({file_of[row] for row in batch}) == 1 for batch in seen)
+    assert [len(seen), sum(map(len, seen))] == [2 * (3 + 2 + 1), 2 * 17]
+    assert sorted(row for batch in seen[:6] for row in batch) == list(range(17))
+    assert seen[:6] != seen[6:]
+    summary = json.loads((tmp_path / "out" / "training_summary.json").read_text())
+    assert (summary["rows"], summary["steps"], summary["epochs"]) == (17, 12, 2)
+
+
+def test_a_run_of_one_file_per_batch_resumes_in_mid_epoch_to_the_same_bits(tiny_bert, two_files, tmp_path):
+    flags = {"max_steps": 11, "per_device_train_batch_size": 4, "one_file_per_batch": True, "disable_tqdm": True}
+    flags |= {"learning_rate": 1e-3, "save_steps": 8}
+    for name in ("whole", "parts"):
+        first, *others = two_files
+        argv = training_flags(tiny_bert, first, tmp_path / name, **flags)
+        finetune.main([*argv, "--train_data", *others])
+    argv = training_flags(tiny_bert, first, tmp_path / "parts", **flags)
+    checkpoint = str(tmp_path / "parts" / "checkpoint-8")
+    finetune.main([*argv, "--train_data", *others, "--resume_from_checkpoint", checkpoint])
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_run_of_one_file_per_batch_goes_on_only_with_the_batches_and_files_that_it_began_with(
+    tiny_bert, two_files, tmp_path, capsys
+):
+    first, *others = two_files
+    flags = {"max_steps": 4, "per_device_train_batch_size": 4, "one_file_per_batch": True, "save_steps": 2}
+    finetune.main([*training_flags(tiny_bert, first, tmp_path / "out", **flags), "--train_data", *others])
+    whole = write_jsonl(
+        tmp_path / "whole.jsonl", [row for name in "ab" for row in read_jsonl(tmp_path / f"{name}.jsonl")]
+    )
+    changed = [
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            two_files,
+            "batches of 2 rows of one file",
+        ),
+        ({}, [str(whole), two_files[2]], "the rows in other files"),
+        ({"one_file_per_batch": False}, two_files, "--one_file_per_batch"),
+    ]
+    for change, data, complaint in changed:
+        argv = training_flags(tiny_bert, data[0], tmp_path / "out", **(flags | change), resume_from_checkpoint=True)
+        with pytest.raises(SystemExit) as stop:
+            finetune.main([*argv, "--train_data", *data[1:]])
+        assert stop.value.code == 2
+        assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
 def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.bi_encoder.backbone.state_dict().items()}
 
@@ -345,6 +454,8 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
         ({"neighbours_in_batch": "2", "use_inbatch_neg": "False"}, "--use_inbatch_neg"),
         ({"neighbours_in_batch": "2", "train_sampling_strategy": "sequential"}, "--train_sampling_strategy"),
         ({"neighbours_in_batch": "2"}, "--neighbours_in_batch: no row's negatives are positives of other rows"),
+        ({"one_file_per_batch": "True", "per_device_train_batch_size": "1"}, "--per_device_train_batch_size"),
+        ({"one_file_per_batch": "True", "use_inbatch_neg": "False"}, "--use_inbatch_neg"),
     ],
 )
 def test_flags_that_could_not_do_anything_are_refused(tiny_bert, pairs, tmp_path, capsys, flags, complaint):

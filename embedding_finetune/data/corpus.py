@@ -12,7 +12,15 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import read_passages, read_queries
-from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, raw_digests, text_digest, text_id
+from embedding_finetune.data.texts import (
+    DIGEST_BYTES,
+    Instructions,
+    TextsOnDisk,
+    canonical,
+    raw_digests,
+    text_digest,
+    text_id,
+)
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -111,7 +119,7 @@ class RetrievalTask(NamedTuple):
 
     relevant: for each query, the positions of its answers, and how relevant each is, from 1. Answers that the corpus
     does not hold have positions from len(corpus) on. ids name the queries in TREC files. groups: None for a query
-    without.
+    without. instructions: those that queries have of their own.
     """
 
     queries: list[str]
@@ -119,6 +127,7 @@ class RetrievalTask(NamedTuple):
     relevant: list[dict[int, int]]
     ids: list[str]
     groups: list[str | None]
+    instructions: Instructions = None
 
     def findable(self, number: int) -> list[int]:
         """The positions of a query's answers that the corpus holds, in ascending order."""
@@ -185,6 +194,7 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
         relevant=relevant,
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
+        instructions=[row.get("instruction") for row in rows],
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
     _warn_of_missing(task)

@@ -232,7 +232,7 @@ def _read_table(place: Place, roles: _Columns, only: Sequence[str] | None) -> It
         if unread := [name for name in names if name not in wanted]:
             logger.info("%s: ignored: %s", place.path, _listed(unread))
     else:
-        fields, wanted = layout, set(names)
+        fields, wanted = dict(layout), set(names)
     for first, batch in tables.read_columns(place.path, [name for name in names if name in wanted]):
         for name in judgements:
             for number, value in enumerate(batch[name], first):

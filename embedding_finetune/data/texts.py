@@ -21,6 +21,12 @@ _BUFFER_BYTES = 2**20
 DIGEST_BYTES = 16
 """The size of a digest of text_digest and raw_digests."""
 
+Instructions = Sequence[str | None] | None
+"""What stands before each of several texts in place of the instruction that the model or a flag has for them.
+
+None for a text without one of its own, and for texts of which none has one.
+"""
+
 
 def canonical(text: str) -> str:
     """The form in which texts are compared: Unicode NFC, stripped of surrounding whitespace."""
@@ -38,9 +44,22 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(canonical(text).encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def raw_digests(texts: Sequence[str]) -> np.ndarray:
-    """Digests (N,) of 16 bytes of the texts as they are written: other spellings may have other tokens."""
-    return np.array([hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in texts], dtype="S16")
+def raw_digests(texts: Sequence[str], instructions: Instructions = None) -> np.ndarray:
+    """Digests (N,) of 16 bytes of the texts as they are written: other spellings may have other tokens.
+
+    A text has another digest with each instruction of its own, also with an empty one.
+    """
+    return np.array(
+        [
+            hashlib.blake2b(
+                text.encode(),
+                digest_size=DIGEST_BYTES,
+                key=b"" if instruction is None else hashlib.blake2b(instruction.encode()).digest(),
+            ).digest()
+            for text, instruction in zip(texts, instructions or [None] * len(texts))
+        ],
+        dtype="S16",
+    )
 
 
 class TextsOnDisk(Sequence[str]):

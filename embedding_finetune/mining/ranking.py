@@ -15,6 +15,7 @@ import numpy as np
 
 from embedding_finetune.command_line import scratch_folder
 from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_gpu, own_share
 from embedding_finetune.mining.arguments import MiningOptions
 from embedding_finetune.mining.stopwatch import Stopwatch
@@ -74,10 +75,12 @@ def rank_candidates(
     positives: np.ndarray,
     options: MiningOptions,
     stopwatch: Stopwatch,
+    instructions: Instructions = None,
 ) -> Candidates:
     """Rank the corpus for every query and score `pairs`, as mine_hard_neg.py's flags say.
 
-    positives: positions of the texts whose near-duplicates are wanted. With several models the ranking is their
+    positives: positions of the texts whose near-duplicates are wanted. instructions: those of queries for the models; a
+    reranker reads the query alone. With several models the ranking is their
     reciprocal-rank fusion; scores and near-duplicates come from the first. A reranker scores the window and the pairs
     again, and sorts the window by its scores. A ranking is at most as long as the corpus.
     Laps of the stopwatch are "load", "encode", "search" and "rescore".
@@ -85,9 +88,9 @@ def rank_candidates(
     start, stop = options.range_for_sampling
     options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
     gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
-    candidates = _rank_with_first_model(queries, corpus, pairs, positives, options, gpus, stopwatch)
+    candidates = _rank_with_first_model(queries, instructions, corpus, pairs, positives, options, gpus, stopwatch)
     if len(options.model_name_or_path) > 1:
-        candidates = _fuse_with_other_models(candidates, queries, corpus, options, gpus, stopwatch)
+        candidates = _fuse_with_other_models(candidates, queries, instructions, corpus, options, gpus, stopwatch)
     if options.reranker_name_or_path is not None:
         reranker = load_reranker(options.reranker_name_or_path, options)
         stopwatch.lap("load")
@@ -99,6 +102,7 @@ def rank_candidates(
 
 def _rank_with_first_model(
     queries: Sequence[str],
+    instructions: Instructions,
     corpus: Corpus,
     pairs: Pairs,
     positives: np.ndarray,
@@ -109,7 +113,7 @@ def _rank_with_first_model(
     name = options.model_name_or_path[0]
     encoder = load_encoder(name, options, flag=_FLAG, scratch=_scratch(options))
     stopwatch.lap("load")
-    top = TopK(encode_queries(encoder, queries), options.range_for_sampling[1], gpus=gpus)
+    top = TopK(encode_queries(encoder, queries, instructions), options.range_for_sampling[1], gpus=gpus)
     pair_scores = PairScores(top.queries, *pairs)
     near_duplicates = np.empty((0, 2), dtype=np.int64)
     if options.near_duplicate_threshold is not None:
@@ -144,6 +148,7 @@ def _scratch(options: MiningOptions) -> str | None:
 def _fuse_with_other_models(
     candidates: Candidates,
     queries: Sequence[str],
+    instructions: Instructions,
     corpus: Corpus,
     options: MiningOptions,
     gpus: Sequence[int],
@@ -154,7 +159,7 @@ def _fuse_with_other_models(
     for name in options.model_name_or_path[1:]:
         encoder = load_encoder(name, options, flag=_FLAG)
         stopwatch.lap("load")
-        top = TopK(encode_queries(encoder, queries), options.range_for_sampling[1], gpus=gpus)
+        top = TopK(encode_queries(encoder, queries, instructions), options.range_for_sampling[1], gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
         rankings.append(top.ranking().positions)
         digests[name] = encoder.weights_digest

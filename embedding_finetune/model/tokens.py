@@ -3,13 +3,15 @@
 Shapes: N texts, T tokens of the longest text in a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data.texts import Instructions
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 
 
@@ -54,6 +56,7 @@ _TOKENS_TO_SPARE = 128
 """Cutting a text in the middle of a word changes fewer tokens than this: WordPiece splits words of up to 100
 characters."""
 _LONG_TEXTS_AT_ONCE = 64
+_SHOWN_CHARACTERS = 60
 
 
 def beginnings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[str]:
@@ -127,6 +130,22 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower
     return len(ids) - (ids[-1] in tokenizer.all_special_ids)
 
 
+class Tokens(NamedTuple):
+    """A text as the model takes it: texts of equal Tokens have equal embeddings."""
+
+    ids: tuple[int, ...]
+    prompt_length: int  # how many of them, at the beginning, pooling leaves out
+
+
+def first_rows(instructions: Iterable[str | None]) -> dict[str, int]:
+    """Each distinct instruction, and the position of the first row that has it."""
+    rows: dict[str, int] = {}
+    for row, instruction in enumerate(instructions):
+        if instruction is not None:
+            rows.setdefault(instruction, row)
+    return rows
+
+
 class TextKind(NamedTuple):
     """How one kind of text becomes token ids: "query" or "passage"."""
 
@@ -134,27 +153,51 @@ class TextKind(NamedTuple):
     instruction: str
     max_length: int
     lower_case: bool
-    prompt_length: int | None  # tokens that pooling leaves out; None for none
+    include_prompt: bool  # whether pooling includes the instruction
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids of texts of this kind, and how many were cut, see the function `tokenize`."""
-        return tokenize(
-            tokenizer, texts, instruction=self.instruction, max_length=self.max_length, lower_case=self.lower_case
+    def tokenize(
+        self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], instructions: Instructions = None
+    ) -> tuple[list[Tokens], int]:
+        """The tokens of texts of this kind, and how many texts were cut, see the function `tokenize`."""
+        own = [self.instruction if text is None else text for text in instructions or [None] * len(texts)]
+        token_ids, cut = tokenize(
+            tokenizer,
+            [instruction + text for instruction, text in zip(own, texts)],
+            instruction="",
+            max_length=self.max_length,
+            lower_case=self.lower_case,
         )
+        left_out = dict.fromkeys(own, 0)
+        if not self.include_prompt:
+            left_out = {text: prompt_length(tokenizer, text, lower_case=self.lower_case) for text in left_out}
+        return [Tokens(tuple(ids), left_out[instruction]) for ids, instruction in zip(token_ids, own)], cut
+
+    def check_instructions(self, tokenizer: PreTrainedTokenizerBase, first_rows: Mapping[str, int]) -> None:
+        """Raise UserError where instructions of rows leave no room for a text: all would have the same tokens.
+
+        first_rows: instruction -> the number of the first row that has it, from 0.
+        """
+        instructions = [text.lower() if self.lower_case else text for text in first_rows]
+        if not instructions:
+            return
+        # As in `tokenize`: those of megabytes are cut, but not to fewer tokens than max_length.
+        encoded = tokenizer(beginnings(tokenizer, instructions, self.max_length), verbose=False)["input_ids"]
+        for (instruction, row), ids in zip(first_rows.items(), encoded):
+            if instruction and len(ids) >= self.max_length:
+                raise UserError(
+                    f"--{self.name}_max_len {self.max_length} leaves no token for the {self.name} of row {row + 1} "
+                    f'(counted from 1): its "instruction" {instruction[:_SHOWN_CHARACTERS]!r} fills it; '
+                    f"raise --{self.name}_max_len, or shorten the instruction"
+                )
 
 
-def text_kinds(
-    tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
-) -> tuple[TextKind, TextKind]:
+def text_kinds(config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int) -> tuple[TextKind, TextKind]:
     """The kinds "query" and "passage", as a checkpoint's config has them."""
 
-    def kind(name: str, instruction: str, max_length: int) -> TextKind:
-        left_out = prompt_length(tokenizer, instruction, lower_case=config.lower_case)
-        return TextKind(name, instruction, max_length, config.lower_case, None if config.include_prompt else left_out)
-
+    shared = (config.lower_case, config.include_prompt)
     return (
-        kind("query", config.query_instruction, query_max_len),
-        kind("passage", config.passage_instruction, passage_max_len),
+        TextKind("query", config.query_instruction, query_max_len, *shared),
+        TextKind("passage", config.passage_instruction, passage_max_len, *shared),
     )
 
 

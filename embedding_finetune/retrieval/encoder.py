@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.texts import Instructions
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
@@ -30,7 +31,14 @@ from embedding_finetune.model.encoding_kernels import (
     working_device,
 )
 from embedding_finetune.model.loading import load_embedding_model, weights_digest
-from embedding_finetune.model.tokens import TextKind, batches_of_one_length, pad, padded_length, text_kinds
+from embedding_finetune.model.tokens import (
+    TextKind,
+    Tokens,
+    batches_of_one_length,
+    pad,
+    padded_length,
+    text_kinds,
+)
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
@@ -54,13 +62,14 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass
 class Block:
-    """Texts ready for the model: the embeddings from the store, and the token ids of the texts it does not hold."""
+    """Texts ready for the model: the embeddings from the store, and the tokens of the texts it does not hold."""
 
     start: int
     texts: Sequence[str]
+    instructions: Instructions
     embeddings: np.ndarray  # (n, H), the rows `missing` are filled in later
     missing: np.ndarray  # (m,)
-    token_ids: list[list[int]]  # of the missing texts
+    tokens: list[Tokens]  # of the missing texts
     cut: int  # how many of the missing texts were longer than max_length
 
 
@@ -86,7 +95,7 @@ class Encoder:
         self.tokens_per_batch = tokens_per_batch
         self.weights_digest = weights_digest
         self.query, self.passage = text_kinds(
-            tokenizer, model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
+            model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
         )
         self.stores: dict[str, EmbeddingStore] = {}  # by TextKind.name
 
@@ -114,9 +123,9 @@ class Encoder:
             settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
             self.stores[kind.name] = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
 
-    def encode_queries(self, queries: Sequence[str]) -> np.ndarray:
+    def encode_queries(self, queries: Sequence[str], instructions: Instructions = None) -> np.ndarray:
         """Embeddings (N, H) float32. Raises UserError when an embedding has no direction: NaN, infinite or zero."""
-        blocks = [block for _, block in self._encode(queries, self.query, slice(None))]
+        blocks = [block for _, block in self._encode(queries, self.query, slice(None), instructions)]
         return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
 
     def encode_passages(
@@ -130,14 +139,21 @@ class Encoder:
         yield from self._encode(passages, self.passage, share, quiet=quiet)
 
     def _encode(
-        self, texts: Sequence[str], kind: TextKind, share: slice, *, quiet: bool = False
+        self,
+        texts: Sequence[str],
+        kind: TextKind,
+        share: slice,
+        instructions: Instructions = None,
+        *,
+        quiet: bool = False,
     ) -> Iterator[tuple[int, np.ndarray]]:
         store = self.stores.get(kind.name)
         if store is not None:
             store.refresh()
         first, stop, _ = share.indices(len(texts))
         starts = range(first, stop, TEXTS_PER_BLOCK)
-        blocks = (self._prepare(start, texts[start : min(start + TEXTS_PER_BLOCK, stop)], kind) for start in starts)
+        parts = (slice(start, min(start + TEXTS_PER_BLOCK, stop)) for start in starts)
+        blocks = (self._prepare(part.start, texts[part], kind, instructions and instructions[part]) for part in parts)
         cut = encoded = 0
         with Progress(stop - first, f"Encoding {kind.name} texts", "text") as progress:
             for block in _one_ahead(blocks):
@@ -147,7 +163,8 @@ class Encoder:
                     block.embeddings[block.missing] = self._embed(block, kind, progress)
                     _check_directions(block, kind)
                     if store is not None:
-                        store.put([block.texts[row] for row in block.missing], block.embeddings[block.missing])
+                        encoded_texts, their_instructions = _at(block.missing, block.texts, block.instructions)
+                        store.put(encoded_texts, block.embeddings[block.missing], their_instructions)
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
         if store is not None and not store.is_scratch and starts and not quiet:
@@ -155,26 +172,27 @@ class Encoder:
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
 
-    def _prepare(self, start: int, texts: Sequence[str], kind: TextKind) -> Block:
+    def _prepare(self, start: int, texts: Sequence[str], kind: TextKind, instructions: Instructions) -> Block:
         store = self.stores.get(kind.name)
         if store is None:
             embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
             missing = np.arange(len(texts))
         else:
-            embeddings, is_stored = store.get(texts)
+            embeddings, is_stored = store.get(texts, instructions)
             missing = np.flatnonzero(~is_stored)
-        token_ids, cut = kind.tokenize(self.tokenizer, [texts[row] for row in missing.tolist()])
-        return Block(start, texts, embeddings, missing, token_ids, cut)
+        tokens, cut = kind.tokenize(self.tokenizer, *_at(missing, texts, instructions))
+        return Block(start, texts, instructions, embeddings, missing, tokens, cut)
 
     def _embed(self, block: Block, kind: TextKind, progress: Progress) -> np.ndarray:
         """Embeddings of a block's missing texts: (m, H)."""
         # Texts with the same tokens are encoded once.
-        rows_of: dict[tuple[int, ...], int] = {}
-        rows = np.array([rows_of.setdefault(tuple(ids), len(rows_of)) for ids in block.token_ids], dtype=np.int64)
+        rows_of: dict[Tokens, int] = {}
+        rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
         distinct = list(rows_of)
         copies = np.bincount(rows, minlength=len(distinct))
         embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
-        for batch in batches_of_one_length([len(ids) for ids in distinct], self._token_budget, limit=kind.max_length):
+        lengths = [len(tokens.ids) for tokens in distinct]
+        for batch in batches_of_one_length(lengths, self._token_budget, limit=kind.max_length):
             embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
             progress.update(int(copies[batch].sum()))
         return embeddings[rows]
@@ -184,16 +202,16 @@ class Encoder:
         """The padded tokens of a batch."""
         return self.tokens_per_batch or default_tokens_per_batch(self.model.backbone.device)
 
-    def _forward(self, token_ids: Sequence[Sequence[int]], kind: TextKind) -> np.ndarray:
+    def _forward(self, texts: Sequence[Tokens], kind: TextKind) -> np.ndarray:
         """Embeddings of texts of one padded length: (n, H). After a GPU runs out of memory, batches are halved."""
-        length = padded_length(len(token_ids[0]), kind.max_length)
-        count, largest_count = len(token_ids), max(self._token_budget // length, 1)
+        length = padded_length(len(texts[0].ids), kind.max_length)
+        count, largest_count = len(texts), max(self._token_budget // length, 1)
         if count <= largest_count:
             step = max(_TOKENS_STEP // length, 1)
-            copies = [token_ids[0]] * (min(-(-count // step) * step, largest_count) - count)
-            batch = pad(self.tokenizer, [*token_ids, *copies], limit=kind.max_length)
-            if kind.prompt_length is not None:
-                batch["prompt_lengths"] = torch.full((len(batch["input_ids"]),), kind.prompt_length)
+            filled = [*texts, *[texts[0]] * (min(-(-count // step) * step, largest_count) - count)]
+            batch = pad(self.tokenizer, [tokens.ids for tokens in filled], limit=kind.max_length)
+            if not kind.include_prompt:
+                batch["prompt_lengths"] = torch.tensor([tokens.prompt_length for tokens in filled])
             try:
                 with torch.no_grad():
                     inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
@@ -205,7 +223,7 @@ class Encoder:
             logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
             free_memory(self.model.backbone.device)
         half = count // 2
-        return np.concatenate([self._forward(token_ids[:half], kind), self._forward(token_ids[half:], kind)])
+        return np.concatenate([self._forward(texts[:half], kind), self._forward(texts[half:], kind)])
 
 
 def default_tokens_per_batch(device: torch.device) -> int:
@@ -255,6 +273,12 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     elif scratch is not None:
         encoder.keep_embeddings(scratch, dtype, is_scratch=True)
     return encoder
+
+
+def _at(rows: np.ndarray, texts: Sequence[str], instructions: Instructions) -> tuple[list[str], Instructions]:
+    """The texts and instructions of these rows."""
+    numbers = rows.tolist()
+    return [texts[row] for row in numbers], instructions and [instructions[row] for row in numbers]
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:

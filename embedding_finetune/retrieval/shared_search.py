@@ -10,16 +10,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_share
+from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK
 
 _QUERIES_PER_GATHER = 8192
 
 
-def encode_queries(encoder: Encoder, queries: Sequence[str]) -> np.ndarray:
-    """Embeddings of all queries: (Q, H)."""
-    return np.concatenate(gather_objects(encoder.encode_queries(queries[own_share(len(queries))])))
+def encode_queries(encoder: Encoder, queries: Sequence[str], instructions: Instructions = None) -> np.ndarray:
+    """Embeddings of all queries: (Q, H).
+
+    Raises UserError like Encoder.encode_queries, and before anything is encoded where an instruction fills the length.
+    """
+    if instructions is not None:
+        encoder.query.check_instructions(encoder.tokenizer, first_rows(instructions))
+    share = own_share(len(queries))
+    return np.concatenate(gather_objects(encoder.encode_queries(queries[share], instructions and instructions[share])))
 
 
 def encode_own_passages(encoder: Encoder, passages: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:

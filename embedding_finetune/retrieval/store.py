@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.texts import DIGEST_BYTES, raw_digests
+from embedding_finetune.data.texts import DIGEST_BYTES, Instructions, raw_digests
 from embedding_finetune.files import AnyPath, atomic_writer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _FORMAT = 1
 
 
 class EmbeddingStore:
-    """The embeddings of one model, pooling, dtype, length and instruction, by text.
+    """The embeddings of one model, pooling, dtype, length and instruction, by text and the instruction of its own.
 
     root: the folder of --embeddings_dir, or with is_scratch a folder in TMPDIR. settings: everything that decides an
     embedding, the weights' digest included; different settings have different stores. Raises UserError where the folder
@@ -67,13 +67,13 @@ class EmbeddingStore:
         self._damaged: set[int] = set()
         self._index()
 
-    def get(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         is_stored = np.zeros(len(texts), dtype=bool)
         if not len(self._digests):
             return embeddings, is_stored
-        wanted = raw_digests(texts)
+        wanted = raw_digests(texts, instructions)
         places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
         matches = np.flatnonzero(self._digests[places] == wanted)
         segments, rows = self._segment_of[places[matches]], self._row_of[places[matches]]
@@ -84,11 +84,11 @@ class EmbeddingStore:
                 is_stored[matches[here]] = True
         return embeddings, is_stored
 
-    def put(self, texts: Sequence[str], embeddings: np.ndarray) -> None:
+    def put(self, texts: Sequence[str], embeddings: np.ndarray, instructions: Instructions = None) -> None:
         """Keep the embeddings (n, H) of texts as one segment. Raises UserError when they cannot be written."""
         if not len(texts):
             return
-        digests = raw_digests(texts).tobytes()
+        digests = raw_digests(texts, instructions).tobytes()
         sizes = _SIZES.pack(len(texts), embeddings.shape[1])
         vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
         checksum = zlib.crc32(vectors, zlib.crc32(digests, zlib.crc32(sizes)))

@@ -44,13 +44,18 @@ class ModelArguments:
 class DataArguments:
     """What to train on."""
 
-    train_data: str = field(metadata={"help": "training rows, a file or a folder of files"})
+    train_data: list[str] = field(
+        metadata={"help": "files of training rows, or folders of such files; they are one data set", "metavar": "FILE"}
+    )
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
         0,
         "draw up to this many rows into a row's batch whose positives are among its negatives: hard negatives "
         "that cost nothing to encode",
+    )
+    one_file_per_batch: bool = _flag(
+        False, "a batch holds rows of one file only, drawn in proportion to the files' rows"
     )
     query_max_len: int = _flag(32, "queries are cut to this many tokens")
     passage_max_len: int = _flag(128, "passages are cut to this many tokens")
@@ -78,7 +83,10 @@ class DataArguments:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         check_numbers(self)
         parse_columns(self.columns)
-        files.require_data("--train_data", self.train_data)
+        if isinstance(self.train_data, str):  # from Python
+            self.train_data = [self.train_data]
+        for path in self.train_data:
+            files.require_data("--train_data", path)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
                 files.require_data(f"--{flag}", getattr(self, flag))

@@ -3,7 +3,7 @@
 Which positive and which negatives an example holds is a pure function of (seed, epoch, index):
 workers, resuming and the number of ranks cannot change it. The epoch therefore travels with the index.
 
-Shapes: B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
+Shapes: R rows, B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
 """
 
 import random
@@ -21,27 +21,40 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.tokens import TextKind, pad, text_kinds
+from embedding_finetune.model.tokens import Tokens, pad, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rows import flatten_column, list_lengths
+from embedding_finetune.training.rows import flatten_column, list_lengths, numbers_of_files
 
-EpochIndex = tuple[int, int]
+
+class Draw(NamedTuple):
+    """Which row an example is made of, and in which epoch. weight: of the loss of the micro-batch that it stands in."""
+
+    epoch: int
+    row: int
+    weight: float = 1.0
+
+
+Key = tuple[int, int] | Draw | None
+"""What a sampler asks a TrainDataset for: (epoch, index), or no example where a batch holds fewer."""
 
 
 class TrainExample(NamedTuple):
     """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it.
 
-    passage_ids and teacher_scores stand beside the passages; there are no scores where the row has none.
+    instruction: the query's own, None where it has none. passage_ids and teacher_scores stand beside the passages;
+    there are no scores where the row has none. weight: as in Draw.
     """
 
     row: int
     query: str
+    instruction: str | None
     passages: list[str]
     passage_ids: list[int]
     known_ids: np.ndarray
     teacher_scores: list[float]
+    weight: float
 
 
 class KnownPositives:
@@ -64,24 +77,27 @@ class KnownPositives:
         return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
 
 
-class TrainDataset(Dataset[TrainExample]):
-    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler.
+class TrainDataset(Dataset[TrainExample | None]):
+    """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler and Key.
 
-    `group_size` is that of the longest group that the rows can fill, where this is smaller: no batch is wider than it
-    needs to be.
+    files: (R,), the number of each row's file. `group_size` is that of the longest group that the rows can fill, where
+    this is smaller: no batch is wider than it needs to be.
     """
 
     def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int) -> None:
         self.rows = rows
         self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
         self.seed = seed
+        self.files = numbers_of_files(rows)
         self.known_positives = KnownPositives(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: EpochIndex) -> TrainExample:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> TrainExample | None:
+        if key is None:
+            return None
+        epoch, index, weight = Draw(*key)
         row = self.rows[index]
         rng = random.Random(f"{self.seed}:{epoch}:{index}")
         positive = rng.choice(range(len(row["pos"])))
@@ -93,10 +109,13 @@ class TrainDataset(Dataset[TrainExample]):
         return TrainExample(
             row=index,
             query=row["query"],
+            instruction=row["instruction"],
             passages=[row["pos"][positive], *texts],
-            passage_ids=[row["pos_ids"][positive], *map(text_id, texts)],
+            # The passages of an example without weight are nobody's negatives.
+            passage_ids=[row["pos_ids"][positive], *map(text_id, texts)] if weight else [PADDING_ID] * (1 + len(texts)),
             known_ids=self.known_positives.of(row["query_id"]),
             teacher_scores=scores,
+            weight=weight,
         )
 
 
@@ -115,7 +134,7 @@ def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) 
         )
 
 
-class EpochSampler(Sampler[EpochIndex]):
+class EpochSampler(Sampler[Key]):
     """Yields (epoch, index) over all rows: shuffled by (seed, epoch), neighbours together if given, or in order."""
 
     def __init__(self, length: int, *, seed: int, shuffle: bool = True, neighbours: Neighbours | None = None) -> None:
@@ -132,12 +151,18 @@ class EpochSampler(Sampler[EpochIndex]):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[EpochIndex]:
-        order = np.arange(self.length)
-        if self.shuffle:
-            rng = np.random.default_rng([self.seed, self.epoch])
-            order = rng.permutation(self.length) if self.neighbours is None else self.neighbours.order(rng)
-        return ((self.epoch, index) for index in order.tolist())
+    def __iter__(self) -> Iterator[Key]:
+        return ((self.epoch, index) for index in self.order(self.rng()).tolist())
+
+    def rng(self) -> np.random.Generator:
+        """Random numbers of the epoch, the same in every process."""
+        return np.random.default_rng([self.seed, self.epoch])
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """All rows in the order of the epoch: (R,) int64."""
+        if not self.shuffle:
+            return np.arange(self.length)
+        return rng.permutation(self.length) if self.neighbours is None else self.neighbours.order(rng)
 
 
 class EmbedCollator:
@@ -159,27 +184,30 @@ class EmbedCollator:
         self.tokenizer = tokenizer
         self.group_size = group_size
         self.with_teacher = with_teacher
-        self.query, self.passage = text_kinds(
-            tokenizer, config, query_max_len=query_max_len, passage_max_len=passage_max_len
-        )
+        self.query, self.passage = text_kinds(config, query_max_len=query_max_len, passage_max_len=passage_max_len)
 
-    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[TrainExample | None]) -> dict[str, torch.Tensor]:
         """Tokenize the distinct texts of the examples, and point at them."""
+        examples = [item for item in items if item is not None]
         texts_of = [example.passages for example in examples]
-        queries, cut_queries = self.query.tokenize(self.tokenizer, [example.query for example in examples])
+        queries, cut_queries = self.query.tokenize(
+            self.tokenizer, [example.query for example in examples], [example.instruction for example in examples]
+        )
         passages, cut_passages = self.passage.tokenize(self.tokenizer, [text for texts in texts_of for text in texts])
-        distinct, indices = _distinct([*_texts(queries, self.query), *_texts(passages, self.passage)])
+        distinct, indices = _distinct([*queries, *passages])
         query_index, passage_index = indices[: len(queries)], _groups(indices[len(queries) :], map(len, texts_of))
         batch = pad(
             self.tokenizer,
-            [ids for ids, _ in distinct],
+            [tokens.ids for tokens in distinct],
             limit=max(self.query.max_length, self.passage.max_length),
         )  # input_ids, attention_mask: (N, T)
-        if self.query.prompt_length is not None:
-            batch["prompt_lengths"] = torch.tensor([left_out for _, left_out in distinct])  # (N,)
+        if not self.query.include_prompt:
+            batch["prompt_lengths"] = torch.tensor([tokens.prompt_length for tokens in distinct])  # (N,)
         if self.with_teacher:
             scores = [example.teacher_scores for example in examples]
             batch["teacher_scores"] = _matrix(scores, self.group_size, float("-inf"), torch.float32)  # (B, G)
+        if examples[0].weight != 1:  # that of all
+            batch["weight"] = torch.tensor(examples[0].weight)
         passage_ids = [example.passage_ids for example in examples]
         known_ids = [example.known_ids for example in examples]
         return {
@@ -194,17 +222,9 @@ class EmbedCollator:
         }
 
 
-Text = tuple[tuple[int, ...], int]
-"""What a text is known by in a batch: its tokens, and how many of them pooling leaves out."""
-
-
-def _texts(token_ids: Sequence[Sequence[int]], kind: TextKind) -> list[Text]:
-    return [(tuple(ids), kind.prompt_length or 0) for ids in token_ids]
-
-
-def _distinct(texts: Sequence[Text]) -> tuple[list[Text], list[int]]:
+def _distinct(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     """Each text once, in first-seen order, and for each of `texts` its place among them."""
-    places: dict[Text, int] = {}
+    places: dict[Tokens, int] = {}
     indices = [places.setdefault(text, len(places)) for text in texts]
     return list(places), indices
 

@@ -145,12 +145,14 @@ class RetrievalLoss(nn.Module):
         known_ids: Tensor,
         prompt_lengths: Tensor | None = None,
         teacher_scores: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss under "loss", a scalar.
 
         input_ids, attention_mask: (D, T), the batch's distinct texts. query_index: (B,) and passage_index: (B, G):
         which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in contrastive_loss.
         prompt_lengths: (D,) as in BiEncoder. teacher_scores: (B, G) as in distillation_loss; None for no teacher.
+        weight: a scalar that the loss is multiplied with; None for 1.
         """
         embeddings = self.bi_encoder.encode_in_sub_batches(
             input_ids,
@@ -170,7 +172,7 @@ class RetrievalLoss(nn.Module):
                 teacher_temperature=self.options.teacher_temperature,
             )
             loss = loss + self.options.distillation_weight * divergence
-        return {"loss": loss}
+        return {"loss": loss if weight is None else loss * weight}
 
     def _contrastive(self, queries: Tensor, passages: Tensor, passage_ids: Tensor, known_ids: Tensor) -> Tensor:
         """The contrastive loss of embeddings (B, H) and (B, G, H), summed over the Matryoshka dimensions."""

@@ -21,22 +21,24 @@ logger = logging.getLogger(__name__)
 class Neighbours:
     """Row -> the rows whose positives are among its negatives, in the order of these; a positive is its first row's.
 
-    rows: as rows.load_rows gives them. most: how many neighbours may follow a row into its batch.
-    Raises UserError when no row has any.
+    rows: as rows.load_rows gives them. most: how many neighbours may follow a row into its batch. files: (R,), the
+    number of each row's file, where only rows of one file may be neighbours. Raises UserError when no row has any.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, most: int) -> None:
+    def __init__(self, rows: datasets.Dataset, *, most: int, files: np.ndarray | None = None) -> None:
         self.most = most
         row_numbers, positive_ids = flatten_column(rows, "pos_ids")
         positives, first = np.unique(positive_ids, return_index=True)  # (P,) each
         owners = row_numbers[first]  # (P,), the first row that has it
-        neighbours, counts = [], []
+        files = np.zeros(len(rows), dtype=np.int32) if files is None else files
+        neighbours, counts, begin = [], [], 0
         for table in rows.select_columns(["neg"]).with_format("arrow").iter(batch_size=10_000):
             negatives = table["neg"].combine_chunks()
             ids = np.fromiter(map(text_id, negatives.flatten().to_pylist()), np.int64)
             row = np.repeat(np.arange(len(negatives)), negatives.value_lengths().to_numpy())
             places = np.searchsorted(positives, ids).clip(max=len(positives) - 1)
-            known = positives[places] == ids
+            known = (positives[places] == ids) & (files[owners[places]] == files[begin + row])
+            begin += len(negatives)
             neighbours.append(owners[places[known]])
             counts.append(np.bincount(row[known], minlength=len(negatives)))
         self.rows = np.concatenate(neighbours)  # (N,), those of the first row, then those of the second, ...

@@ -17,7 +17,7 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
-    "data": "train_data train_group_size neighbours_in_batch query_max_len passage_max_len "
+    "data": "train_data train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
@@ -111,6 +111,8 @@ def check_together(
     _check_negatives(data_args, args)
     if data_args.neighbours_in_batch:
         _check_neighbours(args)
+    if data_args.one_file_per_batch:
+        _check_one_file(args)
     if data_args.eval_query_file_jsonl_path is None and args.eval_strategy != IntervalStrategy.NO:
         raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
 
@@ -132,3 +134,11 @@ def _check_neighbours(args: RetrieverTrainingArguments) -> None:
         raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
     if args.train_sampling_strategy != "random":
         raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
+
+
+def _check_one_file(args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where --one_file_per_batch could have no effect."""
+    if not args.use_inbatch_neg:
+        raise UserError("--one_file_per_batch needs --use_inbatch_neg True: rows of a batch share their negatives")
+    if args.per_device_train_batch_size == 1 and not (args.negatives_cross_device and args.world_size > 1):
+        raise UserError("--one_file_per_batch needs a --per_device_train_batch_size of at least 2")

@@ -1,10 +1,11 @@
-"""Training rows: validated, mapped into memory from disk, and their columns of lists.
+"""Training rows: validated, mapped into memory from disk, and their columns.
 
-Shapes: N numbers in all lists of a column.
+Shapes: R rows, N numbers in all lists of a column.
 """
 
 import hashlib
 import itertools
+import logging
 import os
 import random
 import tempfile
@@ -22,6 +23,8 @@ from embedding_finetune.data.records import read_training_rows
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import once_per_machine
 
+logger = logging.getLogger(__name__)
+
 _ROWS_PER_WRITE = 100
 """Rows that are held until they are written: few, since each may hold megabytes."""
 
@@ -29,40 +32,69 @@ ROW_FEATURES = datasets.Features(
     {
         # Offsets of 64 bits: a few hundred long rows are more than the 2 GiB that those of 32 bits can tell apart.
         "query": datasets.Value("large_string"),
+        "instruction": datasets.Value("large_string"),  # null where the row has none of its own
         "pos": datasets.List(datasets.Value("large_string")),
         "neg": datasets.List(datasets.Value("large_string")),
         "query_id": datasets.Value("int64"),
         "pos_ids": datasets.List(datasets.Value("int64")),
         "pos_scores": datasets.List(datasets.Value("float32")),
         "neg_scores": datasets.List(datasets.Value("float32")),
+        "file": datasets.Value("int32"),  # its place among the files of --train_data
     }
 )
 
 
 def load_rows(
-    train_data: str,
+    train_data: str | Sequence[str],
     columns: Sequence[str] = (),
     *,
     max_rows_per_file: int | None = None,
     seed: int = 0,
     scores_required: bool = False,
 ) -> datasets.Dataset:
-    """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
+    """Validate the rows of files, and of folders' files, and map them into memory from disk, in the order given.
 
     Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
     Raises UserError naming file and line or row, with scores_required also where a row has texts without scores.
     """
-    paths = data_files(train_data)
-    written = once_per_machine(lambda: [_write_rows(path, columns, scores_required) for path in paths])
+    paths = training_files([train_data] if isinstance(train_data, str) else train_data)
+    written = once_per_machine(
+        lambda: [_write_rows(path, columns, scores_required, number) for number, path in enumerate(paths)]
+    )
     per_file = []
     for path, file in zip(paths, written):
         rows = datasets.Dataset.from_file(file)
         if max_rows_per_file is not None and len(rows) > max_rows_per_file:
             chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
             rows = rows.select(sorted(chosen))
+        if len(paths) > 1:
+            logger.info("%s: %d training rows", path, len(rows))
         per_file.append(rows)
     return datasets.concatenate_datasets(per_file)
+
+
+def training_files(train_data: Sequence[str]) -> list[Path]:
+    """The files of --train_data, those of folders in sorted order. Raises UserError where one is there twice."""
+    paths = [path for given in train_data for path in data_files(given)]
+    places: dict[str, Path] = {}
+    for path in paths:
+        earlier = places.setdefault(os.path.realpath(path), path)
+        if earlier is not path:
+            also = "" if str(earlier) == str(path) else f", as {earlier} too"
+            raise UserError(f"--train_data: {path} is given twice{also}; give it once")
+    return paths
+
+
+def numbers_of_files(rows: datasets.Dataset) -> np.ndarray:
+    """Which file each row is of: (R,) int32."""
+    return rows.select_columns(["file"]).with_format("arrow")[:]["file"].to_numpy()
+
+
+def instructions_of(rows: datasets.Dataset) -> Iterator[str | None]:
+    """The instruction of each row, None for a row without."""
+    for table in rows.select_columns(["instruction"]).with_format("arrow").iter(batch_size=10_000):
+        yield from table["instruction"].to_pylist()
 
 
 def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
@@ -85,7 +117,7 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
 def rows_digest(rows: datasets.Dataset) -> str:
     """A hash of the texts and scores of all rows, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    columns = ["query", "pos", "neg", "pos_scores", "neg_scores"]
+    columns = ["query", "instruction", "pos", "neg", "pos_scores", "neg_scores"]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_PER_WRITE):
         for name in columns:
             for part in _content(table[name].combine_chunks()):
@@ -94,7 +126,10 @@ def rows_digest(rows: datasets.Dataset) -> str:
 
 
 def _content(values: pa.Array) -> Iterator[memoryview]:
-    """What an array without nulls holds, whatever part of larger buffers it is."""
+    """What an array holds, whatever part of larger buffers it is. Lists and numbers have no nulls."""
+    if values.null_count:
+        yield values.is_null().to_numpy(zero_copy_only=False).data
+        values = values.fill_null("")
     if pa.types.is_list(values.type):
         yield values.value_lengths().to_numpy().data
         yield from _content(values.flatten())
@@ -109,11 +144,11 @@ def _content(values: pa.Array) -> Iterator[memoryview]:
         yield values.to_numpy().data
 
 
-def _write_rows(path: Path, columns: Sequence[str], scores_required: bool) -> str:
+def _write_rows(path: Path, columns: Sequence[str], scores_required: bool, number: int) -> str:
     """Write one file's rows in Arrow's format; gives the file. Every run writes them anew: no cache can be stale."""
     target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
     schema = ROW_FEATURES.arrow_schema
-    rows = _training_rows(path, columns, scores_required)
+    rows = _training_rows(path, columns, scores_required, number)
     try:
         with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             while batch := list(itertools.islice(rows, _ROWS_PER_WRITE)):
@@ -126,14 +161,16 @@ def _write_rows(path: Path, columns: Sequence[str], scores_required: bool) -> st
     return target
 
 
-def _training_rows(path: Path, columns: Sequence[str], scores_required: bool) -> Iterator[Record]:
+def _training_rows(path: Path, columns: Sequence[str], scores_required: bool, number: int) -> Iterator[Record]:
     for row in read_training_rows(path, columns, scores_required=scores_required):
         yield {
             "query": row["query"],
+            "instruction": row.get("instruction"),
             "pos": row["pos"],
             "neg": row.get("neg", []),
             "query_id": text_id(row["query"]),
             "pos_ids": list(map(text_id, row["pos"])),
             "pos_scores": row.get("pos_scores") or [],
             "neg_scores": row.get("neg_scores") or [],
+            "file": number,
         }

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
-from embedding_finetune.training.rows import rows_digest
+from embedding_finetune.training.rows import numbers_of_files, rows_digest
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -63,7 +64,9 @@ def check_output_dir(
     require_folder("--output_dir", args.output_dir)
     for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
         _check_is_not_replaced(f"--{flag}", getattr(model_args, flag), args.output_dir)
-    for flag in ("train_data", "eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+    for path in data_args.train_data:
+        _check_data_is_not_replaced("--train_data", path, args.output_dir)
+    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
         _check_data_is_not_replaced(f"--{flag}", getattr(data_args, flag), args.output_dir)
     if resumes(args) or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
@@ -228,6 +231,10 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
+    if flags.get("one_file_per_batch"):
+        # Micro-batches end where files end. So their rows depend on files and sizes.
+        described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
+        described["rows_of_files"] = np.bincount(numbers_of_files(rows)).tolist()
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 
@@ -245,6 +252,8 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "rows_digest": "other training rows",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
+                "rows_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
+                "rows_of_files": "the rows in other files",
             }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
@@ -24,12 +25,14 @@ from embedding_finetune.model.loading import (
     load_backbone,
     load_projection,
 )
+from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.model.training_kernels import use_cheap_dropout
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.rows import instructions_of, training_files
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
@@ -69,8 +72,8 @@ def make_trainer(
     task: RetrievalTask | None,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
-    most = data_args.neighbours_in_batch
-    neighbours = Neighbours(dataset.rows, most=most) if most else None
+    most, one_file = data_args.neighbours_in_batch, has_one_file_per_batch(data_args, dataset, args)
+    neighbours = Neighbours(dataset.rows, most=most, files=dataset.files if one_file else None) if most else None
     backbone, tokenizer, config = load_base(model_args)
     length_to_save = check_lengths(backbone, tokenizer, config, data_args)
     limit = length_limit(backbone, tokenizer)
@@ -90,6 +93,7 @@ def make_trainer(
     collator = EmbedCollator(
         tokenizer, config, group_size=dataset.group_size, **lengths, with_teacher=args.distillation_weight > 0
     )
+    collator.query.check_instructions(tokenizer, first_rows(instructions_of(dataset.rows)))
     return RetrievalTrainer(
         loss,
         args,
@@ -98,8 +102,31 @@ def make_trainer(
         saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
         trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
         neighbours=neighbours,
+        one_file_per_batch=one_file,
         task=task,
     )
+
+
+def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args: RetrieverTrainingArguments) -> bool:
+    """Whether batches are to hold rows of one file only, and there are several files.
+
+    Raises UserError where --dataloader_drop_last would leave out all rows of a file.
+    """
+    rows_of_files = np.bincount(dataset.files)
+    if not data_args.one_file_per_batch:
+        return False
+    if np.count_nonzero(rows_of_files) == 1:
+        logger.info("--one_file_per_batch changes nothing: all rows are in one file")
+        return False
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and (rows_of_files < batch).any():
+        number = int(np.argmax(rows_of_files < batch))
+        raise UserError(
+            f"--one_file_per_batch with --dataloader_drop_last True would never train on "
+            f"{training_files(data_args.train_data)[number]}: its {rows_of_files[number]} rows do not fill a batch of "
+            f"{batch}; lower --per_device_train_batch_size, or leave --dataloader_drop_last out"
+        )
+    return True
 
 
 def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:

@@ -34,6 +34,7 @@ from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrPro
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.one_file import OneFileSampler
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
 from embedding_finetune.training.weights import saved_weights, trained_weight_hashes
 
@@ -47,11 +48,13 @@ class RetrievalTrainer(Trainer):
     """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
     What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
-    the weights that training starts from. neighbours: the rows that are to share a batch with each row. `run`: what
-    checkpoints say about the run, see run_folder.py.
+    the weights that training starts from. neighbours: the rows that are to share a batch with each row.
+    one_file_per_batch: whether only rows of one file share a batch. `run`: what checkpoints say about the run, see
+    run_folder.py.
     """
 
     run: Run | None = None
+    _sampler: EpochSampler
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class RetrievalTrainer(Trainer):
         saved_config: EmbeddingConfig,
         trained_before: np.ndarray,
         neighbours: Neighbours | None = None,
+        one_file_per_batch: bool = False,
         task: RetrievalTask | None = None,
     ) -> None:
         super().__init__(
@@ -77,6 +81,7 @@ class RetrievalTrainer(Trainer):
             raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
         self.bi_encoder = model.bi_encoder
         self.neighbours = neighbours
+        self.one_file_per_batch = one_file_per_batch
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
@@ -120,11 +125,13 @@ class RetrievalTrainer(Trainer):
             return result
         raise UserError(f"nothing was learned, and no model is saved: {reason}")
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # In a resumed run of several processes neither transformers nor accelerate would reach it.
+        self._sampler.set_epoch(epoch)
         if self.state.global_step >= self.state.max_steps:  # resumed from its last step, in the middle of an epoch
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def compute_loss(
         self,
@@ -202,7 +209,18 @@ class RetrievalTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
-        return EpochSampler(len(self.train_dataset), seed=seed, shuffle=shuffle, neighbours=self.neighbours)
+        order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "neighbours": self.neighbours}
+        if self.one_file_per_batch:
+            self._sampler = OneFileSampler(
+                self.train_dataset.files,
+                per_process=self.args.per_device_train_batch_size,
+                processes=self.args.world_size,
+                drop_last=self.args.dataloader_drop_last,
+                **order,
+            )
+        else:
+            self._sampler = EpochSampler(len(self.train_dataset), **order)
+        return self._sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -8,7 +8,7 @@ import numpy as np
 def encoder_of(vectors, *, texts_per_block=2):
     """What ranking needs of an Encoder, for a table of text -> vector."""
 
-    def embed(texts):
+    def embed(texts, instructions=None):
         rows = [vectors[text] for text in texts]
         return np.array(rows, dtype=np.float32).reshape(len(rows), len(next(iter(vectors.values()))))
 
