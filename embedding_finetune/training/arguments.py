@@ -138,7 +138,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_launcher()
         check_numbers(self)
-        parse_columns(self.columns)
         _set_defaults(self)
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:
