@@ -270,3 +270,12 @@ def test_types_that_rows_of_json_need_are_found_over_all_rows(tmp_path):
     path = tmp_path / "a.parquet"
     tables.write_parquet(path, rows, tables.schema_of(path, ["x"], rows, like=[]))
     assert pq.read_table(path)["x"].to_pylist() == [None, 1.0, 2.5, None]
+
+
+def test_of_rows_of_megabytes_a_batch_holds_few(tmp_path):
+    path = tmp_path / "a.parquet"
+    random = np.random.default_rng(0)
+    pq.write_table(pa.table({"x": [random.bytes(500_000).hex() for _ in range(100)]}), path, use_dictionary=False)
+    sizes = [len(batch["x"]) for _, batch in tables.read_columns(path, ["x"])]
+    assert sum(sizes) == 100
+    assert max(sizes) == 33  # of 1 MB each
