@@ -48,7 +48,7 @@ def test_what_contradicts_itself_is_refused_when_the_options_are_made(required, 
     ("changes", "complaint"),
     [
         ({"query_file_jsonl_path": "nowhere"}, "--query_file_jsonl_path: nowhere does not exist"),
-        ({"index_file_jsonl_path": "."}, "--index_file_jsonl_path: . is a folder"),
+        ({"index_file_jsonl_path": ".", "output_dir": "."}, "--output_dir: metrics.json .* is in the folder"),
         ({"output_dir": __file__}, "--output_dir .* is a file; give a folder"),
         ({"embeddings_dir": __file__}, "--embeddings_dir .* is a file; give a folder"),
     ],

@@ -1,5 +1,6 @@
 """What the documents tell people to type parses, their links lead somewhere, and the flags they list are all there."""
 
+import csv
 import json
 import re
 import shlex
@@ -7,8 +8,9 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
-from helpers.data import REPOSITORY
+from helpers.data import REPOSITORY, TOPICS, passage_about
 from transformers import TrainingArguments
 
 import evaluate
@@ -60,6 +62,7 @@ COMMANDS = [(path, block.replace("\\\n", " ").strip()) for path in PAGES for blo
 SCRIPT_COMMANDS = [(path, without_torchrun(command)) for path, command in COMMANDS if is_script(command)]
 MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--output_file (\S+)", command)}
 MADE |= {"scifact", "scifact/qrels/dev.tsv"}  # a BEIR folder; tests/test_beir.py runs these commands on one
+MADE |= {"pairs.csv", "pairs.parquet", "triplets.parquet"}  # of the reader, and of programs on docs/data.md
 MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test", "candidates", "pool")}
 
 
@@ -175,13 +178,33 @@ def test_no_document_speaks_of_who_wanted_it_or_reads_a_folder_outside_the_repos
         assert not re.search(r"\basked for\b|\(asked\b|\| asked\b|was lent|prototype|shared/data", text_of(path)), path
 
 
-def test_the_program_that_makes_rows_of_a_table_makes_rows(tmp_path, monkeypatch):
+def test_the_commands_and_programs_about_data_run_on_small_files(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.csv").write_text('question,answer\nwhy?,"so, indeed"\nwho?,me\nwhy?,é\n', encoding="utf-8")
-    [program] = blocks(REPOSITORY / "docs" / "data.md", "python")
-    exec(compile(program, "data.md", "exec"), {})
-    rows = [{"query": "why?", "pos": ["so, indeed", "é"]}, {"query": "who?", "pos": ["me"]}]
-    assert list(records.read_training_rows("pairs.jsonl")) == rows
+    places = ("hall", "yard", "store")
+    pairs = [(f"how do i reset the {t} of the {p}?", f"In the {p}: {passage_about(t)}") for t in TOPICS for p in places]
+    with Path("pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=";").writerows([("question", "answer"), *pairs])
+    hub = datasets.Dataset.from_dict(dict(zip(("question", "answer"), zip(*pairs))))
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: load(name, **how) if "data_files" in how else hub)
+    page = REPOSITORY / "docs" / "data.md"
+    from_hub, to_triplets = blocks(page, "python")
+    exec(compile(from_hub, "data.md", "exec"), {})
+    commands = [command for path, command in SCRIPT_COMMANDS if path == page]
+    # Training reads the triplets, which are made of mined rows further down the page.
+    for command in sorted(commands, key=lambda command: " finetune.py " in command):
+        _, script, *argv = shlex.split(command)
+        if script == "finetune.py":
+            exec(compile(to_triplets, "data.md", "exec"), {})
+            argv += ["--max_steps", "2", "--train_group_size", "2"]
+        SCRIPTS[script].main([str(tiny_bert) if "/all-MiniLM-L6-v2" in part else part for part in argv])
+    mined = list(records.read_training_rows("mined.parquet"))
+    assert [(row["query"], *row["pos"]) for row in mined] == pairs
+    assert mined == list(records.read_training_rows("mined.jsonl"))
+    triplets = list(records.read_training_rows("triplets.parquet"))
+    expected = [(row["query"], pos, neg) for row in mined for pos in row["pos"] for neg in row["neg"]]
+    assert [(row["query"], *row["pos"], *row["neg"]) for row in triplets] == expected
+    assert len(expected) > len(pairs)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -127,6 +127,9 @@ def test_a_document_of_a_beir_corpus_is_its_title_and_its_text(tmp_path, caplog)
     with caplog.at_level("INFO"):
         assert list(records.read_passages(path)) == [text for text in joined if text]
     assert f"{path}: 2 documents have neither title nor text, and are skipped" in caplog.messages
+    write_jsonl(path, documents[3:4] * 2)
+    with pytest.raises(UserError, match=r"corpus\.jsonl: none of the 2 documents has a title or text"):
+        list(records.read_passages(path))
     for wrong, kind in (({"_id": "1", "title": 0, "text": "x"}, "int"), ({"_id": "1", "text": ["x"]}, "list")):
         write_jsonl(path, [wrong])
         with pytest.raises(UserError, match=rf"corpus\.jsonl:1: \"\w+\" is a {kind}, expected a string"):
@@ -140,3 +143,16 @@ def test_ids_are_unique_over_all_files_of_a_folder(tmp_path):
     write_jsonl(tmp_path / "c.jsonl", [{"query": "q", "pos": ["p"], "id": "a.jsonl-1"}])
     with pytest.raises(UserError, match=r"c\.jsonl:1: \"id\" 'a\.jsonl-1' is already in .*a\.jsonl:1$"):
         list(records.read_queries(tmp_path))
+
+
+def test_a_table_without_passages_names_its_columns_and_the_flag(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("title,body\na,b\n")
+    for columns, names in (([], '"text"'), (["text=content"], '"content" nor "text"')):
+        with pytest.raises(UserError) as error:
+            list(records.read_passages(path, columns))
+        assert str(error.value) == (
+            f'{path}: row 2: neither "context" nor {names} is there; expected {{"context": [str, ...]}} or {{"text": '
+            'str}; the columns are "title", "body": --columns text=COLUMN says which it is'
+        )
+    assert list(records.read_passages(path, ["text=body"])) == ["b"]

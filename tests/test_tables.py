@@ -109,7 +109,7 @@ def test_the_separator_is_that_of_the_header_and_columns_without_a_name_are_not_
         (b"x,y\n1,2\n3,\xff\n", 'row 3: "y" is not UTF-8; save the file as UTF-8'),
         (b"x,\xff\n1,2\n", "row 1: not UTF-8; save the file as UTF-8"),
         ("x,y\n1,2\n".encode("utf-16"), "row 1: not UTF-8; save the file as UTF-8"),
-        (gzip.compress(b"x,y\n1,2\n"), "the file is compressed; give it a name that ends in .gz"),
+        (gzip.compress(b"x,y\n1,2\n", mtime=0), "the file is compressed; give it a name that ends in .gz"),
         (b"x,y\n1," + b"a" * 5000 + b"\n", "row 2 or one after it is longer than"),
     ],
 )
@@ -270,3 +270,12 @@ def test_types_that_rows_of_json_need_are_found_over_all_rows(tmp_path):
     path = tmp_path / "a.parquet"
     tables.write_parquet(path, rows, tables.schema_of(path, ["x"], rows, like=[]))
     assert pq.read_table(path)["x"].to_pylist() == [None, 1.0, 2.5, None]
+
+
+def test_of_rows_of_megabytes_a_batch_holds_few(tmp_path):
+    path = tmp_path / "a.parquet"
+    random = np.random.default_rng(0)
+    pq.write_table(pa.table({"x": [random.bytes(500_000).hex() for _ in range(100)]}), path, use_dictionary=False)
+    sizes = [len(batch["x"]) for _, batch in tables.read_columns(path, ["x"])]
+    assert sum(sizes) == 100
+    assert max(sizes) == 33  # of 1 MB each

@@ -75,14 +75,19 @@ class Place:
         """What to say where a record lacks a field: "question" is missing, expected a string."""
         if self.table is not None and field in self.layout:
             return f"{self.name(field)} is empty, expected {expected}"
-        asked = self._asked.get(field, field)
-        neither = f'neither "{asked}" nor "{field}" is there' if asked != field else f'"{field}" is missing'
+        names = self.names_to_find(field)
+        lacking = f"neither {names} is there" if " nor " in names else f"{names} is missing"
+        return f"{lacking}, expected {expected}{self.remedy(field)}"
+
+    def names_to_find(self, field: str) -> str:
+        """The names that a field may have in the file: "question" nor "query"."""
+        return " nor ".join(f'"{name}"' for name in dict.fromkeys((self._asked.get(field, field), field)))
+
+    def remedy(self, field: str) -> str:
+        """What to do where a table has no column of a field; empty for JSON Lines."""
         if self.table is None:
-            return f"{neither}, expected {expected}"
-        return (
-            f"{neither}, expected {expected}; the columns are {_listed(self.table)}: "
-            f"--columns {field}=COLUMN says which it is"
-        )
+            return ""
+        return f"; the columns are {_listed(self.table)}: --columns {field}=COLUMN says which it is"
 
 
 def add_columns_argument(parser: argparse.ArgumentParser) -> None:
@@ -224,15 +229,15 @@ def _read_table(place: Place, roles: _Columns, only: Sequence[str] | None) -> It
     if not names:
         return
     is_parquet = tables.is_parquet(place.path)
-    place.layout = layout = roles.layout(place, tuple(names)) or {name: [name] for name in names}
+    layout: Layout = roles.layout(place, tuple(names)) or {name: [name] for name in names}
+    place.layout = layout
     judgements = [name for name in _JUDGEMENTS if name in names and layout.get("pos") == ["positive"]]
+    fields, wanted = layout, set(names)
     if is_parquet and only is not None:  # the cells of a csv file have to be parsed anyway
         fields = {field: columns for field, columns in layout.items() if field in only} or {names[0]: names[:1]}
         wanted = {*itertools.chain(*fields.values()), *judgements}
         if unread := [name for name in names if name not in wanted]:
             logger.info("%s: ignored: %s", place.path, _listed(unread))
-    else:
-        fields, wanted = dict(layout), set(names)
     for first, batch in tables.read_columns(place.path, [name for name in names if name in wanted]):
         for name in judgements:
             for number, value in enumerate(batch[name], first):

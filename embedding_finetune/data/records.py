@@ -118,26 +118,17 @@ def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
         yield from beir.read_texts(beir.corpus_file(path))
         return
     others: Counter[str] = Counter()
-    skipped = 0
-    for place, record in read(path, columns, fields=("context", "text", "title", "_id", "id"), others=False):
+    found = skipped = 0
+    for place, record in read(path, columns, fields=("context", "text", "title", "_id"), others=False):
         _drop_nulls(record, "context", "text", "title")
+        texts = _passages_of(place, record)
+        yield from texts
+        found += len(texts)
+        skipped += not texts
         used = {"context"} if "context" in record else {"text", "title", "_id"} if "_id" in record else {"text"}
-        if "context" in record:
-            _require_texts(place, record, "context")
-            yield from record["context"]
-        elif "_id" in record:
-            if text := document_text(place, record):
-                yield text
-            else:
-                skipped += 1
-        elif "text" in record:
-            _require_text(place, record, "text")
-            yield record["text"]
-        else:
-            raise UserError(
-                f'{place}: neither "context" nor "text" is there; expected {{"context": [str, ...]}} or {{"text": str}}'
-            )
         others.update(_fields_beyond(used, record))
+    if not found:
+        raise UserError(f"{path}: none of the {skipped} documents has a title or text")
     if skipped:
         logger.info("%s: %d documents have neither title nor text, and are skipped", path, skipped)
     _log_others(path, others, "ignored")
@@ -148,6 +139,22 @@ def _read_beir(path: AnyPath, split: str) -> Iterator[tuple[Place, Record]]:
     place = Place(files.queries, {})
     for place.number, record in beir.read_rows(files):
         yield place, record
+
+
+def _passages_of(place: Place, record: Record) -> list[str]:
+    if "context" in record:
+        _require_texts(place, record, "context")
+        return record["context"]
+    if "_id" in record:
+        text = document_text(place, record)
+        return [text] if text else []
+    if "text" not in record:
+        raise UserError(
+            f'{place}: neither "context" nor {place.names_to_find("text")} is there; expected '
+            f'{{"context": [str, ...]}} or {{"text": str}}{place.remedy("text")}'
+        )
+    _require_text(place, record, "text")
+    return [record["text"]]
 
 
 def document_text(place: Place, record: Record) -> str:

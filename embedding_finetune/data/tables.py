@@ -30,9 +30,11 @@ PARQUET = ".parquet"
 
 _BLOCK_BYTES = 2**24
 """What is parsed at once, and the longest row of a csv or tsv file."""
-_PARQUET_BUFFER_BYTES = 2**20
+_BATCH_BYTES = 2**25
+"""What a batch of parquet holds at most, unless a single row is larger or texts repeat."""
+_BUFFER_BYTES = 2**20
 _ROWS_PER_BATCH = 1000
-_ROWS_PER_WRITE = 10_000
+_ROWS_PER_WRITE = 1000
 _WRONG_CELLS = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
@@ -193,9 +195,7 @@ def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
         raise UserError(f"{path}: the file is empty; expected rows")
     try:
         # Pages are read one after the other: whole row groups may be as large as the file.
-        return pq.ParquetFile(
-            path, pre_buffer=False, buffer_size=_PARQUET_BUFFER_BYTES, page_checksum_verification=True
-        )
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
@@ -207,12 +207,18 @@ def _read_parquet(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
     number = 1
     with _open_parquet(path) as file:
         try:
-            for batch in file.iter_batches(_ROWS_PER_BATCH, columns=names):
+            for batch in file.iter_batches(_rows_per_batch(file.metadata), columns=names):
                 yield number, {name: _values(path, number, name, batch[name]) for name in names}
                 number += batch.num_rows
         except (OSError, pa.ArrowException) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"{path}: row {number} or one after it cannot be read: {reason}") from error
+
+
+def _rows_per_batch(metadata: "pq.FileMetaData") -> int:
+    """So many that a batch of rows of average size is held easily."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES * metadata.num_rows // max(size, 1)))
 
 
 def _values(path: AnyPath, number: int, name: str, column: "pa.Array") -> list[Any]:

@@ -56,13 +56,14 @@ class EvaluationOptions(EncodingOptions):
         inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
         for flag, path in inputs.items():
             files.require_data(flag, path)
+        outputs = {"--embeddings_dir": self.embeddings_dir}
         if self.output_dir is not None:
             files.require_folder("--output_dir", self.output_dir)
             names = [*FILES, *(run_file(name, self.model_name) for name in self.model_name)]
-            outputs = {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in names}
-            files.require_apart(inputs, {**outputs, "--embeddings_dir": self.embeddings_dir})
+            outputs |= {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in names}
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
+        files.require_apart(inputs, outputs)
 
 
 def run_file(model: str, models: list[str]) -> str:

@@ -17,7 +17,7 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
-    "data": "train_data train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
+    "data": "train_data columns train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",

@@ -44,7 +44,7 @@ _LOCK_FILE = ".running"
 _DECIDES_NOTHING = re.compile(
     r"(log|logging|save|eval|dataloader(?!_drop_last)|ddp|gradient_checkpointing|activation_checkpointing)_\w+"
     r"|(gradient|activation)_checkpointing|per_device_train_batch_size|gradient_accumulation_steps|world_size"
-    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|output_dir"
+    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|columns|output_dir"
     r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
