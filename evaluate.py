@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedding_finetune.command_line import command
+from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import Corpus, load_task
-from embedding_finetune.data.formats import add_columns_argument
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import read_passages
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions

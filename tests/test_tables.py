@@ -89,6 +89,7 @@ def test_rows_are_numbered_as_spreadsheets_number_them(tmp_path):
         ("a.tsv.gz", "x\ty", ["x", "y"]),
         ("a.csv", '"x\n1";y', ["x\n1", "y"]),
         ("a.csv", ",x,", ["x"]),
+        ("a.csv", "\ufeff\n\nx;y", ["x", "y"]),
     ],
 )
 def test_the_separator_is_that_of_the_header_and_columns_without_a_name_are_not_read(tmp_path, name, header, names):

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.formats import Place, read
+from embedding_finetune.data.columns import Place
+from embedding_finetune.data.formats import read
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
 
