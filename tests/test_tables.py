@@ -212,6 +212,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         rows_of(path)
     for content, complaint in (
         (whole[:-100], "cannot be read: "),
+        (whole.replace(b"\x01x", b"\x01\xff"), "cannot be read: "),
         (b"", "the file is empty; expected rows"),
         (b"query,pos\n", "cannot be read: "),
     ):

@@ -197,7 +197,7 @@ def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
     try:
         # Pages are read one after the other: whole row groups may be as large as the file.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a damaged name of a column
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
