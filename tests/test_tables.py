@@ -89,6 +89,7 @@ def test_rows_are_numbered_as_spreadsheets_number_them(tmp_path):
         ("a.tsv.gz", "x\ty", ["x", "y"]),
         ("a.csv", '"x\n1";y', ["x\n1", "y"]),
         ("a.csv", ",x,", ["x"]),
+        ("a.csv", "\ufeff\n\nx;y", ["x", "y"]),
     ],
 )
 def test_the_separator_is_that_of_the_header_and_columns_without_a_name_are_not_read(tmp_path, name, header, names):
@@ -211,6 +212,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         rows_of(path)
     for content, complaint in (
         (whole[:-100], "cannot be read: "),
+        (whole.replace(b"\x01x", b"\x01\xff"), "cannot be read: "),
         (b"", "the file is empty; expected rows"),
         (b"query,pos\n", "cannot be read: "),
     ):

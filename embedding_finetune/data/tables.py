@@ -5,6 +5,7 @@ are numbered as spreadsheets do, the header is row 1, all values are strings, an
 imported where it is used: most runs read JSON Lines.
 """
 
+import codecs
 import csv
 import io
 import itertools
@@ -123,7 +124,7 @@ def _header(path: AnyPath) -> tuple[str, list[str], int]:
 def _separator(path: AnyPath, start: bytes) -> str:
     if str(path).lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
-    without_quoted = re.sub(b'"[^"]*"', b"", start.lstrip(b"\r\n"))
+    without_quoted = re.sub(b'"[^"]*"', b"", start.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n"))
     header = re.split(rb"[\r\n]", without_quoted)[0]
     return max(",;\t", key=lambda separator: header.count(separator.encode()))
 
@@ -196,7 +197,7 @@ def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
     try:
         # Pages are read one after the other: whole row groups may be as large as the file.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a damaged name of a column
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
 
