@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedding_finetune.command_line import command
-from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.data.corpus import load_task, read_corpus
 from embedding_finetune.data.formats import add_columns_argument
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.records import read_passages
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     Returns `{"MRR@1": 0.83, ...}` for one model, `{model name: {"MRR@1": 0.83, ...}, ...}` for several.
     """
     options = parse_arguments(argv)
-    corpus = Corpus(read_passages(options.index_file_jsonl_path, options.columns))
+    corpus = read_corpus(options.index_file_jsonl_path, options.columns)
     task = load_task(options.query_file_jsonl_path, corpus, options.columns)
 
     # Heavy imports come after flags and data have been checked.
@@ -103,13 +102,13 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--index_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='the passages to search, {"context": [str, ...]} or {"text": str} a line',
+        help='the passages to search, {"context": [str, ...]} or {"text": str} a line, or a BEIR folder',
     )
     parser.add_argument(
         "--query_file_jsonl_path",
         required=True,
         metavar="FILE",
-        help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"',
+        help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"; or a BEIR folder',
     )
     add_columns_argument(parser)
     parser.add_argument(

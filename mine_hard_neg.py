@@ -24,7 +24,7 @@ import numpy as np
 from embedding_finetune import __version__, files
 from embedding_finetune.command_line import UserError, command
 from embedding_finetune.data.corpus import Corpus
-from embedding_finetune.data.formats import add_columns_argument, write
+from embedding_finetune.data.formats import add_columns_argument, schema_to_write, write
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import SCORE_FIELDS, read_passages, read_training_rows
 from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments
@@ -35,6 +35,8 @@ from embedding_finetune.process import importing
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from embedding_finetune.mining.ranking import Candidates
 
 logger = logging.getLogger("embedding_finetune.mine_hard_neg")
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stopwatch = Stopwatch()
     options = parse_arguments(argv)
     rows = read_rows(options)
+    columns_to_write(rows, options)  # tells in time where a column cannot hold what the rows have
     corpus = Corpus(candidate_texts(rows, options), beyond=required_texts(rows, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
     stopwatch.lap("read")
@@ -91,7 +94,7 @@ def write_outcome(
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
     positive_scores = np.split(candidates.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
     mined = partial(mined_rows, rows, corpus, selections, positive_scores if options.save_scores else None)
-    write(options.output_file, mined(written))
+    write(options.output_file, mined(written), columns_to_write(rows, options))
     stopwatch.lap("write")
     audit = {
         **mining_audit(selections, candidates.pair_scores, lowest_positive, wanted=options.negative_number),
@@ -122,14 +125,16 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
         metavar="NAME",
         help="model folder or hub name; with several, their rankings are fused, and the first one's scores count",
     )
-    parser.add_argument("--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}')
+    parser.add_argument(
+        "--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}, or a BEIR folder'
+    )
     parser.add_argument(
         "--output_file", required=True, metavar="FILE", help='where to write the rows with "neg": [str, ...]'
     )
     parser.add_argument(
         "--candidate_pool",
         metavar="FILE",
-        help='texts to mine from, {"text": str} or {"context": [str, ...]} a line '
+        help='texts to mine from, {"text": str} or {"context": [str, ...]} a line, or a BEIR folder '
         '(default: every "pos" and "neg" of the input file)',
     )
     add_columns_argument(parser)
@@ -146,8 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
 
 def read_rows(options: MiningOptions) -> list[Record]:
     """The rows of --input_file. Log lines say which fields mining does not use, and whether scores are dropped."""
-    use_of_others = "kept and written, but not used"
-    rows = list(read_training_rows(options.input_file, options.columns, known=SCORE_FIELDS, unused=use_of_others))
+    rows = list(read_training_rows(options.input_file, options.columns, known=SCORE_FIELDS, others_are_kept=True))
     scored = sum(any(row.get(field) is not None for field in SCORE_FIELDS) for row in rows)
     if scored and not options.save_scores:
         logger.info(
@@ -156,6 +160,13 @@ def read_rows(options: MiningOptions) -> list[Record]:
             scored,
         )
     return rows
+
+
+def columns_to_write(rows: Sequence[Record], options: MiningOptions) -> "pa.Schema | None":
+    """The columns of an --output_file that is parquet, in the order of the rows' fields; None for JSON Lines."""
+    kept = dict.fromkeys(name for row in rows for name in row if name not in SCORE_FIELDS)
+    names = dict.fromkeys([*kept, "neg", *(SCORE_FIELDS if options.save_scores else ())])
+    return schema_to_write(options.output_file, rows, names, source=options.input_file)
 
 
 def candidate_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:

@@ -27,8 +27,7 @@ def main() -> None:
     task = RetrievalTask(
         queries=[f"question {number}" for number in range(args.queries)],
         corpus=corpus,
-        relevant=[{answer} for answer in answers.tolist()],
-        relevant_counts=[1] * args.queries,
+        relevant=[{answer: 1} for answer in answers.tolist()],
         ids=[f"{number:06d}" for number in range(args.queries)],
         groups=[None] * args.queries,
     )

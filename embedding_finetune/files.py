@@ -33,7 +33,7 @@ def atomic_writer(path: AnyPath) -> Iterator[IO[bytes]]:
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as raw:
-            if target.name.endswith(".gz"):
+            if target.name.lower().endswith(".gz"):
                 # No file name and no time in the gzip header: the same records give the same bytes.
                 with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
                     yield cast(IO[bytes], file)
@@ -53,12 +53,9 @@ def is_model_file(name: str) -> bool:
     return _MODEL_FILES.fullmatch(name) is not None
 
 
-def require_file(flag: str, path: AnyPath, *, folder_allowed: bool = False) -> None:
-    """Raise UserError naming `flag` unless `path` is an existing file (or, where allowed, a folder)."""
-    if os.path.isdir(path):
-        if not folder_allowed:
-            raise UserError(f"{flag}: {path} is a folder; give a JSON Lines file")
-    elif not os.path.exists(path):
+def require_data(flag: str, path: AnyPath) -> None:
+    """Raise UserError naming `flag` unless `path` is an existing file or folder."""
+    if not os.path.exists(path):
         raise UserError(f"{flag}: {path} does not exist")
 
 
@@ -98,13 +95,16 @@ def require_folder(flag: str, path: AnyPath) -> None:
 
 
 def require_apart(inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
-    """Raise UserError where an output is also an input, or another output; flag -> path, None where it is not given.
+    """Raise UserError where an output is also an input, or in an input folder, or another output.
 
-    Two paths may name one file: a relative one, one through a link, on some disks one in another case.
+    flag -> path, None where it is not given. Two paths may name one file: a relative one, one through a link, on some
+    disks one in another case.
     """
     given = [(flag, path) for flag, path in outputs.items() if path is not None]
     for number, (flag, path) in enumerate(given):
         for other, other_path in inputs.items():
+            if other_path is not None and _is_in_folder(path, other_path):
+                raise UserError(f"{flag} {path} is in the folder of {other}, whose files are data; give another one")
             if other_path is not None and os.path.exists(path) and os.path.samefile(path, other_path):
                 raise UserError(f"{flag} {path} is also the file of {other}, and would replace it; give another one")
         for other, other_path in given[:number]:
@@ -120,6 +120,11 @@ def require_outside_models(outputs: Mapping[str, str | None], models: Iterable[s
             continue
         if any(folder in Path(os.path.realpath(path)).parents for folder in folders):
             raise UserError(f"{flag} {path} is a file of the model and would be replaced; give another one")
+
+
+def _is_in_folder(path: str, folder: str) -> bool:
+    parent = os.path.dirname(os.path.realpath(path))
+    return os.path.isdir(folder) and os.path.isdir(parent) and os.path.samefile(parent, folder)
 
 
 def _is_same_place(path: str, other: str) -> bool:

@@ -172,6 +172,8 @@ class DocstringAndDefaults(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines, and adds the default to a flag's help where the help does not say it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in text
-        return text if silent else f"{text} (default: %(default)s)"
+        text, default = action.help or "", action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS) or "default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"

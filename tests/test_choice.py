@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.mining.choice import FILTERS, ScoreFilters, lowest_scores, row_rng, select_negatives
+from embedding_finetune.mining.choice import lowest_scores, row_rng, select_negatives
 
 
 def select(
@@ -84,27 +84,6 @@ def test_kept_negatives_come_first_all_of_them_and_are_not_chosen_again():
     assert (selection.negatives, selection.kept) == ([2, 99, 0], 2)
     assert selection.scores == [0.5, 0.25, 1.0]
     assert select([0, 1, 2, 3], window=(0, 4), count=1, kept={2: 0.5, 99: 0.25}).negatives == [2, 99]
-
-
-@pytest.mark.parametrize(
-    ("filters", "positive", "allowed"),
-    [
-        ({}, 0.6, [0.9, 0.6, 0.58, 0.5, 0.1, -0.4]),
-        ({"max_score": 0.58}, 0.6, [0.58, 0.5, 0.1, -0.4]),
-        ({"min_score": 0.1}, 0.6, [0.9, 0.6, 0.58, 0.5, 0.1]),
-        ({"absolute_margin": 0.02}, 0.6, [0.58, 0.5, 0.1, -0.4]),
-        ({"absolute_margin": 0.0}, 0.6, [0.6, 0.58, 0.5, 0.1, -0.4]),
-        ({"relative_margin": 0.05}, 0.6, [0.5, 0.1, -0.4]),  # at most 0.57
-        ({"relative_margin": 0.5}, -0.3, []),  # at most -0.45: tighter, not looser, than the positive
-        ({"relative_margin": 0.2}, -0.3, [-0.4]),  # at most -0.36
-        ({"max_score": 0.55, "min_score": 0.0}, 0.6, [0.5, 0.1]),
-    ],
-)
-def test_each_filter_allows_what_it_says(filters, positive, allowed):
-    scores = np.array([[0.9, 0.6, 0.58, 0.5, 0.1, -0.4]])
-    refused = ScoreFilters(**filters).refusals(scores, np.array([positive]))
-    assert scores[refused == 0].tolist() == allowed
-    assert {FILTERS[number] for number in refused[refused > 0]} <= {f"--{name}" for name in filters}
 
 
 def test_the_lowest_scoring_positive_of_a_row_counts():

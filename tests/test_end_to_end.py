@@ -1,11 +1,15 @@
 """The whole path: mine -> finetune -> evaluate, on a tiny random BERT and on the real demo model."""
 
+import csv
 import functools
+import json
 import os
 import re
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.data import DEMO_MODEL, REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
 from hypothesis import HealthCheck, given, settings
@@ -265,3 +269,43 @@ def test_the_sample_data_is_what_the_readme_says():
         assert min(answers.count(text) for text in candidates) >= fewest
         assert any(len(row["pos"]) == 2 for row in rows)
     assert not {canonical(row["query"]) for row in training} & {canonical(row["query"]) for row in heldout}
+
+
+def in_another_format(path, kind):
+    """The rows or candidates of a JSON Lines file, one text in each list, in another format."""
+    rows = read_jsonl(path)
+    target = path.with_suffix(f".{kind}")
+    if kind == "json":
+        target.write_text(json.dumps(rows, indent=2))
+    elif kind == "csv":
+        with target.open("w", newline="") as file:
+            single = [{name: v[0] if isinstance(v, list) else v for name, v in row.items()} for row in rows]
+            csv.writer(file).writerows([single[0], *(row.values() for row in single)])
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), target)
+    else:
+        target.mkdir()
+        half = len(rows) // 2
+        pq.write_table(pa.Table.from_pylist(rows[:half]), target / "1.parquet")
+        write_jsonl(target / "2.jsonl", rows[half:])
+        (target / "README.md").write_text("not data")
+    return target
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "folder"])
+def test_every_input_of_all_scripts_takes_every_format_and_gives_the_same_results(
+    tiny_bert, pairs, candidates, tmp_path, kind
+):
+    queries, pool = in_another_format(pairs, kind), in_another_format(candidates, kind)
+    flags = ("--range_for_sampling", "0-5", "--negative_number", "2")
+    expected = mine(tiny_bert, pairs, tmp_path / "expected.jsonl", *flags, "--candidate_pool", str(candidates))
+    assert mine(tiny_bert, queries, tmp_path / "mined.jsonl", *flags, "--candidate_pool", str(pool)) == expected
+    assert measure(tiny_bert, pool, queries) == measure(tiny_bert, candidates, pairs)
+    summaries = []
+    for name, rows, passages in (("a", pairs, candidates), ("b", queries, pool)):
+        evaluation = ["--eval_query_file_jsonl_path", str(rows), "--eval_index_file_jsonl_path", str(passages)]
+        argv = ["--model_name_or_path", str(tiny_bert), "--output_dir", str(tmp_path / name), "--max_steps", "1"]
+        finetune.main([*argv, "--train_data", str(rows), "--train_group_size", "1", *evaluation])
+        summary = json.loads((tmp_path / name / "training_summary.json").read_text())
+        summaries.append([summary[name] for name in ("rows", "metrics_before", "metrics_after")])
+    assert summaries[0] == summaries[1]

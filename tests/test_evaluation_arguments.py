@@ -5,7 +5,7 @@ from helpers.running import argv_of
 
 import evaluate
 from embedding_finetune.command_line import UserError
-from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.arguments import EvaluationOptions, run_file
 
 
 @pytest.fixture
@@ -28,8 +28,14 @@ def test_without_flags_the_options_are_their_own_defaults(required):
     [
         ({"model_name": ["a", "b", "a/"]}, "--model_name: the same model is named twice, as a/"),
         ({"fail_if_worse": True}, "--fail_if_worse: there is only one --model_name"),
-        ({"fail_below": [("MRR@7", 0.5)]}, "--fail_below: MRR@7 is not measured; MRR@1, Hit@1, MRR@5, Hit@5, MRR@10"),
-        ({"fail_below": [("nDCG@5", 0.5)], "measures": ["MRR"]}, "--fail_below: nDCG@5 is not measured; MRR@1, MRR@5"),
+        (
+            {"fail_below": [("MRR@7", 0.5)]},
+            "--fail_below: MRR@7 is not measured; these are: MRR@1, Hit@1, MRR@5, Hit@5, MRR@10",
+        ),
+        (
+            {"fail_below": [("nDCG@5", 0.5)], "measures": ["MRR"]},
+            "--fail_below: nDCG@5 is not measured; these are: MRR@1, MRR@5",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_when_the_options_are_made(required, changes, complaint):
@@ -42,7 +48,7 @@ def test_what_contradicts_itself_is_refused_when_the_options_are_made(required, 
     ("changes", "complaint"),
     [
         ({"query_file_jsonl_path": "nowhere"}, "--query_file_jsonl_path: nowhere does not exist"),
-        ({"index_file_jsonl_path": "."}, "--index_file_jsonl_path: . is a folder"),
+        ({"index_file_jsonl_path": ".", "output_dir": "."}, "--output_dir: metrics.json .* is in the folder"),
         ({"output_dir": __file__}, "--output_dir .* is a file; give a folder"),
         ({"embeddings_dir": __file__}, "--embeddings_dir .* is a file; give a folder"),
     ],
@@ -59,5 +65,24 @@ def test_no_file_of_the_output_replaces_an_input(required, tmp_path):
     options = EvaluationOptions(
         model_name=["m"], **{**required, "query_file_jsonl_path": str(queries), "output_dir": str(tmp_path)}
     )
-    with pytest.raises(UserError, match=r"per_query\.jsonl is the file of --query_file_jsonl_path, and would replace"):
+    with pytest.raises(
+        UserError, match=r"per_query\.jsonl is also the file of --query_file_jsonl_path, and would replace"
+    ):
         options.check_paths()
+
+
+@pytest.mark.parametrize("name", ["run.m.trec", "qrels.trec", "report.html"])
+def test_the_folder_of_embeddings_and_no_input_may_stand_where_a_file_is_written(required, tmp_path, name):
+    (tmp_path / name).touch()
+    paths = {"query_file_jsonl_path": str(tmp_path / name), "output_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=f"--output_dir: {name} .* is also the file of --query_file_jsonl_path"):
+        EvaluationOptions(model_name=["m"], **{**required, **paths}).check_paths()
+
+
+def test_names_of_models_become_names_of_files_that_differ():
+    models = ["./models/a b", "models/a_b", "models_a_b.2", "BAAI/bge-base-en-v1.5", "é/" + "x" * 60]
+    names = [run_file(model, models) for model in models]
+    assert names == [
+        f"run.{name}.trec"
+        for name in ("models_a_b.1", "models_a_b.2_", "models_a_b.2", "BAAI_bge-base-en-v1.5", "x" * 50)
+    ]

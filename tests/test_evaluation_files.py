@@ -11,8 +11,6 @@ import evaluate
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.files import (
-    docid,
-    file_name,
     per_query_records,
     qrels_lines,
     run_lines,
@@ -26,8 +24,7 @@ TEXTS = [f"passage {number}" for number in range(11)]
 TASK = RetrievalTask(
     queries=["first", "second", "third"],
     corpus=Corpus(TEXTS),
-    relevant=[{10, 2}, set(), {4}],
-    relevant_counts=[3, 1, 1],  # of the first and of the second query, an answer is not in the corpus
+    relevant=[{10: 1, 2: 1, 11: 1}, {12: 1}, {4: 1}],  # of the first two queries, an answer is not in the corpus
     ids=["a", "b", "c"],
     groups=["x", None, None],
 )
@@ -80,15 +77,9 @@ def test_runs_and_answers_are_lines_as_trec_has_them():
 
 
 def test_docids_sort_as_positions_do():
-    ids = [docid(position, 1000) for position in range(1000)]
+    ids = list(map(Corpus(map(str, range(1000))).docid, range(1000)))
     assert sorted(ids) == ids
     assert len(set(map(len, ids))) == 1
-
-
-def test_names_of_models_become_names_of_files_that_differ():
-    models = ["./models/a b", "models/a_b", "models_a_b.2", "BAAI/bge-base-en-v1.5", "é/" + "x" * 60]
-    names = [file_name(model, models) for model in models]
-    assert names == ["models_a_b.1", "models_a_b.2_", "models_a_b.2", "BAAI_bge-base-en-v1.5", "x" * 50]
 
 
 def test_a_model_in_a_deep_folder_gets_a_run_file(tiny_bert, candidates, pairs, tmp_path):
@@ -104,7 +95,7 @@ def test_a_model_in_a_deep_folder_gets_a_run_file(tiny_bert, candidates, pairs, 
 def test_all_files_are_written_into_a_folder_that_is_made(tmp_path):
     options = EvaluationOptions(model_name=["m"], index_file_jsonl_path="c", query_file_jsonl_path="q")
     values = {"m": values_per_query(RANKING, TASK, options.measures, options.cutoffs)}
-    document = summarize(values, TASK, options, weights={"m": "ab"}, seen={"m": 0})
+    document = summarize(values, TASK, options, weights_digests={"m": "ab"}, trained_queries={"m": 0})
     out = tmp_path / "new" / "out"
     write_evaluation(out, document, TASK, {"m": RANKING})
     names = ["metrics.json", "per_query.jsonl", "qrels.trec", "report.html", "run.m.trec"]

@@ -11,8 +11,7 @@ ENCODER = encoder_of({"q": [1, 0], "r": [0, 1], "a": [3, 0], "b": [1, 1], "c": [
 TASK = RetrievalTask(
     queries=["q", "r"],
     corpus=Corpus(["a", "b", "c", "d"]),
-    relevant=[{1}, {3}],
-    relevant_counts=[1, 2],
+    relevant=[{1: 1}, {3: 1, 4: 1}],
     ids=["0", "1"],
     groups=[None, None],
 )

@@ -19,7 +19,7 @@ from embedding_finetune.files import (
     atomic_writer,
     is_model_file,
     require_apart,
-    require_file,
+    require_data,
     require_folder,
     require_outside_models,
     require_writable,
@@ -165,6 +165,30 @@ def test_two_outputs_may_not_be_one_file(tmp_path, monkeypatch, one, other):
     require_apart({"--input_file": "old"}, {"--output_file": "Old", "--report_file": "new.json"})
 
 
+def test_no_output_lies_in_a_folder_of_data(tmp_path):
+    folder, link = tmp_path / "data", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for place in (folder, link):
+        with pytest.raises(
+            UserError, match=r"^--output_file .* is in the folder of --input_file, whose files are data"
+        ):
+            require_apart({"--input_file": str(folder)}, {"--output_file": str(place / "new.jsonl")})
+    require_apart({"--input_file": str(folder)}, {"--output_file": str(folder / "sub" / "new.jsonl")})
+    require_apart({"--input_file": str(folder)}, {"--output_file": str(tmp_path / "new.jsonl")})
+
+
+def test_rows_of_a_folder_are_not_written_into_it(pairs, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pairs.rename(folder / "a.jsonl")
+    for name in ("a.jsonl", "b.jsonl"):
+        with pytest.raises(SystemExit) as stop:
+            mine_hard_neg.main(argv_of(model_name_or_path="no/model", input_file=folder, output_file=folder / name))
+        assert stop.value.code == 2
+        assert "is in the folder of --input_file" in capsys.readouterr().err
+
+
 def test_the_output_of_mining_may_be_its_input(tiny_bert, pairs):
     before = len(read_jsonl(pairs))
     flags = {"model_name_or_path": tiny_bert, "range_for_sampling": "0-5", "negative_number": 2}
@@ -208,8 +232,7 @@ def test_a_path_that_cannot_be_used_is_told_with_its_flag_and_why(tmp_path, monk
     file = tmp_path / "file"
     file.touch()
     refusals = [
-        (require_file, tmp_path, f"--flag: {tmp_path} is a folder; give a JSON Lines file"),
-        (require_file, tmp_path / "no", f"--flag: {tmp_path}/no does not exist"),
+        (require_data, tmp_path / "no", f"--flag: {tmp_path}/no does not exist"),
         (require_writable, tmp_path, f"--flag: {tmp_path} is a folder; give a file name"),
         (require_writable, tmp_path / "no" / "a", f"--flag: the folder {tmp_path}/no does not exist; create it first"),
         (require_folder, file, f"--flag {file}: {file} is a file; give a folder"),
@@ -219,8 +242,8 @@ def test_a_path_that_cannot_be_used_is_told_with_its_flag_and_why(tmp_path, monk
         with pytest.raises(UserError) as refusal:
             require("--flag", path)
         assert str(refusal.value) == line
-    require_file("--flag", file)
-    require_file("--flag", tmp_path, folder_allowed=True)
+    require_data("--flag", file)
+    require_data("--flag", tmp_path)
     require_writable("--flag", tmp_path / "new")
     require_folder("--flag", tmp_path / "many" / "new" / "folders")
     assert os.listdir(tmp_path) == ["file"]

@@ -1,11 +1,17 @@
+"""JSON Lines and arrays of objects: what is read, and the line of what is wrong."""
+
 import gzip
+import json
 import os
-import re
+import threading
+import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import formats, jsonl, records
+from embedding_finetune.data import jsonl, records
 
 GOOD = b'{"query": "q", "pos": ["p"]}\n'
 
@@ -28,65 +34,11 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
     assert read_rows(path) == [{"query": "a\u2028b", "pos": ["p\u0085"]}]
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        (b"{nonsense\n", "not valid JSON"),
-        (b'["a list"]\n', "expected an object"),
-        (b'{"pos": ["p"]}\n', '"query" is missing'),
-        (b'{"query": 3, "pos": ["p"]}\n', '"query" is a int'),
-        (b'{"query": "  ", "pos": ["p"]}\n', '"query" is an empty string'),
-        (b'{"query": "q"}\n', '"pos" is missing'),
-        (b'{"query": "q", "pos": "p"}\n', '"pos" is a str, expected a list'),
-        (b'{"query": "q", "pos": []}\n', '"pos" is empty'),
-        (b'{"query": "q", "pos": ["p", ""]}\n', '"pos"[1] is an empty string'),
-        (b'{"query": "q", "pos": ["p"], "neg": ["n", 5]}\n', '"neg"[1] is a int'),
-        (b'{"query": "q", "pos": ["p"], "neg": "n"}\n', '"neg" is a str'),
-        (b'{"query": "q", "pos": ["\\ud800"]}\n', "surrogate"),
-        (b'{"query": "q\xff", "pos": ["p"]}\n', "not UTF-8"),
-    ],
-)
-def test_a_wrong_line_is_named_by_path_and_number(tmp_path, line, complaint):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(GOOD + b"\n" + line)
-    with pytest.raises(UserError) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f"{path}:3: ")
-    assert complaint in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_an_empty_file_is_an_error(tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is empty"):
-        read_rows(path)
-
-
 def test_a_truncated_gzip_file_is_an_error_not_a_shorter_file(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(os.urandom(5000).hex().encode() + GOOD * 100)[:-20])
     with pytest.raises(UserError, match=r"rows\.jsonl\.gz"):
         read_rows(path)
-
-
-def test_candidates_and_pool_lines_give_the_same_passages(tmp_path):
-    path = tmp_path / "pool.jsonl"
-    path.write_text('{"context": ["a", "b"]}\n{"text": "c"}\n')
-    assert list(records.read_passages(path)) == ["a", "b", "c"]
-    path.write_text('{"texts": "c"}\n')
-    with pytest.raises(UserError, match=r'pool\.jsonl:1: neither "context" nor "text"'):
-        list(records.read_passages(path))
-
-
-def test_a_folder_means_its_visible_json_files_in_sorted_order(tmp_path, caplog):
-    for name in ("b.jsonl", "a.json", "c.jsonl.gz", "._a.jsonl", ".DS_Store", "notes.txt", "a.jsonl~"):
-        (tmp_path / name).write_bytes(GOOD)
-    (tmp_path / "sub.jsonl").mkdir()
-    with caplog.at_level("INFO"):
-        assert [path.name for path in formats.data_files(tmp_path)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
-    assert "notes.txt" in caplog.text
 
 
 def test_unknown_fields_and_unicode_survive_a_round_trip(tmp_path):
@@ -112,76 +64,6 @@ def test_odd_characters_of_texts_are_kept(tmp_path):
     assert list(records.read_passages(path)) == texts
 
 
-def test_null_is_the_same_as_missing_where_a_field_may_be_missing(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"query": "q", "pos": ["p"], "neg": null, "pos_scores": null}\n')
-    assert [row.get("neg", []) for row in read_rows(path)] == [[]]
-    path.write_text('{"query": "q", "pos": ["p"], "id": null, "group": null}\n')
-    assert list(records.read_queries(path)) == [{"query": "q", "pos": ["p"]}]
-    path.write_text('{"context": null, "text": "a"}\n{"context": ["b"], "text": null}\n')
-    assert list(records.read_passages(path)) == ["a", "b"]
-    for line in ('{"query": null, "pos": ["p"]}', '{"query": "q", "pos": null}', '{"query": "q", "pos": [null]}'):
-        path.write_text(line + "\n")
-        with pytest.raises(UserError, match=r"a\.jsonl:1: .*NoneType, expected"):
-            read_rows(path)
-
-
-@pytest.mark.parametrize(
-    "score", ["1" + "0" * 400, "-1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e300", "3.5e38"]
-)
-def test_scores_that_float32_cannot_hold_are_named(tmp_path, score):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"query": "q", "pos": ["p", "r"], "pos_scores": [3.4e38, ' + score + "]}\n")
-    with pytest.raises(UserError) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f'{path}:1: "pos_scores"[1] is ')
-    assert len(str(error.value)) < len(str(path)) + 100
-
-
-def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
-    train, queries, pool = tmp_path / "train.jsonl", tmp_path / "queries.jsonl", tmp_path / "pool.jsonl"
-    row = {"query": "q", "pos": ["p"]}
-    jsonl.write(
-        train,
-        [{**row, "prompt": "x", "neg": [], "neg_scores": []}] * 29 + [{**row, "type": "y"}, {**row, "type": None}],
-    )
-    jsonl.write(queries, [{**row, "id": 1, "group": "g", "neg": ["n"]}])
-    jsonl.write(pool, [{"text": "a", "title": "t"}, {"context": ["b"], "text": "c"}, {"text": "d"}])
-    with caplog.at_level("INFO"):
-        assert len(read_rows(train)) == 31
-        list(records.read_queries(queries))
-        list(records.read_passages(pool))
-    assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [
-        'train.jsonl: ignored: "prompt" in 29 rows, "neg_scores" in 29 rows, "type" in 1 rows',
-        'queries.jsonl: ignored: "neg" in 1 rows',
-        'pool.jsonl: ignored: "title" in 1 rows, "text" in 1 rows',
-    ]
-    caplog.clear()
-    with caplog.at_level("INFO"):
-        list(records.read_training_rows(train, known=records.SCORE_FIELDS, unused="kept"))
-    assert caplog.messages == [f'{train}: kept: "prompt" in 29 rows, "type" in 1 rows']
-    caplog.clear()
-    jsonl.write(train, [{**row, **dict.fromkeys(map(str, range(12)), 0), "a\nb": 1}])
-    with caplog.at_level("INFO"):
-        read_rows(train)
-    assert caplog.messages[0].endswith('"9" in 1 rows, and 3 other fields')
-
-
-def test_folders_in_a_folder_of_data_are_a_warning_with_the_number_of_their_files(tmp_path, caplog):
-    for name in ("a.jsonl", "de/b.jsonl", "de/more/c.json.gz", "de/._b.jsonl", "notes/d.txt", ".cache/e.jsonl"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(GOOD)
-    with caplog.at_level("INFO"):
-        assert [path.name for path in formats.data_files(tmp_path)] == ["a.jsonl"]
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", f"warning: {tmp_path}: subfolders are not read: de (2 data files)"),
-        ("INFO", f"{tmp_path}: not read: .cache, notes"),
-    ]
-    (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=rf"holds no .* file; subfolders are not read: give {tmp_path}/de"):
-        formats.data_files(tmp_path)
-
-
 def test_half_a_surrogate_pair_in_a_field_that_is_passed_on_survives(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"query": "q \u65e5", "pos": ["p"], "title": "x\\ud800"}\n', encoding="utf-8")
@@ -190,24 +72,127 @@ def test_half_a_surrogate_pair_in_a_field_that_is_passed_on_survives(tmp_path):
     assert read_rows(path) == rows
 
 
-def test_an_id_that_no_file_can_hold_is_named_by_line(tmp_path):
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(), JSON, max_size=4), max_size=6),
+    part_bytes=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 30]),
+    ascii_only=st.booleans(),
+)
+def test_an_array_is_read_as_json_reads_it_wherever_its_parts_end(
+    tmp_path_factory, rows, part_bytes, indent, ascii_only
+):
+    path = tmp_path_factory.mktemp("array") / "a.json"
+    content = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonl, "_PART_BYTES", part_bytes)
+        assert [record for _, record in jsonl.read(path)] == json.loads(content)
+
+
+def test_the_line_of_an_object_of_an_array_is_where_it_begins(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"query": "q", "pos": ["p"], "id": "\\ud800"}\n')
-    with pytest.raises(UserError, match=r'a\.jsonl:1: "id" holds half a surrogate pair'):
-        list(records.read_queries(path))
+    path.write_bytes(b'\n [\r\n{"a": 1},\r\n\r\n  {"a":\n 2}, {"a": 3}\n]\n \n')
+    assert list(jsonl.read(path)) == [(3, {"a": 1}), (5, {"a": 2}), (6, {"a": 3})]
+    packed = tmp_path / "a.json.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert list(jsonl.read(packed)) == list(jsonl.read(path))
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (gzip.compress(b'{"text": "a"}', mtime=0), "the file is compressed; give it a name that ends in .gz"),
-        (b'[\n  {"text": "a"}\n]', ":1: the file is one JSON array; expected one object per line"),
-        (b'{"text": "a", "text": "b"}', ':1: not valid JSON ("text" is there twice); expected one object per line'),
-        (b"question,answer\n", ":1: not valid JSON (Expecting value: column 1 (char 0)); expected one object per line"),
+        (b'[\n{"a": 1}\n{"a": 2}]', ":3: not valid JSON (expected , or ] after an object)"),
+        (b'[{"a": 1},\n\n]', ":3: not valid JSON (a comma before the end of the array)"),
+        (b'[,\n{"a": 1}]', ":1: not valid JSON (Expecting value)"),
+        (b'[{"a": 1}]\n\n{"a": 2}', ":3: not valid JSON (more text after the end of the array)"),
+        (b'[{"a": 1},\n{"a": ', ":2: not valid JSON (Expecting value)"),
+        (b'[{"a": 1},\n{"a": "x', ":2: not valid JSON (Unterminated string starting at)"),
+        (b'[{"a": 1},\n', ":2: not valid JSON (Expecting value)"),
+        (b'[{"a": 1}\n', ":2: not valid JSON (expected , or ] after an object)"),
+        (b'[{"a": 1},\n{"a":\n 1 "b"}]', ":3: not valid JSON (Expecting ',' delimiter)"),
+        (b'[{"a": 1},\n{"a": "x\x01y"}]', ":2: not valid JSON (Invalid control character at)"),
+        (b'[{"a": 1},\n{"a": 1, "a": 2}]', ':2: not valid JSON ("a" is there twice)'),
+        (b'[{"a": 1},\n[1]]', ":2: a JSON list, expected an object"),
+        (b'[{"a": 1},\n{"a": "\xff"}]', ":2: not UTF-8; save the file as UTF-8"),
+        (b'[{"a": 1},\n{"a": "\xc3', ":2: not UTF-8; save the file as UTF-8"),
     ],
-    ids=["gzip", "array", "twice", "csv"],
 )
-def test_files_of_other_formats_are_told_for_what_they_are(tmp_path, content, complaint):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(complaint)):
-        list(records.read_passages(tmp_path / "a.jsonl"))
+@pytest.mark.parametrize("part_bytes", [1, 7, 2**20])
+def test_what_is_wrong_in_an_array_is_named_by_line(tmp_path, monkeypatch, content, complaint, part_bytes):
+    monkeypatch.setattr(jsonl, "_PART_BYTES", part_bytes)
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(jsonl.read(path))
+    assert str(error.value).startswith(f"{path}{complaint}")
+
+
+def test_a_cut_array_that_is_compressed_is_an_error_at_the_line_after_the_last_object(tmp_path):
+    path = tmp_path / "a.json.gz"
+    lines = ",\n".join(json.dumps({"a": os.urandom(50).hex()}) for _ in range(100))
+    path.write_bytes(gzip.compress(f"[{lines}]".encode())[:-3000])
+    with pytest.raises(UserError, match=r"a\.json\.gz:\d+: cannot be read: Compressed file ended"):
+        list(jsonl.read(path))
+
+
+def test_of_a_large_array_a_part_is_held_and_an_object_of_several_megabytes_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    with path.open("w") as file:
+        file.write("[" + json.dumps({"a": "x" * 3_000_000}))
+        for _ in range(20_000):
+            file.write("," + json.dumps({"a": "y" * 1000}))
+        file.write("]")
+    tracemalloc.start()
+    lengths = [len(record["a"]) for _, record in jsonl.read(path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lengths == [3_000_000, *[1000] * 20_000]
+    assert peak < 20_000_000 < path.stat().st_size
+
+
+@pytest.mark.parametrize("content", [GOOD * 2, b'[{"query": "q", "pos": ["p"]},\n{"query": "q", "pos": ["p"]}]'])
+def test_a_pipe_is_read(tmp_path, content):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=[content])
+    writer.start()
+    assert len(read_rows(path)) == 2
+    writer.join()
+
+
+def test_values_that_json_has_no_type_for_are_written_as_text_or_numbers(tmp_path):
+    import datetime
+    import decimal
+    import uuid
+
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    row = {
+        "date": datetime.date(2026, 1, 2),
+        "time": datetime.time(3, 4, 5),
+        "stamp": datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=zone),
+        "span": datetime.timedelta(minutes=1, milliseconds=500),
+        "decimal": decimal.Decimal("1.10"),
+        "bytes": b"\xff\x00",
+        "uuid": uuid.UUID(int=1),
+        "inside": [{"date": datetime.date(2026, 1, 2)}],
+    }
+    jsonl.write(tmp_path / "a.jsonl", [row])
+    assert next(jsonl.read(tmp_path / "a.jsonl"))[1] == {
+        "date": "2026-01-02",
+        "time": "03:04:05",
+        "stamp": "2026-01-02T03:04:05+02:00",
+        "span": 60.5,
+        "decimal": "1.10",
+        "bytes": "/wA=",
+        "uuid": "00000000-0000-0000-0000-000000000001",
+        "inside": [{"date": "2026-01-02"}],
+    }
+    with pytest.raises(TypeError, match="no JSON for a set"):
+        jsonl.write(tmp_path / "b.jsonl", [{"a": set()}])

@@ -6,16 +6,20 @@ from helpers.running import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.evaluation.metrics import MEASURES, compare, means, per_query, relevance_of
+from embedding_finetune.evaluation.metrics import MEASURES, Judged, compare, judged_of, means, per_query, relevance_of
 
-# Four queries over a corpus of five passages; the last one's second answer is not in the corpus.
+# Four queries over a corpus of five passages; answers beyond them are not in the corpus.
 POSITIONS = np.array([[3, 1, 0], [2, 4, 1], [0, 1, 2], [4, -1, -1]])
-RELEVANT = [{3}, {1, 4}, set(), {0}]
-COUNTS = np.array([1, 2, 1, 2])
+RELEVANT = [{3: 1}, {1: 1, 4: 1}, {5: 1}, {0: 1, 6: 1}]
+
+
+def binary(counts):
+    """Judgements of as many answers to each query, none better than another."""
+    return Judged(np.array(counts), np.ones(sum(counts), dtype=int))
 
 
 def measured(names, cutoffs):
-    return means(per_query(relevance_of(POSITIONS, RELEVANT), COUNTS, names, cutoffs))
+    return means(per_query(relevance_of(POSITIONS, RELEVANT), judged_of(RELEVANT), names, cutoffs))
 
 
 def test_mrr_and_hit_worked_by_hand():
@@ -46,16 +50,16 @@ def test_the_other_measures_worked_by_hand():
 
 def test_mrr_at_1_is_hit_at_1():
     rng = np.random.default_rng(0)
-    values = per_query(rng.random((200, 10)) < 0.2, np.ones(200, int), ["MRR", "Hit"], [1])
+    values = per_query(rng.random((200, 10)) < 0.2, binary([1] * 200), ["MRR", "Hit"], [1])
     assert np.array_equal(values["MRR@1"], values["Hit@1"])
 
 
 def test_places_past_the_end_of_a_small_corpus_are_never_relevant():
-    assert not relevance_of(np.array([[-1, -1]]), [{0, 1}]).any()
+    assert not relevance_of(np.array([[-1, -1]]), [{0: 1, 1: 1}]).any()
 
 
 def test_a_cutoff_beyond_the_ranking_counts_what_is_there():
-    values = means(per_query(np.array([[False, True]]), np.array([1]), list(MEASURES), [50]))
+    values = means(per_query(np.array([[False, True]]), binary([1]), list(MEASURES), [50]))
     assert values == pytest.approx(
         {"MRR@50": 0.5, "Hit@50": 1, "Recall@50": 1, "nDCG@50": 1 / np.log2(3), "MAP@50": 0.5, "Precision@50": 0.02}
     )
@@ -68,21 +72,22 @@ def test_a_cutoff_beyond_the_ranking_counts_what_is_there():
     cutoff=st.sampled_from([1, 3, 5, 10, 100]),
     seed=st.integers(0, 10_000),
 )
-def test_every_measure_equals_pytrec_eval_with_ties_and_missing_positives(queries, corpus, cutoff, seed):
+def test_every_measure_equals_pytrec_eval_with_ties_grades_and_missing_positives(queries, corpus, cutoff, seed):
     import pytrec_eval
 
     rng = np.random.default_rng(seed)
     # Small integers: scores tie often, and are exact.
     q, p = (rng.integers(-1, 2, (count, 2)).astype(np.float32) for count in (queries, corpus))
     scores, positions = search(q, p, cutoff, ties="last")
-    answers = [set(rng.integers(0, corpus + 3, rng.integers(1, 5)).tolist()) for _ in range(queries)]
-    relevant = [{position for position in positions if position < corpus} for positions in answers]
-    counts = np.array([len(positions) for positions in answers])
-    ours = per_query(relevance_of(positions, relevant), counts, list(MEASURES), [cutoff])
+    judged = [dict(rng.integers([0, -1], [corpus + 3, 4], (rng.integers(1, 9), 2)).tolist()) for _ in range(queries)]
+    for grades in judged:
+        grades[int(rng.integers(0, corpus + 3))] = int(rng.integers(1, 4))  # trec_eval leaves out queries without
+    relevant = [{position: grade for position, grade in grades.items() if grade > 0} for grades in judged]
+    ours = per_query(relevance_of(positions, relevant), judged_of(relevant), list(MEASURES), [cutoff])
 
     docid = "{:09d}".format
     run = {str(n): {docid(d): float(s) for d, s in zip(positions[n], scores[n]) if d >= 0} for n in range(queries)}
-    qrels = {str(n): {docid(d): 1 for d in answers[n]} for n in range(queries)}
+    qrels = {str(n): {docid(d): grade for d, grade in judged[n].items()} for n in range(queries)}
     names = {
         "MRR": "recip_rank",
         "Hit": f"success_{cutoff}",
@@ -95,6 +100,16 @@ def test_every_measure_equals_pytrec_eval_with_ties_and_missing_positives(querie
     theirs = pytrec_eval.RelevanceEvaluator(qrels, asked).evaluate(run)
     for (name, trec), n in itertools.product(names.items(), range(queries)):
         assert ours[f"{name}@{cutoff}"][n] == pytest.approx(theirs[str(n)][trec], abs=1e-9), (name, n)
+
+
+def test_ndcg_worked_by_hand_with_grades():
+    # Found: grades 1 and 3 at ranks 1 and 3. The ideal begins 3, 2, 1; the document of grade 2 is not in the corpus.
+    relevant = [{0: 1, 2: 3, 9: 2}]
+    relevance = relevance_of(np.array([[0, 1, 2]]), relevant)
+    values = per_query(relevance, judged_of(relevant), ["nDCG", "Recall"], [1, 3])
+    assert values["nDCG@1"] == pytest.approx([1 / 3])
+    assert values["nDCG@3"] == pytest.approx([(1 + 3 / 2) / (3 + 2 / np.log2(3) + 1 / 2)])
+    assert values["Recall@3"] == pytest.approx([2 / 3])
 
 
 def exact_p_value(differences):
@@ -128,13 +143,13 @@ def test_equal_models_are_not_different_and_the_seed_decides_the_rest():
 
 
 def test_a_cutoff_far_beyond_any_rank_costs_nothing_and_changes_precision_alone():
-    relevance, counts = relevance_of(POSITIONS, RELEVANT), np.array([1, 2, 1, 3])
-    near = per_query(relevance, counts, list(MEASURES), [3])
-    far = per_query(relevance, counts, list(MEASURES), [10**12])
+    relevance, judged = relevance_of(POSITIONS, RELEVANT), binary([1, 2, 1, 3])
+    near = per_query(relevance, judged, list(MEASURES), [3])
+    far = per_query(relevance, judged, list(MEASURES), [10**12])
     for name in ("MRR", "Hit", "Recall", "nDCG", "MAP"):
         assert far[f"{name}@{10**12}"] == pytest.approx(near[f"{name}@3"])
     assert far[f"Precision@{10**12}"].tolist() == [1e-12, 2e-12, 0, 0]
-    assert MEASURES["Precision"](relevance, counts, 10**400) == pytest.approx(0)
+    assert MEASURES["Precision"](relevance, judged, 10**400) == pytest.approx(0)
     # Answers that no ranking holds count in the ideal one: 4 relevant texts, 1 found at rank 1 of 1.
     ideal = 1 + 1 / np.log2(3) + 1 / 2 + 1 / np.log2(5)
-    assert MEASURES["nDCG"](np.array([[True]]), np.array([4]), 10**12) == pytest.approx([1 / ideal])
+    assert MEASURES["nDCG"](np.array([[1]]), binary([4]), 10**12) == pytest.approx([1 / ideal])

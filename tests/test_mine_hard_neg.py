@@ -1,13 +1,19 @@
 """mine_hard_neg.py: filters, scores, several retrievers, a reranker, and the audit, on tiny models."""
 
+import datetime
+import decimal
 import json
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.mining import SENTENCES, mine, reference, similarity, write_data
 
 import mine_hard_neg
+from embedding_finetune.data.records import SCORE_FIELDS, read_training_rows
 
 
 @pytest.fixture
@@ -242,6 +248,66 @@ def test_fields_that_mining_does_not_use_are_kept_and_told(tiny_bert, data, tmp_
     assert mined[0]["title"] == rows[0]["title"]
     assert "pos_scores" not in mined[0]
     assert all(isinstance(row["neg"], list) for row in mined)
+
+
+KEPT = {
+    "made": datetime.date(2026, 1, 2),
+    "price": decimal.Decimal("1.10"),
+    "thumbnail": b"\xff\x00",
+    "tags": ["a", "b"],
+    "when": datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+    "rank": 7,
+}
+
+
+def test_parquet_comes_back_as_parquet_with_its_order_and_its_columns(tiny_bert, data, tmp_path):
+    rows = [{"question": row["query"], **KEPT, "pos": row["pos"]} for row in read_jsonl(data[0])]
+    source = pa.Table.from_pylist(rows)
+    types = {"rank": pa.int16(), "made": pa.date32(), "when": pa.timestamp("ms", "UTC"), "tags": pa.list_(pa.string())}
+    for name, type_ in types.items():
+        source = source.set_column(source.column_names.index(name), name, source[name].cast(type_))
+    (tmp_path / "shards").mkdir()
+    pq.write_table(source.slice(0, 4), tmp_path / "shards" / "1.parquet")
+    pq.write_table(source.slice(4), tmp_path / "shards" / "2.parquet")
+    data = tmp_path / "shards", data[1]
+    flags = ("--columns", "query=question", "--range_for_sampling", "2-6", "--negative_number", "3", "--save_scores")
+    flags += ("--show_examples", "2")
+    mined, _ = mine(tiny_bert, data, tmp_path, *flags)
+    output = tmp_path / "mined.parquet"
+    parquet = mine_to(output, tiny_bert, data, tmp_path, *flags)
+    assert pq.read_schema(output).names == ["query", *KEPT, "pos", "neg", "pos_scores", "neg_scores"]
+    stored = pq.read_schema(tmp_path / "shards" / "1.parquet")
+    assert all(pq.read_schema(output).field(name).type == stored.field(name).type for name in KEPT)
+    assert [{**row, **KEPT} for row in mined] == parquet
+    as_json = {"made": "2026-01-02", "price": "1.10", "thumbnail": "/wA=", "when": "2026-01-02T03:04:00+00:00"}
+    assert all(row.items() >= as_json.items() for row in mined)
+    loaded = datasets.load_dataset("parquet", data_files=str(output), cache_dir=str(tmp_path / "cache"))["train"]
+    assert [row["neg"] for row in loaded] == [row["neg"] for row in parquet]
+
+
+def mine_to(output, model, data, tmp_path, *flags):
+    """The rows of a run that writes parquet."""
+    argv = ["--model_name_or_path", model, "--input_file", data[0], "--candidate_pool", data[1], "--dtype", "float32"]
+    argv += ["--output_file", output, "--sentence_pooling_method", "mean", *flags]
+    mine_hard_neg.main([str(part) for part in argv])
+    return list(read_training_rows(output, known=SCORE_FIELDS, others_are_kept=True))
+
+
+def test_a_column_that_parquet_cannot_hold_and_a_format_that_is_not_written_are_told_before_a_model_is_loaded(
+    data, tmp_path, capsys
+):
+    rows = [{**row, "note": note} for row, note in zip(read_jsonl(data[0]), [1, "one"] * 5)]
+    data = write_jsonl(tmp_path / "mixed.jsonl", rows), data[1]
+    for name, complaint in (
+        ("out.parquet", '"note" holds values that one column of a parquet file cannot'),
+        ("out.csv", "such files are not written; give a name that ends in .jsonl or .parquet"),
+        ("out.tsv.gz", "such files are not written"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            mine_to(tmp_path / name, "no/such-model", data, tmp_path)
+        assert stop.value.code == 2
+        assert complaint in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / name).exists()
 
 
 def test_rows_with_instructions_are_mined_like_queries_that_have_them_written_out(tiny_bert, tmp_path):

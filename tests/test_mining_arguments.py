@@ -31,7 +31,10 @@ def test_bounds_that_leave_nothing_are_refused_and_equal_ones_are_not():
         ({"model_name_or_path": ["a", "a/"]}, "--model_name_or_path: the same model is named twice, as a/"),
         ({"max_score": 0.0, "min_score": 0.1}, "--max_score"),
         ({"input_file": "nowhere"}, "--input_file: nowhere does not exist"),
-        ({"candidate_pool": "."}, r"--candidate_pool: \. is a folder"),
+        (
+            {"candidate_pool": ".", "output_file": "out.jsonl"},
+            "--output_file out.jsonl is in the folder of --candidate_pool",
+        ),
         ({"output_file": "nowhere/out.jsonl"}, "--output_file: the folder .* does not exist"),
         ({"report_file": "."}, r"--report_file: \. is a folder"),
         ({"embeddings_dir": __file__}, "--embeddings_dir .* is a file; give a folder"),

@@ -158,7 +158,7 @@ def test_a_ranking_ends_with_the_window_whose_scores_are_known(monkeypatch):
     assert found.window == (1, 3)
     assert found.pair_scores.tolist() == [3, 0, 1]
     assert found.score(Pairs(np.array([1, 0, 1]), np.array([3, 3, 0]))).tolist() == [1, 0, 0]
-    assert found.weights == {"one": "digest of one"}
+    assert found.weights_digests == {"one": "digest of one"}
     assert found.near_duplicates.shape == (0, 2)
 
 
@@ -180,7 +180,7 @@ def test_two_models_are_fused_by_reciprocal_ranks_and_the_first_gives_the_scores
     # q: a c by the first, d b by the second: of the two first ranks the earlier position. r: c b and c a.
     assert found.ranking.tolist() == [[0, 3], [2, 0]]
     assert found.window_scores.tolist() == [[3, 0], [2, 0]]
-    assert list(found.weights) == ["one", "other"]
+    assert list(found.weights_digests) == ["one", "other"]
 
 
 def test_near_duplicates_are_those_of_the_positives_by_cosine(monkeypatch):
@@ -201,4 +201,4 @@ def test_a_reranker_puts_the_window_into_its_own_order_and_scores_the_pairs(monk
     assert found.ranking.tolist() == [[0, 3, 2, 1], [2, 3, 1, 0]]  # the first rank is no part of the window
     assert found.window_scores.tolist() == [[3, 2, 1], [13, 11, 10]]
     assert found.pair_scores.tolist() == [0, 10, 13]
-    assert found.weights == {"one": "digest of one", "it": "digest of it"}
+    assert found.weights_digests == {"one": "digest of one", "it": "digest of it"}

@@ -62,7 +62,7 @@ def test_a_switch_is_off_unless_it_is_given_alone_or_with_a_value():
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--number", "1", "--number", "2"], "argument --number: it is given twice; give it once"),
+        (["--number", "1", "--number", "2"], "argument --number: given twice; give it once"),
         (["--number="], "argument --number: its value is empty"),
         (["--text", "\udce9"], "argument --text: '\\udce9' is not UTF-8"),
         (["--text", "a\0b"], "argument --text: 'a\\x00b' holds a null character"),

@@ -1,5 +1,6 @@
 """What the documents tell people to type parses, their links lead somewhere, and the flags they list are all there."""
 
+import csv
 import json
 import re
 import shlex
@@ -7,8 +8,9 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
-from helpers.data import REPOSITORY
+from helpers.data import REPOSITORY, TOPICS, passage_about
 from transformers import TrainingArguments
 
 import evaluate
@@ -59,6 +61,8 @@ def without_torchrun(command: str) -> str:
 COMMANDS = [(path, block.replace("\\\n", " ").strip()) for path in PAGES for block in blocks(path)]
 SCRIPT_COMMANDS = [(path, without_torchrun(command)) for path, command in COMMANDS if is_script(command)]
 MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--output_file (\S+)", command)}
+MADE |= {"scifact", "scifact/qrels/dev.tsv"}  # a BEIR folder; tests/test_beir.py runs these commands on one
+MADE |= {"pairs.csv", "pairs.parquet", "triplets.parquet"}  # of the reader, and of programs on docs/data.md
 MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test", "candidates", "pool")}
 
 
@@ -66,8 +70,8 @@ MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test",
 def parse(monkeypatch):
     """A function that parses a command as its script does, in a folder where no earlier command has run."""
     monkeypatch.chdir(REPOSITORY)
-    check = files.require_file
-    monkeypatch.setattr(files, "require_file", lambda flag, path, **how: path in MADE or check(flag, path, **how))
+    check = files.require_data
+    monkeypatch.setattr(files, "require_data", lambda flag, path, **how: path in MADE or check(flag, path, **how))
     monkeypatch.setattr(files, "require_writable", lambda *_: None)
     monkeypatch.setattr("embedding_finetune.training.parser.check_output_dir", lambda *_: None)
 
@@ -94,6 +98,7 @@ def test_the_documents_have_commands_of_every_script_and_those_of_the_readme_are
 def test_every_other_command_of_the_documents_installs_what_is_there():
     others = [command for _, command in COMMANDS if not is_script(command)]
     assert others == [
+        "python3 -m venv .venv && . .venv/bin/activate",
         "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu",
         "pip install -r requirements_cpu.txt",
         "pip install -r requirements_cuda.txt",
@@ -157,7 +162,7 @@ def anchors(path: Path) -> set[str]:
 def test_every_file_of_the_repository_that_the_documents_name_exists(path):
     in_folders = r"\b(?:benchmarks|tests|docs|embedding_finetune)/[\w./]*\w\.(?:py|md|html|png)\b"
     data = r"(?<![/\w])\w+\.jsonl\b(?!\.gz)"
-    made = {"pairs.jsonl", "per_query.jsonl"} | MADE
+    made = {"pairs.jsonl", "per_query.jsonl", "corpus.jsonl", "queries.jsonl"} | MADE
     for name in set(re.findall(f"{in_folders}|{data}", text_of(path))) - made:
         assert (REPOSITORY / name).exists(), name
 
@@ -173,13 +178,33 @@ def test_no_document_speaks_of_who_wanted_it_or_reads_a_folder_outside_the_repos
         assert not re.search(r"\basked for\b|\(asked\b|\| asked\b|was lent|prototype|shared/data", text_of(path)), path
 
 
-def test_the_program_that_makes_rows_of_a_table_makes_rows(tmp_path, monkeypatch):
+def test_the_commands_and_programs_about_data_run_on_small_files(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.csv").write_text('question,answer\nwhy?,"so, indeed"\nwho?,me\nwhy?,é\n', encoding="utf-8")
-    [program] = blocks(REPOSITORY / "docs" / "data.md", "python")
-    exec(compile(program, "data.md", "exec"), {})
-    rows = [{"query": "why?", "pos": ["so, indeed", "é"]}, {"query": "who?", "pos": ["me"]}]
-    assert list(records.read_training_rows("pairs.jsonl")) == rows
+    places = ("hall", "yard", "store")
+    pairs = [(f"how do i reset the {t} of the {p}?", f"In the {p}: {passage_about(t)}") for t in TOPICS for p in places]
+    with Path("pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=";").writerows([("question", "answer"), *pairs])
+    hub = datasets.Dataset.from_dict(dict(zip(("question", "answer"), zip(*pairs))))
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **how: load(name, **how) if "data_files" in how else hub)
+    page = REPOSITORY / "docs" / "data.md"
+    from_hub, to_triplets = blocks(page, "python")
+    exec(compile(from_hub, "data.md", "exec"), {})
+    commands = [command for path, command in SCRIPT_COMMANDS if path == page]
+    # Training reads the triplets, which are made of mined rows further down the page.
+    for command in sorted(commands, key=lambda command: " finetune.py " in command):
+        _, script, *argv = shlex.split(command)
+        if script == "finetune.py":
+            exec(compile(to_triplets, "data.md", "exec"), {})
+            argv += ["--max_steps", "2", "--train_group_size", "2"]
+        SCRIPTS[script].main([str(tiny_bert) if "/all-MiniLM-L6-v2" in part else part for part in argv])
+    mined = list(records.read_training_rows("mined.parquet"))
+    assert [(row["query"], *row["pos"]) for row in mined] == pairs
+    assert mined == list(records.read_training_rows("mined.jsonl"))
+    triplets = list(records.read_training_rows("triplets.parquet"))
+    expected = [(row["query"], pos, neg) for row in mined for pos in row["pos"] for neg in row["neg"]]
+    assert [(row["query"], *row["pos"], *row["neg"]) for row in triplets] == expected
+    assert len(expected) > len(pairs)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

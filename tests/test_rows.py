@@ -10,6 +10,7 @@ from embedding_finetune.training.rows import (
     list_lengths,
     load_rows,
     numbers_of_files,
+    rows_digest,
 )
 
 
@@ -67,6 +68,34 @@ def test_columns_of_drawn_rows_are_those_of_the_draw(tmp_path):
     assert flatten_column(rows, "pos_ids")[0].tolist() == [
         row for row, count in enumerate(lengths) for _ in range(count)
     ]
+
+
+def test_the_digest_tells_every_text_and_score_and_where_they_stand(tmp_path):
+    row = {"query": "q", "pos": ["ab", "c"], "neg": ["n"], "pos_scores": [0.5, 1.0], "neg_scores": [0.25]}
+    changes = [
+        {},
+        {"query": "Q"},
+        {"pos": ["a", "bc"]},
+        {"pos": ["abc"], "pos_scores": [0.5]},
+        {"neg": ["m"]},
+        {"neg": ["n", "ab"], "neg_scores": [0.25, 0.25]},
+        {"neg": [], "neg_scores": []},
+        {"neg_scores": [0.26]},
+        {"pos_scores": [1.0, 0.5]},
+        {"pos_scores": None},
+        {"instruction": ""},
+        {"instruction": "find: "},
+    ]
+    filler = [{"query": f"filler {n}", "pos": ["p"]} for n in range(150)]  # more than are written at once
+
+    def digest(rows, **how):
+        return rows_digest(load_rows(str(write_jsonl(tmp_path / "rows.jsonl", rows)), **how))
+
+    digests = {digest([*filler, {**row, **change}]) for change in changes}
+    digests |= {digest([{**row}, *filler]), digest(filler)}
+    assert len(digests) == len(changes) + 2
+    assert digest([*filler, row], max_rows_per_file=20) == digest([*filler, row], max_rows_per_file=20)
+    assert digest([*filler, row]) in digests
 
 
 def test_several_files_and_folders_are_one_data_set_in_the_order_given(tmp_path):

@@ -337,6 +337,7 @@ def test_gradient_checkpointing_and_accumulation_resume_to_the_same_bits(tiny_be
         ({"per_device_train_batch_size": 4}, "batches of 4, where it had 8"),
         ({"train_data": "fewer"}, "8 training rows, where it had 30"),
         ({"train_data": "others"}, "other training rows"),
+        ({"train_data": "mined anew"}, "other training rows"),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
         ({"logging_steps": 1, "dataloader_num_workers": 1, "tokens_per_sub_batch": 100, "max_steps": 6}, None),
     ],
@@ -349,6 +350,9 @@ def test_a_run_goes_on_with_the_rows_and_flags_it_was_started_with(
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     data = {
         "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:8]),
+        "mined anew": write_jsonl(
+            tmp_path / "anew.jsonl", [{**rows[0], "neg": ["another"] * len(rows[0]["neg"])}, *rows[1:]]
+        ),
         "others": write_jsonl(tmp_path / "others.jsonl", [*rows[1:], rows[0]]),
     }
     changes = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2, **changes}

@@ -46,7 +46,7 @@ def run_together(count, monkeypatch):
         return values
 
     monkeypatch.setattr(distributed, "world_size", lambda: count)
-    monkeypatch.setattr(distributed, "rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "process_rank", lambda: here.rank)
     monkeypatch.setattr(shared_search, "gather_objects", gather)
 
     def process(number):

@@ -12,8 +12,7 @@ from embedding_finetune.evaluation.summary import evaluation_tables, summarize, 
 TASK = RetrievalTask(
     queries=["q", "r", "s", "t"],
     corpus=Corpus(["a", "b", "a "]),
-    relevant=[{0}, {1}, {0, 1}, set()],
-    relevant_counts=[1, 2, 2, 1],
+    relevant=[{0: 1}, {1: 1, 2: 1}, {0: 1, 1: 1}, {3: 1}],
     ids=["0", "1", "2", "3"],
     groups=["odd", "even", "odd", None],
 )
@@ -27,7 +26,9 @@ OPTIONS = EvaluationOptions(
 
 
 def document():
-    return summarize(VALUES, TASK, OPTIONS, weights={"base": "ab", "tuned": "cd"}, seen={"base": 0, "tuned": 2})
+    return summarize(
+        VALUES, TASK, OPTIONS, weights_digests={"base": "ab", "tuned": "cd"}, trained_queries={"base": 0, "tuned": 2}
+    )
 
 
 def test_the_document_has_means_of_all_queries_and_of_each_group_and_counts():

@@ -39,7 +39,10 @@ def test_help_shows_the_suites_own_flags_first_in_groups_by_what_a_user_wants(se
     assert {title: sections[title] for title in titles[:6]} == {t: flags.split() for t, flags in GROUPS.items()}
     assert sections["model"][0] == "model_name_or_path"
     assert sections["data"][0] == "train_data"
-    assert {flag for title in titles[:6] for flag in sections[title]} == (ALL - THEIRS) | {"output_dir"}
+    assert {flag for title in titles[:6] for flag in sections[title]} == (ALL - THEIRS) | {
+        "output_dir",
+        "resume_from_checkpoint",
+    }
 
 
 def test_help_lists_every_flag_once_and_the_refused_ones_last(sections):

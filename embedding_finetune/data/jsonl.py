@@ -4,10 +4,15 @@ A file may also be one array of objects. Blank lines are skipped, a byte-order m
 are read and written compressed.
 """
 
+import base64
 import codecs
+import datetime
+import decimal
 import gzip
+import io
 import json
 import re
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, cast
@@ -22,6 +27,7 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _GZIP_MAGIC = b"\x1f\x8b"
 """The first bytes of a gzip file."""
 _PART_BYTES = 2**20
+_BLANK = re.compile(r"[ \t\n\r]*")
 _CUT_CHARACTERS = 16
 """Where the end of a part cuts a value, json sees an error at most so many characters before the end."""
 
@@ -34,26 +40,24 @@ def read(path: AnyPath) -> Iterator[tuple[int, Record]]:
     """
     line = 0
     try:
-        with _open_for_reading(path) as file:
-            if _is_array(file):
-                yield from _read_array(path, file)
-                return
-            for line, raw in enumerate(file, start=1):
-                record = _parse(path, line, raw)
-                if record is not None:
-                    yield line, record
+        with open_for_reading(path) as file:
+            for line, record in (_read_array if _is_array(file) else _read_lines)(path, file):
+                yield line, record
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}:{line + 1}: cannot be read: {reason}") from error
 
 
-def _is_array(file: IO[bytes]) -> bool:
-    """Whether the first character of a file that was just opened is a bracket; the file is as before."""
-    first = b""
-    while not first and (line := file.readline(_PART_BYTES)):
-        first = line.removeprefix(codecs.BOM_UTF8).strip()[:1]
-    file.seek(0)
-    return first == b"["
+def _is_array(file: io.BufferedReader) -> bool:
+    """Whether the first character of a file that was just opened is a bracket. Nothing is read: it may be a pipe."""
+    return file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _read_lines(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Record]]:
+    for line, raw in enumerate(file, start=1):
+        record = _parse(path, line, raw)
+        if record is not None:
+            yield line, record
 
 
 def _read_array(path: AnyPath, file: IO[bytes]) -> Iterator[tuple[int, Record]]:
@@ -133,9 +137,6 @@ class _Text:
         return bool(raw)
 
 
-_BLANK = re.compile(r"[ \t\n\r]*")
-
-
 def write(path: AnyPath, records: Iterable[Record]) -> None:
     """Write records as JSON Lines. A run that is killed leaves the old file or the new one."""
     with atomic_writer(path) as file:
@@ -145,26 +146,49 @@ def write(path: AnyPath, records: Iterable[Record]) -> None:
 
 def _line_of(record: Record) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(record, ensure_ascii=False, default=_as_json).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair in an unused field: ASCII escapes keep it
-        return json.dumps(record).encode() + b"\n"
+        return json.dumps(record, default=_as_json).encode() + b"\n"
 
 
-def _open_for_reading(path: AnyPath) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if str(path).endswith(".gz") else open(path, "rb")
+def _as_json(value: Any) -> object:
+    """What stands for a value of a parquet column that JSON has no type for.
+
+    Dates and times become ISO text, bytes base64, durations seconds, and decimals text, which keeps all their digits.
+    """
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, decimal.Decimal | uuid.UUID):
+        return str(value)
+    raise TypeError(f"no JSON for a {type(value).__name__}")
+
+
+def open_for_reading(path: AnyPath) -> io.BufferedReader:
+    """A file of bytes, unpacked where its name ends in `.gz`. Raises UserError where only its content is compressed."""
+    if str(path).lower().endswith(".gz"):
+        return io.BufferedReader(cast(io.RawIOBase, gzip.open(path, "rb")), _PART_BYTES)
+    file = open(path, "rb")  # noqa: SIM115
+    if file.peek(1).startswith(_GZIP_MAGIC):
+        file.close()
+        raise UserError(f"{path}: the file is compressed; give it a name that ends in .gz")
+    return file
 
 
 def _parse(path: AnyPath, line: int, raw: bytes) -> Record | None:
     try:
         text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
     except UnicodeDecodeError as error:
-        if line == 1 and raw.startswith(_GZIP_MAGIC):
-            raise UserError(f"{path}: the file is compressed; give it a name that ends in .gz") from error
         raise UserError(f"{path}:{line}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
     if not text:
         return None
     try:
-        record = _DECODER.decode(text)
+        record, end = _DECODER.raw_decode(text)
+        if end < len(text):
+            _DECODER.decode(text)  # says what is wrong
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 column", "column")  # json counts lines within this one
         raise UserError(f"{path}:{line}: not valid JSON ({reason}); expected one object per line") from error

@@ -7,8 +7,10 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data import beir
 from embedding_finetune.data.formats import Place, read
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
@@ -16,6 +18,7 @@ from embedding_finetune.files import AnyPath
 logger = logging.getLogger(__name__)
 
 SCORE_FIELDS = ("pos_scores", "neg_scores")
+_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction")
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Scores are held as float32."""
@@ -30,35 +33,41 @@ def read_training_rows(
     *,
     scores_required: bool = False,
     known: Iterable[str] = (),
-    unused: str = "ignored",
+    others_are_kept: bool = False,
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
     They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
-    `instruction` is put before their query. Other fields are kept. A log line counts them, except those in `known`, and
-    says with `unused` what happens to them.
+    `instruction` is put before their query. `known`: other fields that the caller uses. Log lines tell what other
+    fields there are; they are read from all formats with others_are_kept, else not from parquet. A BEIR folder
+    gives the queries of its qrels/train.tsv, with an `id`.
 
     Raises UserError naming file and line, or row, at the first row that is not like this.
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
-    for place, record in read(path, columns):
+    plain = {"query", "pos", "neg"}
+    fields = dict.fromkeys((*_QUERY_FIELDS, "neg", *SCORE_FIELDS, *known))
+    rows = (
+        _read_beir(path, "train")
+        if beir.is_beir(path)
+        else read(path, columns, fields=list(fields), others=others_are_kept)
+    )
+    for place, record in rows:
         _drop_nulls(record, "neg", "instruction")
         _require_text(place, record, "query")
         _require_texts(place, record, "pos")
         if "neg" in record:
             _require_texts(place, record, "neg", may_be_empty=True)
-        _check_instruction(place, record)
-        for field in ("pos", "neg"):
-            _check_scores(place, record, field)
-            if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
-                raise UserError(
-                    f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
-                    "mine_hard_neg.py --save_scores writes it"
-                )
-        others.update(_fields_beyond(used, record))
+        if not plain.issuperset(record):
+            _check_instruction(place, record)
+            for field in ("pos", "neg"):
+                _check_scores(place, record, field)
+            others.update(_fields_beyond(used, record))
+        if scores_required:
+            _require_scores(place, record)
         yield record
-    _log_others(path, others, unused)
+    _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
 
 
 def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]:
@@ -72,7 +81,7 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
     without_id = 0
-    for place, record in read(path, columns):
+    for place, record in read(path, columns, fields=_QUERY_FIELDS, others=False):
         _drop_nulls(record, "id", "group", "instruction")
         _require_text(place, record, "query")
         _require_texts(place, record, "pos")
@@ -100,45 +109,101 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
 
 def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
-    """The texts of a candidates file, `{"context": [str, ...]}` or `{"text": str}` per line.
+    """The texts of a candidates file: `{"context": [str, ...]}` or `{"text": str}` per line, or BEIR documents.
 
-    A log line counts other fields. Raises like read_training_rows.
+    A record with an `_id` is a document, see document_text; one without any text is skipped. Log lines count skipped
+    documents and other fields. Raises like read_training_rows.
     """
+    if beir.is_beir(path):
+        yield from beir.read_texts(beir.corpus_file(path))
+        return
     others: Counter[str] = Counter()
-    for place, record in read(path, columns):
-        _drop_nulls(record, "context", "text")
-        if "context" in record:
-            used = "context"
-            _require_texts(place, record, "context")
-            yield from record["context"]
-        elif "text" in record:
-            used = "text"
-            _require_text(place, record, "text")
-            yield record["text"]
-        else:
-            raise UserError(
-                f'{place}: neither "context" nor "text" is there; expected {{"context": [str, ...]}} or {{"text": str}}'
-            )
-        others.update(_fields_beyond({used}, record))
+    found = skipped = 0
+    for place, record in read(path, columns, fields=("context", "text", "title", "_id"), others=False):
+        _drop_nulls(record, "context", "text", "title")
+        texts = _passages_of(place, record)
+        yield from texts
+        found += len(texts)
+        skipped += not texts
+        used = {"context"} if "context" in record else {"text", "title", "_id"} if "_id" in record else {"text"}
+        others.update(_fields_beyond(used, record))
+    if not found:
+        raise UserError(f"{path}: none of the {skipped} documents has a title or text")
+    if skipped:
+        logger.info("%s: %d documents have neither title nor text, and are skipped", path, skipped)
     _log_others(path, others, "ignored")
 
 
+def _read_beir(path: AnyPath, split: str) -> Iterator[tuple[Place, Record]]:
+    files = beir.find_split(path, split)
+    place = Place(files.queries, {})
+    for place.number, record in beir.read_rows(files):
+        yield place, record
+
+
+def _passages_of(place: Place, record: Record) -> list[str]:
+    if "context" in record:
+        _require_texts(place, record, "context")
+        return record["context"]
+    if "_id" in record:
+        text = document_text(place, record)
+        return [text] if text else []
+    if "text" not in record:
+        raise UserError(
+            f'{place}: neither "context" nor {place.names_to_find("text")} is there; expected '
+            f'{{"context": [str, ...]}} or {{"text": str}}{place.remedy("text")}'
+        )
+    _require_text(place, record, "text")
+    return [record["text"]]
+
+
+def document_text(place: Place, record: Record) -> str:
+    """Title and text of a BEIR document `{"_id": str, "title": str, "text": str}`, joined as BEIR joins them.
+
+    Either may be missing, null or empty; without both the text is empty. Raises UserError for what is not Unicode text.
+    """
+    for field in ("title", "text"):
+        if record.get(field) is not None:
+            _check_text(place, field, record[field], may_be_blank=True)
+    return beir.title_and_text(record)
+
+
 def _require_text(place: Place, record: Record, field: str) -> None:
-    if field not in record:
-        raise UserError(f"{place}: {place.name(field)} is missing, expected a string")
+    if _are_texts([record.get(field)]):
+        return
+    if _lacks(place, record, field):
+        is_of_beir = field == "query" and "_id" in record
+        hint = "; of a BEIR folder give the folder itself, whose qrels say what answers a query" if is_of_beir else ""
+        raise UserError(f"{place}: {place.missing(field, 'a string')}{hint}")
     _check_text(place, field, record[field])
 
 
 def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
-    if field not in record:
-        raise UserError(f"{place}: {place.name(field)} is missing, expected a list of strings")
-    texts = record[field]
+    texts = record.get(field)
+    if isinstance(texts, list) and texts and _are_texts(texts):
+        return
+    if _lacks(place, record, field):
+        raise UserError(f"{place}: {place.missing(field, 'a list of strings')}")
     if not isinstance(texts, list):
         raise UserError(f"{place}: {place.name(field)} is a {type(texts).__name__}, expected a list of strings")
     if not texts and not may_be_empty:
         raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
     for position, text in enumerate(texts):
         _check_text(place, field, text, position)
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether all of the values are Unicode text that says something. One look at good ones, which most are."""
+    try:
+        together = "".join(values)
+        return all(map(str.strip, values)) and (together.isascii() or bool(together.encode()))
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def _lacks(place: Place, record: Record, field: str) -> bool:
+    """Whether a field is missing, or null in a table, where cells are nothing else."""
+    return field not in record or (place.table is not None and record[field] is None)
 
 
 def _check_instruction(place: Place, record: Record) -> None:
@@ -150,7 +215,7 @@ def _check_instruction(place: Place, record: Record) -> None:
 def _drop_nulls(record: Record, *fields: str) -> None:
     """Remove those of the fields that are null."""
     for field in fields:
-        if field in record and record[field] is None:
+        if record.get(field, field) is None:
             del record[field]
 
 
@@ -166,6 +231,15 @@ def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
         fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
     if fields:
         logger.info("%s: %s: %s", path, unused, ", ".join(fields))
+
+
+def _require_scores(place: Place, record: Record) -> None:
+    for field in ("pos", "neg"):
+        if record.get(field) and record.get(f"{field}_scores") is None:
+            raise UserError(
+                f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
+                "mine_hard_neg.py --save_scores writes it"
+            )
 
 
 def _check_scores(place: Place, record: Record, field: str) -> None:
@@ -184,14 +258,14 @@ def _check_scores(place: Place, record: Record, field: str) -> None:
             )
 
 
-def _check_text(place: Place, field: str, text: object, position: int | None = None) -> None:
+def _check_text(
+    place: Place, field: str, text: object, position: int | None = None, *, may_be_blank: bool = False
+) -> None:
     """Raise UserError unless a field, or the item at a position of its list, is Unicode text that says something."""
-    if isinstance(text, str) and text.isascii() and text and not text.isspace():
-        return
     name = place.name(field) if position is None else f"{place.name(field)}[{position}]"
     if not isinstance(text, str):
         raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")
-    if not text.strip():
+    if not text.strip() and not may_be_blank:
         raise UserError(f"{place}: {name} is an empty string, expected text")
     try:
         text.encode()

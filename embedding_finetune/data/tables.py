@@ -1,176 +1,303 @@
 """Rows of csv, tsv and parquet files, through pyarrow, a batch at a time.
 
-Readers yield (number, record). In csv and tsv, rows are numbered as spreadsheets do, the header is row 1, and an empty
-cell is missing. pyarrow is imported where it is used: most runs read JSON Lines.
+Readers give batches: the number of the first row, and the values of each column that was wanted. In csv and tsv, rows
+are numbered as spreadsheets do, the header is row 1, all values are strings, and an empty cell is None. pyarrow is
+imported where it is used: most runs read JSON Lines.
 """
 
-import gzip
+import csv
+import io
+import itertools
+import os
 import re
+import secrets
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.jsonl import Record, open_for_reading
 from embedding_finetune.files import AnyPath, atomic_writer
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
+
+Batch = tuple[int, dict[str, list[Any]]]
+
+DELIMITED = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+PARQUET = ".parquet"
 
 _BLOCK_BYTES = 2**24
 """What is parsed at once, and the longest row of a csv or tsv file."""
+_BATCH_BYTES = 2**25
+"""What a batch of parquet holds at most, unless a single row is larger or texts repeat."""
+_BUFFER_BYTES = 2**20
 _ROWS_PER_BATCH = 1000
-_END_BYTES = 10
+_ROWS_PER_WRITE = 1000
 _WRONG_CELLS = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
-def read_delimited(path: AnyPath) -> Iterator[tuple[int, Record]]:
-    """Rows of a csv or tsv file as records of strings; a csv file may have semicolons, if its header has.
+def is_table(path: AnyPath) -> bool:
+    """Whether a file has columns, by its name."""
+    return str(path).lower().endswith((*DELIMITED, PARQUET))
 
-    Cells may be quoted, as RFC 4180 has it, and hold line breaks then. Raises UserError for a file that is not UTF-8, a
-    row with too many or too few cells, a header that names a column twice, and a quote that is never closed.
+
+def is_parquet(path: AnyPath) -> bool:
+    """Whether a file is to be parquet, by its name."""
+    return str(path).lower().endswith(PARQUET)
+
+
+def column_names(path: AnyPath) -> list[str]:
+    """The names of a table's columns. Raises UserError where a name is there twice."""
+    names = _parquet_names(path) if is_parquet(path) else [name for name in _header(path)[1] if name]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'{path}: the column "{name}" is there twice; rename one')
+    return names
+
+
+def read_columns(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
+    """The rows of a table, of which the columns with these names are read.
+
+    Raises UserError for a file that is damaged. In csv and tsv, cells may be quoted, as RFC 4180 has it, and hold line
+    breaks then. A file that is not UTF-8, a row with too many or too few cells, and a quote that is never closed are
+    errors. A csv file has the separator of its header: a comma, a semicolon or a tab.
     """
+    return _read_parquet(path, names) if is_parquet(path) else _read_delimited(path, names)
+
+
+def _read_delimited(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
     import pyarrow as pa
     import pyarrow.csv
 
-    number = 1
+    delimiter, header, header_row = _header(path)
+    columns = [str(place) for place in range(len(header))]
+    wanted = [columns[header.index(name)] for name in names]
+    # With one thread pyarrow knows the row of an error. With names of columns it takes the header for a row.
+    reading = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False, column_names=columns)
+    parsing = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, ignore_empty_lines=False)
+    as_bytes = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.binary()),
+        include_columns=list(dict.fromkeys([*wanted, columns[0]])),
+        null_values=[""],
+        strings_can_be_null=True,
+        check_utf8=False,
+    )
+    number, closed = 1, False
     try:
-        with _open(path) as raw:
-            header = raw.readline().decode("utf-8-sig", errors="replace")
-        parse = pa.csv.ParseOptions(delimiter=_delimiter(path, header), newlines_in_values=True)
-        with _open(path) as raw, pa.csv.open_csv(raw, _serial(), parse) as reader:
-            names = reader.schema.names
-        _check_header(path, names)
-        as_bytes = pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.binary()), strings_can_be_null=False, check_utf8=False
-        )
-        counting = _QuoteCounter(_open(path))
-        with pa.PythonFile(counting, mode="r") as raw, pa.csv.open_csv(raw, _serial(), parse, as_bytes) as reader:
-            last: Record = {}
-            for batch in reader:
-                for last in _decoded(path, number, batch):
-                    number += 1
-                    yield number, {name: cell for name, cell in last.items() if cell}
-        if counting.ends_within_quotes and any("\n" in cell for cell in last.values()):
-            raise UserError(f"{path}: row {number}: a quote is opened there and never closed")
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        file = _WithLastRow(path, cells=len(header), delimiter=delimiter)
+        with pa.PythonFile(file, mode="r") as raw, pa.csv.open_csv(raw, reading, parsing, as_bytes) as reader:
+            for part in _slices(reader):
+                closed = part[columns[0]][-1].as_py() == file.last_cell
+                no_rows = max(0, header_row + 1 - number)
+                rows = part.slice(no_rows, max(0, part.num_rows - no_rows - closed))
+                yield (
+                    number + no_rows,
+                    {name: _texts(path, number + no_rows, name, rows[column]) for name, column in zip(names, wanted)},
+                )
+                number += part.num_rows
+        if not closed:
+            raise UserError(f"{path}: row {number - 1}: a quote is opened there and never closed")
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: {_reason(error, number)}") from error
 
 
-def _serial() -> Any:
-    """With one thread pyarrow knows the row of an error."""
-    import pyarrow.csv
+def _header(path: AnyPath) -> tuple[str, list[str], int]:
+    """The separator, the first row that is not blank, and its number."""
+    try:
+        with open_for_reading(path) as file:
+            delimiter = _separator(path, file.peek(1))
+            # What follows the header is decoded with it, and is checked where it is read.
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            rows = enumerate(csv.reader(text, delimiter=delimiter), start=1)
+            number, names = next(((number, names) for number, names in rows if names), (0, []))
+            "".join(names).encode()
+            return delimiter, names, number
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: row {number}: not UTF-8; save the file as UTF-8") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path}: row 1: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
-    return pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False)
 
-
-def _open(path: AnyPath) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if str(path).endswith(".gz") else open(path, "rb")
-
-
-def _delimiter(path: AnyPath, header: str) -> str:
-    if ".tsv" in str(path)[-7:]:
+def _separator(path: AnyPath, start: bytes) -> str:
+    if str(path).lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
-    return ";" if header.count(";") > header.count(",") else ","
+    without_quoted = re.sub(b'"[^"]*"', b"", start.lstrip(b"\r\n"))
+    header = re.split(rb"[\r\n]", without_quoted)[0]
+    return max(",;\t", key=lambda separator: header.count(separator.encode()))
 
 
-def _check_header(path: AnyPath, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{path}: row 1: the column {name!r} is there twice; rename one")
+class _WithLastRow(io.RawIOBase):
+    """A file of bytes with one row more, which is not found where a quote before it is never closed."""
 
+    def __init__(self, path: AnyPath, *, cells: int, delimiter: str) -> None:
+        self.last_cell = secrets.token_hex().encode()
+        self._file = open_for_reading(path)
+        self._rest = io.BytesIO(b"\n" + self.last_cell + delimiter.encode() * (cells - 1) + b"\n")
 
-class _QuoteCounter:
-    """A binary file that counts the quotes of what is read: pyarrow takes the rest of a file as the last cell."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._quotes = 0
-        self._end = b""
-        self.closed = False
-
-    @property
-    def ends_within_quotes(self) -> bool:
-        """Whether it looks as if a quote were never closed."""
-        return self._quotes % 2 == 1 and not self._end.rstrip().endswith(b'"')
+    def readable(self) -> bool:
+        return True
 
     def read(self, size: int = -1) -> bytes:
-        part = self._file.read(size)
-        self._quotes += part.count(b'"')
-        self._end = (self._end + part)[-_END_BYTES:]
-        return part
+        return self._file.read(size) or self._rest.read(size)
 
     def close(self) -> None:
-        self.closed = True
         self._file.close()
+        super().close()
 
 
-def _decoded(path: AnyPath, number: int, batch: "pa.RecordBatch") -> list[Record]:
-    """The rows of a batch of bytes after row `number`, as strings."""
+def _slices(batches: Iterable["pa.RecordBatch"]) -> Iterator["pa.RecordBatch"]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+            yield batch.slice(start, _ROWS_PER_BATCH)
+
+
+def _texts(path: AnyPath, number: int, name: str, cells: "pa.Array") -> list[str | None]:
+    """Bytes as strings, None for an empty one; `number` is the row of the first."""
     import pyarrow as pa
 
     try:
-        strings = [column.cast(pa.string()) for column in batch.columns]
+        return cells.cast(pa.string()).to_pylist()
     except pa.ArrowInvalid:
-        for place, row in enumerate(batch.to_pylist(), start=number + 1):
-            for name, cell in row.items():
-                try:
-                    cell.decode()
-                except UnicodeDecodeError:
-                    raise UserError(f"{path}: row {place}: {name!r} is not UTF-8; save the file as UTF-8") from None
+        for row, cell in enumerate(cells.to_pylist(), start=number):
+            try:
+                (cell or b"").decode()
+            except UnicodeDecodeError:
+                raise UserError(f'{path}: row {row}: "{name}" is not UTF-8; save the file as UTF-8') from None
         raise
-    return pa.RecordBatch.from_arrays(strings, names=batch.schema.names).to_pylist()
 
 
 def _reason(error: Exception, number: int) -> str:
     message = first_line(error)
     if "straddl" in message:
-        return f"row {number + 1} or one after it is longer than {_BLOCK_BYTES >> 20} MB; use JSON Lines or parquet"
-    if "Empty CSV file" in message:
-        return "the file is empty; expected a header and rows"
+        size = f"{_BLOCK_BYTES >> 20} MB"
+        return (
+            f"row {number} or one after it is longer than {size}, or a quote in it is never closed; close it, or use "
+            "JSON Lines or parquet"
+        )
     if match := _WRONG_CELLS.match(message):
-        return "row {}: expected {} cells, as the header has, but there are {}".format(*match.groups())
-    return f"cannot be read: {getattr(error, 'strerror', None) or message}"
+        row, expected, there = match.groups()
+        return f"row {row}: expected {expected} cells, as the header has, but there are {there}; check its quotes"
+    return f"cannot be read after row {number - 1}: {getattr(error, 'strerror', None) or message}"
 
 
-def read_parquet(path: AnyPath) -> Iterator[tuple[int, Record]]:
-    """Rows of a parquet file, from 1, as records of what pyarrow makes of its columns.
+def _parquet_names(path: AnyPath) -> list[str]:
+    with _open_parquet(path) as file:
+        return list(file.schema_arrow.names)
 
-    Raises UserError for a file that is no parquet file, or a damaged one.
-    """
+
+def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
-    number = 0
+    if os.path.exists(path) and os.path.getsize(path) == 0:
+        raise UserError(f"{path}: the file is empty; expected rows")
     try:
-        with pa.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_ROWS_PER_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
+        # Pages are read one after the other: whole row groups may be as large as the file.
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: row {number + 1}: cannot be read: {reason}") from error
+        raise UserError(f"{path}: cannot be read: {reason}") from error
 
 
-def write_parquet(path: AnyPath, records: Iterable[Record]) -> None:
-    """Write records as a parquet file, fields in first-seen order.
+def _read_parquet(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
+    import pyarrow as pa
 
-    A run that is killed leaves the old file or the new one. Raises UserError for a field whose values are of several
-    types, which a column cannot hold.
+    number = 1
+    with _open_parquet(path) as file:
+        try:
+            for batch in file.iter_batches(_rows_per_batch(file.metadata), columns=names):
+                yield number, {name: _values(path, number, name, batch[name]) for name in names}
+                number += batch.num_rows
+        except (OSError, pa.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{path}: row {number} or one after it cannot be read: {reason}") from error
+
+
+def _rows_per_batch(metadata: "pq.FileMetaData") -> int:
+    """So many that a batch of rows of average size is held easily."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(_ROWS_PER_BATCH, _BATCH_BYTES * metadata.num_rows // max(size, 1)))
+
+
+def _values(path: AnyPath, number: int, name: str, column: "pa.Array") -> list[Any]:
+    """The values of a column as Python has them; `number` is the row of the first."""
+    unreadable = (ValueError, OverflowError)  # not UTF-8, a date beyond the year 9999
+    try:
+        return _as_python(column)
+    except unreadable:
+        for row, value in enumerate(column, start=number):
+            try:
+                value.as_py()
+            except unreadable as error:
+                raise UserError(
+                    f'{path}: row {row}: "{name}" cannot be read: {first_line(error)}; leave the column out'
+                ) from error
+        raise
+
+
+def _as_python(column: "pa.Array") -> list[Any]:
+    """What to_pylist gives, ten times as fast for lists of texts."""
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if not is_list or pa.types.is_nested(column.type.value_type):
+        return column.to_pylist()
+    items = column.flatten().to_pylist()
+    values: list[Any] = []
+    start = 0
+    for length in column.value_lengths().to_pylist():
+        values.append(None if length is None else items[start : start + length])
+        start += length or 0
+    return values
+
+
+def schema_of(path: AnyPath, names: Iterable[str], rows: Sequence[Record], like: Sequence[AnyPath]) -> "pa.Schema":
+    """Columns with these names for the rows, to be written at `path` as parquet.
+
+    like: files that the rows are from. A column has the type that it has in a parquet file among them, else what
+    pyarrow makes of its values. Raises UserError where these are of several types, which a column cannot hold.
     """
     import pyarrow as pa
-    import pyarrow.parquet
 
-    rows = list(records)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {}
+    texts, scores = pa.list_(pa.string()), pa.list_(pa.float64())
+    types = {"query": pa.string(), "pos": texts, "neg": texts, "pos_scores": scores, "neg_scores": scores}
+    schemas = []
+    for file in filter(is_parquet, like):
+        with _open_parquet(file) as parquet:
+            schemas.append(parquet.schema_arrow)
     for name in names:
+        if name not in types:
+            known = [schema.field(name).type for schema in schemas if name in schema.names]
+            types[name] = _type(path, name, [row.get(name) for row in rows], known)
+    return pa.schema([(name, types[name]) for name in names])
+
+
+def _type(path: AnyPath, name: str, values: list[Any], known: Sequence["pa.DataType"]) -> "pa.DataType":
+    """The first of the known types that can hold all values, else their own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for type_ in (*dict.fromkeys(known), None):
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{path}: {name!r} holds values of several types, which a column cannot: {first_line(error)}; "
-                "give a name that ends in .jsonl"
-            ) from error
-    with atomic_writer(path) as file:
-        pa.parquet.write_table(pa.table(columns), file)
+            column = pa.array(values, type_)
+            pq.write_table(pa.table({name: column[:1]}), io.BytesIO())  # an object without fields cannot be written
+            return column.type
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
+            reason = first_line(error)
+    raise UserError(
+        f'{path}: "{name}" holds values that one column of a parquet file cannot: {reason}; give a name that ends in '
+        ".jsonl"
+    )
+
+
+def write_parquet(path: AnyPath, records: Iterable[Record], schema: "pa.Schema") -> None:
+    """Write records as a parquet file. A run that is killed leaves the old file or the new one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    remaining = iter(records)
+    with atomic_writer(path) as file, pq.ParquetWriter(file, schema) as writer:
+        while rows := list(itertools.islice(remaining, _ROWS_PER_WRITE)):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))

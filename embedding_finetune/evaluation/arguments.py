@@ -1,6 +1,7 @@
 """The flags of evaluate.py as a value."""
 
 import os
+import re
 from dataclasses import dataclass, field
 
 from embedding_finetune import files
@@ -11,6 +12,10 @@ from embedding_finetune.retrieval.arguments import EncodingOptions
 
 FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
 """The files in --output_dir, beside rankings."""
+
+_NAME_CHARACTERS = 50
+"""A file name holds this many characters of a model's name, from its end, which differs between models. File systems
+allow 255 bytes."""
 
 DEFAULT_CUTOFFS = (1, 5, 10)
 DEFAULT_MEASURES = ("MRR", "Hit")
@@ -50,10 +55,24 @@ class EvaluationOptions(EncodingOptions):
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""
         inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
         for flag, path in inputs.items():
-            files.require_file(flag, path)
+            files.require_data(flag, path)
+        outputs = {"--embeddings_dir": self.embeddings_dir}
         if self.output_dir is not None:
             files.require_folder("--output_dir", self.output_dir)
-            outputs = {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in FILES}
-            files.require_apart(inputs, outputs)
+            names = [*FILES, *(run_file(name, self.model_name) for name in self.model_name)]
+            outputs |= {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in names}
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
+        files.require_apart(inputs, outputs)
+
+
+def run_file(model: str, models: list[str]) -> str:
+    """The file of a model's ranking in --output_dir: its name, with a number where two models would share it."""
+    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_NAME_CHARACTERS:] for name in models]
+    number = models.index(model)
+    if safe.count(safe[number]) == 1:
+        return f"run.{safe[number]}.trec"
+    numbered = f"{safe[number]}.{number + 1}"
+    while numbered in safe:  # another model may have this name
+        numbered += "_"
+    return f"run.{numbered}.trec"

@@ -3,7 +3,7 @@
 metrics.json       measures, differences, settings, digests of weights, counts
 per_query.jsonl    for each query and model, the rank of each answer and the ten best passages
 report.html        the same as a page, see page.py
-run.MODEL.trec     the rankings, for trec_eval and ranx; docids are zero-padded corpus positions
+run.MODEL.trec     the rankings, for trec_eval and ranx; docids are those of a BEIR folder, else corpus positions
 qrels.trec         the answers, for the same tools
 """
 
@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.corpus import Documents, RetrievalTask
 from embedding_finetune.data.jsonl import Record, write
+from embedding_finetune.evaluation.arguments import run_file
 from embedding_finetune.evaluation.page import html_report
 from embedding_finetune.files import atomic_writer
 from embedding_finetune.retrieval.top_k import Ranking
@@ -24,10 +25,6 @@ logger = logging.getLogger(__name__)
 PASSAGES_PER_QUERY = 10
 """In per_query.jsonl, for each model."""
 
-_NAME_CHARACTERS = 50
-"""A file name holds this many characters of a model's name, from its end, which differs between models. File systems
-allow 255 bytes."""
-
 
 def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> None:
     """Write all files; `document` becomes metrics.json."""
@@ -35,7 +32,7 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
     write(folder / "per_query.jsonl", per_query_records(task, rankings))
     write_lines(folder / "qrels.trec", qrels_lines(task))
     for name, ranking in rankings.items():
-        write_lines(folder / f"run.{file_name(name, list(rankings))}.trec", run_lines(task, ranking, name))
+        write_lines(folder / run_file(name, list(rankings)), run_lines(task, ranking, name))
     with atomic_writer(folder / "report.html") as file:
         file.write(html_report(document, task, rankings).encode())
     with atomic_writer(folder / "metrics.json") as file:
@@ -43,24 +40,18 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
     logger.info("wrote %s and other files of the evaluation", folder / "report.html")
 
 
-def file_name(model: str, models: list[str]) -> str:
-    """A model's name as part of a file name, with a number where two models would share it."""
-    safe = [re.sub(r"[^\w.-]+", "_", name.strip("./"))[-_NAME_CHARACTERS:] for name in models]
-    number = models.index(model)
-    if safe.count(safe[number]) == 1:
-        return safe[number]
-    numbered = f"{safe[number]}.{number + 1}"
-    while numbered in safe:  # another model may have this name
-        numbered += "_"
-    return numbered
-
-
 def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:
-    """One record per query. A rank is None where the answer is not in the ranking or not in the corpus."""
+    """One record per query. A rank is None where the answer is not in the ranking or not in the corpus.
+
+    In a BEIR folder, documents have their ids beside them, and `answers` has the ids and grades of the answers.
+    """
     for number, query in enumerate(task.queries):
         record: Record = {"id": task.ids[number], "query": query}
         if task.groups[number] is not None:
             record["group"] = task.groups[number]
+        if isinstance(task.corpus, Documents):
+            answers = sorted(task.relevant[number].items())
+            record["answers"] = {task.corpus.docid(position): grade for position, grade in answers}
         record["models"] = {
             name: _result(task, number, positions[number].tolist(), scores[number].tolist())
             for name, (positions, scores) in rankings.items()
@@ -70,15 +61,19 @@ def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> I
 
 def _result(task: RetrievalTask, number: int, positions: list[int], scores: list[float]) -> Record:
     rank_of = {position: rank for rank, position in enumerate(positions, start=1) if position >= 0}
-    missing = task.relevant_counts[number] - len(task.relevant[number])
     return {
-        "ranks": [rank_of.get(position) for position in sorted(task.relevant[number])] + [None] * missing,
+        "ranks": [rank_of.get(position) for position in sorted(task.relevant[number])],
         "top": [
-            {"position": position, "score": score, "text": task.corpus.texts[position]}
+            {**_place(task, position), "score": score, "text": task.corpus.texts[position]}
             for position, score in zip(positions[:PASSAGES_PER_QUERY], scores)
             if position >= 0
         ],
     }
+
+
+def _place(task: RetrievalTask, position: int) -> Record:
+    named = {"id": task.corpus.docid(position)} if isinstance(task.corpus, Documents) else {}
+    return {**named, "position": position}
 
 
 def run_lines(task: RetrievalTask, ranking: Ranking, name: str) -> Iterator[str]:
@@ -87,23 +82,14 @@ def run_lines(task: RetrievalTask, ranking: Ranking, name: str) -> Iterator[str]
     for query_id, positions, scores in zip(task.ids, *ranking):
         for rank, (position, score) in enumerate(zip(positions.tolist(), scores.tolist()), start=1):
             if position >= 0:
-                yield f"{query_id} Q0 {docid(position, len(task.corpus))} {rank} {score!r} {tag}"
+                yield f"{query_id} Q0 {task.corpus.docid(position)} {rank} {score!r} {tag}"
 
 
 def qrels_lines(task: RetrievalTask) -> Iterator[str]:
-    """`query 0 docid 1`. Answers that the corpus does not hold get docids of their own."""
-    beyond = len(task.corpus)
-    for number, query_id in enumerate(task.ids):
-        for position in sorted(task.relevant[number]):
-            yield f"{query_id} 0 {docid(position, len(task.corpus))} 1"
-        for _ in range(task.relevant_counts[number] - len(task.relevant[number])):
-            yield f"{query_id} 0 missing{beyond} 1"
-            beyond += 1
-
-
-def docid(position: int, corpus_size: int) -> str:
-    """A corpus position, zero-padded so that docids sort as positions do."""
-    return f"{position:0{len(str(corpus_size))}d}"
+    """`query 0 docid grade`. Answers that the corpus does not hold have docids of their own."""
+    for query_id, relevant in zip(task.ids, task.relevant):
+        for position, grade in sorted(relevant.items()):
+            yield f"{query_id} 0 {task.corpus.docid(position)} {grade}"
 
 
 def write_lines(path: Path, lines: Iterator[str]) -> None:

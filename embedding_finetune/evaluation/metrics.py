@@ -1,12 +1,11 @@
 """Retrieval measures over rankings, and whether two models differ by more than luck.
 
-Shapes: Q queries, K ranks. `relevance` (Q, K) bool says whether the passage at each rank, best first, answers the
-query; it is False past the end of a small corpus. `relevant_counts` (Q,) int is the number of distinct texts that
-answer the query. It includes texts that the corpus does not hold: they cannot be found, and count as misses. Every
-measure returns one float64 per query, (Q,), and 0 for a query with no relevant passage within the cutoff.
+Shapes: Q queries, K ranks. `relevance` (Q, K) int is the grade of the passage at each rank, best first: from 1 where it
+answers the query, else 0, also past the end of a small corpus. Every measure returns one float64 per query, (Q,), and 0
+for a query with no relevant passage within the cutoff. Only nDCG looks at how high a grade is.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,71 +14,98 @@ _LARGEST_CUTOFF = 10**300
 """Larger cutoffs count as this one, which still fits into a float."""
 
 
-def mrr(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+class Judged(NamedTuple):
+    """What answers each query, found or not.
+
+    counts: (Q,), how many texts or documents answer it. They include those that the corpus does not hold: they cannot
+    be found, and count as misses. grades: (sum of counts,), query after query, each query's best first.
+    """
+
+    counts: np.ndarray
+    grades: np.ndarray
+
+
+def judged_of(relevant: Sequence[Mapping[int, int]]) -> Judged:
+    """The judgements of RetrievalTask.relevant."""
+    counts = np.array([len(grades) for grades in relevant], dtype=np.int64)
+    grades = np.fromiter((grade for grades in relevant for grade in grades.values()), dtype=np.int64)
+    return Judged(counts, grades[np.lexsort((-grades, np.repeat(np.arange(len(counts)), counts)))])
+
+
+def mrr(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
     """Reciprocal rank of the first relevant passage within the cutoff (Voorhees, TREC-8 1999)."""
-    within = relevance[:, :cutoff]
+    within = relevance[:, :cutoff] > 0
     if not within.shape[1]:
         return np.zeros(len(within))
     return np.where(within.any(axis=1), 1.0 / (within.argmax(axis=1) + 1), 0.0)
 
 
-def hit(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+def hit(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
     """1 where at least one relevant passage is within the cutoff, else 0."""
-    return np.asarray(relevance[:, :cutoff].any(axis=1), dtype=np.float64)
+    return np.asarray((relevance[:, :cutoff] > 0).any(axis=1), dtype=np.float64)
 
 
-def recall(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Share of the query's relevant texts that is within the cutoff."""
-    return relevance[:, :cutoff].sum(axis=1) / relevant_counts
+def recall(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
+    """Share of what answers the query that is within the cutoff."""
+    return (relevance[:, :cutoff] > 0).sum(axis=1) / judged.counts
 
 
-def precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
+def precision(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
     """Number of relevant passages within the cutoff, divided by the cutoff, even if the corpus is smaller."""
-    return relevance[:, :cutoff].sum(axis=1) / float(min(cutoff, _LARGEST_CUTOFF))
+    return (relevance[:, :cutoff] > 0).sum(axis=1) / float(min(cutoff, _LARGEST_CUTOFF))
 
 
-def average_precision(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Sum of the precision at each relevant rank within the cutoff, divided by the number of relevant texts."""
-    within = relevance[:, :cutoff]
+def average_precision(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
+    """Sum of the precision at each relevant rank within the cutoff, divided by the number of what answers the query."""
+    within = relevance[:, :cutoff] > 0
     at_rank = within.cumsum(axis=1) / np.arange(1, within.shape[1] + 1)
-    return (at_rank * within).sum(axis=1) / relevant_counts
+    return (at_rank * within).sum(axis=1) / judged.counts
 
 
-def ndcg(relevance: np.ndarray, relevant_counts: np.ndarray, cutoff: int) -> np.ndarray:
-    """Discounted gain, 1 / log2(rank + 1) per relevant passage, divided by that of an ideal ranking.
+def ndcg(relevance: np.ndarray, judged: Judged, cutoff: int) -> np.ndarray:
+    """Discounted gain, grade / log2(rank + 1) per relevant passage, divided by that of an ideal ranking.
 
-    The ideal ranks all of the query's relevant texts first, also those that the corpus does not hold (Järvelin and
-    Kekäläinen 2002, with linear gain as in trec_eval).
+    The ideal ranks all that answers the query first, the highest grades before others, also what the corpus does not
+    hold (Järvelin and Kekäläinen 2002, with linear gain as in trec_eval).
     """
     within = relevance[:, :cutoff]
-    best_counts = np.minimum(relevant_counts, cutoff)
-    depth = max(within.shape[1], int(best_counts.max(initial=0)))  # a cutoff may be far beyond any rank
+    starts = judged.counts.cumsum() - judged.counts
+    places = np.arange(len(judged.grades)) - np.repeat(starts, judged.counts)  # of each grade, in its query
+    ideal_places = places < cutoff
+    depth = max(within.shape[1], int(places[ideal_places].max(initial=-1)) + 1)  # a cutoff may be far beyond any rank
     discounts = 1.0 / np.log2(np.arange(2, depth + 2))
-    ideal = np.concatenate([[0.0], discounts.cumsum()])[best_counts]
+    ideal = np.bincount(
+        np.repeat(np.arange(len(judged.counts)), judged.counts)[ideal_places],
+        weights=judged.grades[ideal_places] * discounts[places[ideal_places]],
+        minlength=len(judged.counts),
+    )
     return within @ discounts[: within.shape[1]] / ideal
 
 
 MEASURES = {"MRR": mrr, "Hit": hit, "Recall": recall, "nDCG": ndcg, "MAP": average_precision, "Precision": precision}
 
 
-def relevance_of(positions: np.ndarray, relevant: Sequence[Set[int]]) -> np.ndarray:
-    """Whether the passage at each rank of positions (Q, K) is one of its query's relevant ones: (Q, K) bool."""
-    answers = np.fromiter((position for positions in relevant for position in positions), dtype=np.int64)
+def relevance_of(positions: np.ndarray, relevant: Sequence[Mapping[int, int]]) -> np.ndarray:
+    """The grade of the passage at each rank of positions (Q, K), as RetrievalTask.relevant has it, else 0: (Q, K)."""
+    answers = np.fromiter((position for grades in relevant for position in grades), dtype=np.int64)
     if not len(answers) or not positions.size:
-        return np.zeros(positions.shape, dtype=bool)
+        return np.zeros(positions.shape, dtype=np.int64)
+    grades = np.fromiter((grade for grades in relevant for grade in grades.values()), dtype=np.int64)
     # A query and a position make one integer, so that one search finds all of them.
     span = max(int(positions.max()), int(answers.max())) + 1
-    wanted = np.sort(np.repeat(np.arange(len(relevant)), [len(positions) for positions in relevant]) * span + answers)
+    wanted = np.repeat(np.arange(len(relevant)), [len(grades) for grades in relevant]) * span + answers
+    order = np.argsort(wanted)
+    wanted, grades = wanted[order], grades[order]
     ranked = np.arange(len(positions))[:, None] * span + positions  # (Q, K)
     places = np.searchsorted(wanted, ranked).clip(max=len(wanted) - 1)
-    return (wanted[places] == ranked) & (positions >= 0)
+    return np.where((wanted[places] == ranked) & (positions >= 0), grades[places], 0)
 
 
 def per_query(
-    relevance: np.ndarray, relevant_counts: np.ndarray, measures: Sequence[str], cutoffs: Sequence[int]
+    relevance: np.ndarray, judged: Judged, measures: Sequence[str], cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`, cutoff by cutoff."""
-    return {f"{name}@{k}": MEASURES[name](relevance, relevant_counts, k) for k in cutoffs for name in measures}
+    return {f"{name}@{k}": MEASURES[name](relevance, judged, k) for k in cutoffs for name in measures}
 
 
 def means(values: Mapping[str, np.ndarray]) -> dict[str, float]:

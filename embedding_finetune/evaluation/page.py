@@ -56,7 +56,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
 
 def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:
     """The rank, from 1, of each query's best relevant passage, 0 where none is in the ranking: (Q,)."""
-    relevance = relevance_of(ranking.positions, task.relevant)  # (Q, K)
+    relevance = relevance_of(ranking.positions, task.relevant) > 0  # (Q, K)
     return np.where(relevance.any(axis=1), relevance.argmax(axis=1) + 1, 0)
 
 
@@ -211,7 +211,7 @@ def _query_table(
         rank = int(ranks[model][number])
         right, above = [], []
         if rank != 1:
-            right = [place(position) for position in sorted(task.relevant[number])[:_SHOWN_PASSAGES]]
+            right = [place(position) for position in task.findable(number)[:_SHOWN_PASSAGES]]
             above = [
                 [place(int(positions[number, other])), other + 1, round(float(scores[number, other]), 4)]
                 for other in range(min(rank - 1 if rank else depth, _SHOWN_PASSAGES))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from embedding_finetune.data.corpus import RetrievalTask
-from embedding_finetune.evaluation.metrics import means, per_query, relevance_of
+from embedding_finetune.data.corpus import Documents, RetrievalTask
+from embedding_finetune.evaluation.metrics import judged_of, means, per_query, relevance_of
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.shared_search import encode_own_passages, encode_queries, merge_rankings
 from embedding_finetune.retrieval.top_k import Ranking, TopK
@@ -19,14 +19,39 @@ from embedding_finetune.retrieval.top_k import Ranking, TopK
 def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> Ranking:
     """The top_k best passages for each query with their scores, or all passages where the corpus is smaller.
 
-    Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first.
+    Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first. A text that several
+    documents have is encoded once.
     """
-    top_k = min(top_k, len(task.corpus))
-    top = TopK(encode_queries(encoder, task.queries, task.instructions), top_k, ties="last", gpus=gpus)
-    for start, block in encode_own_passages(encoder, task.corpus.texts):
+    corpus = task.corpus
+    repeating = corpus if isinstance(corpus, Documents) and corpus.duplicates else None
+    texts = corpus.texts if repeating is None else corpus.texts.at(repeating.distinct)
+    top = TopK(encode_queries(encoder, task.queries, task.instructions), min(top_k, len(texts)), ties="last", gpus=gpus)
+    for start, block in encode_own_passages(encoder, texts):
         top.add(start, block)
     merge_rankings(top)
-    return top.ranking()
+    ranking = top.ranking()
+    return ranking if repeating is None else rank_documents(ranking, repeating, min(top_k, len(corpus)))
+
+
+def rank_documents(ranking: Ranking, documents: Documents, top_k: int) -> Ranking:
+    """The top_k best documents, of a ranking of at least that many of their distinct texts, or of all.
+
+    A document that is among the best has a text that is: texts are ranked as their last documents are.
+    """
+    counts = np.bincount(documents.text_numbers)
+    by_text = np.argsort(documents.text_numbers, kind="stable")
+    starts = counts.cumsum() - counts
+    result = Ranking(
+        np.full((len(ranking.positions), top_k), -1, dtype=np.int64),
+        np.full((len(ranking.positions), top_k), -np.inf, dtype=np.float32),
+    )
+    for row, (texts, text_scores) in enumerate(zip(*ranking)):
+        texts = texts[texts >= 0]
+        own = np.concatenate([by_text[starts[text] : starts[text] + counts[text]] for text in texts])
+        scores = np.repeat(text_scores[: len(texts)], counts[texts])
+        best = np.lexsort((-own, -scores))[:top_k]
+        result.positions[row, : len(best)], result.scores[row, : len(best)] = own[best], scores[best]
+    return result
 
 
 def values_per_query(
@@ -34,7 +59,7 @@ def values_per_query(
 ) -> dict[str, np.ndarray]:
     """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`."""
     relevance = relevance_of(ranking.positions, task.relevant)
-    return per_query(relevance, np.array(task.relevant_counts), measures, cutoffs)
+    return per_query(relevance, judged_of(task.relevant), measures, cutoffs)
 
 
 def measure(

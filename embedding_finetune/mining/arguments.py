@@ -1,13 +1,16 @@
 """The flags of mine_hard_neg.py: those about choosing and writing negatives, and all of them as one value."""
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from typing import get_args
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.formats import parse_columns
-from embedding_finetune.mining.choice import ScoreFilters, Strategy
+from embedding_finetune.data import beir
+from embedding_finetune.data.formats import check_can_be_written, parse_columns
+from embedding_finetune.mining.choice import Strategy
+from embedding_finetune.mining.filters import ScoreFilters
 from embedding_finetune.parser import (
     add_switch,
     cosine_threshold,
@@ -72,9 +75,10 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 
     def check_paths(self) -> None:
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""
-        files.require_file("--input_file", self.input_file)
+        files.require_data("--input_file", self.input_file)
         if self.candidate_pool is not None:
-            files.require_file("--candidate_pool", self.candidate_pool)
+            files.require_data("--candidate_pool", self.candidate_pool)
+        check_can_be_written("--output_file", self.output_file)
         files.require_writable("--output_file", self.output_file)
         if self.report_file is not None:
             files.require_writable("--report_file", self.report_file)
@@ -83,7 +87,12 @@ class MiningOptions(EncodingOptions, SelectionOptions):
         outputs = {f"--{name}": getattr(self, name) for name in ("output_file", "report_file", "embeddings_dir")}
         files.require_outside_models(outputs, [*self.model_name_or_path, self.reranker_name_or_path])
         files.require_apart({"--candidate_pool": self.candidate_pool}, outputs)
-        files.require_apart({"--input_file": self.input_file}, {"--report_file": self.report_file})
+        for flag, path in (("--input_file", self.input_file), ("--candidate_pool", self.candidate_pool)):
+            for file in beir.input_files(path) if path is not None and beir.is_beir(path) else ():
+                files.require_apart({flag: str(file)}, outputs)
+        # Rows may be written over the file that they come from, but not into a folder of such files.
+        others = outputs if os.path.isdir(self.input_file) else {**outputs, "--output_file": None}
+        files.require_apart({"--input_file": self.input_file}, others)
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,14 +17,13 @@ from embedding_finetune.data.texts import canonical
 from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.mining.choice import (
     DRAWN_AT_RANDOM,
-    FILTERS,
     FROM_INPUT,
-    ScoreFilters,
     Selection,
     draw_outside,
     row_rng,
     select_negatives,
 )
+from embedding_finetune.mining.filters import FILTERS, ScoreFilters
 from embedding_finetune.mining.ranking import Candidates, Pairs, Score
 from embedding_finetune.mining.stopwatch import Stopwatch
 

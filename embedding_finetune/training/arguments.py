@@ -73,7 +73,9 @@ class DataArguments:
         None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
     )
     eval_index_file_jsonl_path: str | None = _flag(
-        None, "the passages they are searched among (default: every positive of training and evaluation rows)"
+        None,
+        "the passages they are searched among (default: every positive of training and evaluation rows, or the BEIR "
+        "folder's own corpus)",
     )
 
     def __post_init__(self) -> None:
@@ -84,10 +86,10 @@ class DataArguments:
         if isinstance(self.train_data, str):  # from Python
             self.train_data = [self.train_data]
         for path in self.train_data:
-            files.require_file("--train_data", path, folder_allowed=True)
+            files.require_data("--train_data", path)
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
             if getattr(self, flag) is not None:
-                files.require_file(f"--{flag}", getattr(self, flag))
+                files.require_data(f"--{flag}", getattr(self, flag))
 
 
 @dataclass
@@ -142,6 +144,12 @@ class RetrieverTrainingArguments(TrainingArguments):
     save_adapter_only: bool = _flag(False, "with --lora_rank: save the adapter alone, not the merged model")
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
+
+    @property
+    def rows_share_negatives(self) -> bool:
+        """Whether the passages of other rows are a row's negatives."""
+        several = self.per_device_train_batch_size > 1 or (self.negatives_cross_device and self.world_size > 1)
+        return self.use_inbatch_neg and several
 
     def __post_init__(self) -> None:
         check_launcher()

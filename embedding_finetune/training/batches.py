@@ -73,7 +73,7 @@ class KnownPositives:
 
     def overlap(self, task: RetrievalTask) -> tuple[int, int]:
         """How many of a task's queries, and of its relevant passages, are queries and positives of the rows."""
-        passages = [text_id(task.corpus.texts[position]) for position in set().union(*task.relevant)]
+        passages = [text_id(task.corpus.texts[position]) for position in task.findable_answers]
         return task.count_queries_among(self.query_ids), int(np.isin(passages, self.answer_ids).sum())
 
 
@@ -127,12 +127,7 @@ def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) 
             f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
             f"{global_batch}; lower --per_device_train_batch_size, or leave the flag out"
         )
-    negatives_of_others = (
-        args.use_inbatch_neg
-        and len(dataset) > 1
-        and (args.per_device_train_batch_size > 1 or (args.negatives_cross_device and args.world_size > 1))
-    )
-    if not negatives_of_others and dataset.group_size == 1:
+    if dataset.group_size == 1 and (len(dataset) == 1 or not args.rows_share_negatives):
         raise UserError(
             "no query would have a negative: no row has any, and none shares a batch with another row; "
             'mine "neg" with mine_hard_neg.py, or give a --per_device_train_batch_size of 32 or more'

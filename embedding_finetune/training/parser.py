@@ -17,15 +17,21 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
-    "data": "train_data train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
+    "data": "train_data columns train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
     "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
     "evaluation during training": "eval_query_file_jsonl_path eval_index_file_jsonl_path early_stopping_patience",
-    "output": "output_dir overwrite_output_dir save_adapter_only merge_with_base",
+    "output": "output_dir overwrite_output_dir resume_from_checkpoint save_adapter_only merge_with_base",
 }
-"""Title -> the suite's own flags, and --output_dir. Help shows them in this order, before transformers' own."""
+"""Title -> the suite's own flags, and some of transformers'. Help shows them in this order, before all others."""
+
+_HELP = {
+    "output_dir": "where the model, its checkpoints and training_summary.json are written",
+    "resume_from_checkpoint": "True, or a checkpoint folder of the run: go on exactly where it stopped",
+}
+"""What transformers' own texts do not say, or say of other scripts."""
 
 _TRANSFORMERS = "training, as transformers does it"
 _REFUSED = "transformers' flags that are refused, since they would do nothing or harm here"
@@ -42,6 +48,7 @@ class Parser(HfArgumentParser, OneLineErrorParser):
         for action in self._actions:
             if f"--no_{action.dest}" in action.option_strings:
                 action.help = f"the same as --{action.dest} False"
+            action.help = _HELP.get(action.dest, action.help)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; unknown flags end in one line that says what is meant."""
@@ -112,19 +119,18 @@ def check_together(
 
 def _check_negatives(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:
     """Raise UserError where every query would have only its positive to be compared with."""
-    if data_args.train_group_size > 1:
+    if data_args.train_group_size > 1 or args.rows_share_negatives:
         return
     if not args.use_inbatch_neg:
         raise UserError("--train_group_size 1 with --use_inbatch_neg False leaves no negatives: the loss is 0")
-    if args.per_device_train_batch_size == 1:
-        raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
+    raise UserError("--train_group_size 1 with --per_device_train_batch_size 1 leaves no negatives: the loss is 0")
 
 
 def _check_neighbours(args: RetrieverTrainingArguments) -> None:
     """Raise UserError where --neighbours_in_batch could have no effect."""
     if not args.use_inbatch_neg:
         raise UserError("--neighbours_in_batch needs --use_inbatch_neg True: they are negatives of one another")
-    if args.per_device_train_batch_size == 1:
+    if not args.rows_share_negatives:
         raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
     if args.train_sampling_strategy != "random":
         raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")

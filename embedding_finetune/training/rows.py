@@ -3,6 +3,7 @@
 Shapes: R rows, N numbers in all lists of a column.
 """
 
+import hashlib
 import itertools
 import logging
 import os
@@ -111,6 +112,36 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
         numbers.append(lists.flatten().to_numpy())
         counts.append(lists.value_lengths().to_numpy())
     return np.repeat(np.arange(len(rows)), np.concatenate(counts)), np.concatenate(numbers)
+
+
+def rows_digest(rows: datasets.Dataset) -> str:
+    """A hash of the texts and scores of all rows, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    columns = ["query", "instruction", "pos", "neg", "pos_scores", "neg_scores"]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_PER_WRITE):
+        for name in columns:
+            for part in _content(table[name].combine_chunks()):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _content(values: pa.Array) -> Iterator[memoryview]:
+    """What an array holds, whatever part of larger buffers it is. Lists and numbers have no nulls."""
+    if values.null_count:
+        yield values.is_null().to_numpy(zero_copy_only=False).data
+        values = values.fill_null("")
+    if pa.types.is_list(values.type):
+        yield values.value_lengths().to_numpy().data
+        yield from _content(values.flatten())
+    elif not len(values):  # there may be no buffers
+        return
+    elif pa.types.is_large_string(values.type):
+        _, offsets, texts = values.buffers()
+        ends = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
+        yield np.diff(ends).data
+        yield memoryview(texts)[ends[0] : ends[-1]]
+    else:
+        yield values.to_numpy().data
 
 
 def _write_rows(path: Path, columns: Sequence[str], scores_required: bool, number: int) -> str:

@@ -7,7 +7,6 @@ model is saved.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
-from embedding_finetune.training.rows import instructions_of, list_lengths, numbers_of_files
+from embedding_finetune.training.rows import numbers_of_files, rows_digest
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -45,7 +44,7 @@ _LOCK_FILE = ".running"
 _DECIDES_NOTHING = re.compile(
     r"(log|logging|save|eval|dataloader(?!_drop_last)|ddp|gradient_checkpointing|activation_checkpointing)_\w+"
     r"|(gradient|activation)_checkpointing|per_device_train_batch_size|gradient_accumulation_steps|world_size"
-    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|output_dir"
+    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|columns|output_dir"
     r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
@@ -95,7 +94,7 @@ def _check_data_is_not_replaced(flag: str, data: str | None, output_dir: str) ->
     """Raise UserError where data that is read has the place and name of a file that is written."""
     if data is None or not os.path.exists(data) or not os.path.isdir(output_dir):
         return
-    for path in data_files(data):
+    for path in data_files(data, quiet=True):
         if os.path.samefile(os.path.realpath(path.parent), output_dir) and is_model_file(path.name):
             raise UserError(
                 f"--output_dir {output_dir}: the new model would replace {path} of {flag}; give another folder"
@@ -231,15 +230,7 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     """
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    digest = hashlib.blake2b(digest_size=16)
-    for table in rows.select_columns(["query_id", "pos_ids"]).with_format("arrow").iter(batch_size=10_000):
-        digest.update(table["query_id"].to_numpy().tobytes())
-        digest.update(table["pos_ids"].combine_chunks().flatten().to_numpy().tobytes())
-    digest.update(list_lengths(rows, "neg").tobytes())
-    for row, instruction in enumerate(instructions_of(rows)):
-        if instruction is not None:
-            digest.update(f"{row} {instruction}\n".encode())
-    described = {**flags, "rows": len(rows), "rows_digest": digest.hexdigest(), "batch_of_all_processes": batch}
+    described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.
         described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size

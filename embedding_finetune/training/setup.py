@@ -9,8 +9,9 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.corpus import Corpus, RetrievalTask, make_task
-from embedding_finetune.data.records import read_passages, read_queries
+from embedding_finetune.data.beir import is_beir
+from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task, make_task, read_corpus
+from embedding_finetune.data.records import read_queries
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
@@ -41,14 +42,16 @@ def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> Retrieva
     """The queries to measure with and the passages to search, if any; warns where training has seen them."""
     if data_args.eval_query_file_jsonl_path is None:
         return None
-    queries = list(read_queries(data_args.eval_query_file_jsonl_path, data_args.columns))
-    if data_args.eval_index_file_jsonl_path is not None:
-        corpus = Corpus(read_passages(data_args.eval_index_file_jsonl_path, data_args.columns))
+    query_file, index_file = data_args.eval_query_file_jsonl_path, data_args.eval_index_file_jsonl_path
+    if index_file is None and is_beir(query_file):
+        index_file = query_file
+    if index_file is not None:
+        task = load_task(query_file, read_corpus(index_file, data_args.columns), data_args.columns)
     else:
+        queries = list(read_queries(query_file, data_args.columns))
         # Training rows stay on disk: they are read one after the other.
         rows = itertools.chain(dataset.rows.select_columns(["pos"]), queries)
-        corpus = Corpus(text for row in rows for text in row["pos"])
-    task = make_task(queries, corpus)
+        task = make_task(queries, Corpus(text for row in rows for text in row["pos"]))
     known_queries, known_passages = dataset.known_positives.overlap(task)
     if known_queries or known_passages:
         logger.warning(
@@ -56,7 +59,7 @@ def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> Retrieva
             known_queries,
             len(task.queries),
             known_passages,
-            len(set().union(*task.relevant)),
+            len(task.findable_answers),
         )
     return task
 
@@ -208,7 +211,10 @@ def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int
 def save_merged_with_base(
     trainer: RetrievalTrainer, model_args: ModelArguments, args: RetrieverTrainingArguments, *, share: float
 ) -> None:
-    """Save share * tuned + (1 - share) * base weights in the folder `merged`: they keep more of what the base knew."""
+    """Save share * tuned + (1 - share) * base weights in the folder `merged`: they keep more of what the base knew.
+
+    To be called when training is over: without adapters the trainer's own weights are overwritten.
+    """
     base, _, config = load_base(model_args)
     backbone, projection = merged(trainer.bi_encoder.backbone), trainer.bi_encoder.projection
     mix_with(backbone.cpu(), base, share)

@@ -162,7 +162,10 @@ class RetrievalTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Retrieval measures on the whole candidate set, logged as `eval_MRR@10` and so on."""
+        """Retrieval measures of the task on its whole candidate set, logged as `eval_MRR@10` and so on.
+
+        There is one task: what transformers may give as eval_dataset and ignore_keys is not used.
+        """
         began, was_training = time.monotonic(), self.model.training
         self.model.eval()
         try:

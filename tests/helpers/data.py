@@ -20,5 +20,19 @@ def write_jsonl(path: Path, records) -> Path:
     return path
 
 
+def write_beir(folder: Path, documents: dict, queries: dict, **splits: dict) -> Path:
+    """A BEIR folder: documents id -> text or (title, text), queries id -> text, splits query -> document -> score."""
+    (folder / "qrels").mkdir(parents=True)
+    pairs = {name: text if isinstance(text, tuple) else ("", text) for name, text in documents.items()}
+    records = [{"_id": name, "title": title, "text": text} for name, (title, text) in pairs.items()]
+    write_jsonl(folder / "corpus.jsonl", records)
+    write_jsonl(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
+    for split, judgements in splits.items():
+        lines = [f"{query}\t{doc}\t{score}" for query, judged in judgements.items() for doc, score in judged.items()]
+        text = "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
