@@ -1,7 +1,7 @@
 """Training rows on disk, and their columns."""
 
 import pytest
-from helpers.data import write_jsonl
+from helpers.data import write_beir, write_jsonl
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.rows import (
@@ -141,3 +141,14 @@ def test_instructions_are_kept_as_they_are_written(tmp_path):
     assert list(instructions_of(rows)) == [*written, None]
     prompts = [{"query": "q", "pos": ["p"], "prompt": "find: "}]  # FlagEmbedding's name
     assert list(instructions_of(load_rows(str(write_jsonl(tmp_path / "rows.jsonl", prompts))))) == ["find: "]
+
+
+def test_a_beir_folder_is_one_file_and_is_refused_beside_its_own_judgements(tmp_path):
+    judged = {"q1": {"d1": 1}, "q2": {"d2": 1}}
+    folder = write_beir(tmp_path / "beir", {"d1": "a", "d2": "b"}, {"q1": "x", "q2": "y"}, train=judged, dev=judged)
+    rows = load_rows([str(write_jsonl(tmp_path / "rows.jsonl", many(1))), str(folder)])
+    assert list(rows["query"]) == ["q0", "x", "y"]
+    assert numbers_of_files(rows).tolist() == [0, 1, 1]
+    assert len(load_rows([str(folder), str(folder / "qrels" / "dev.tsv")])) == 4
+    with pytest.raises(UserError, match=r"train\.tsv is given twice, as \S+beir too; give it once"):
+        load_rows([str(folder), str(folder / "qrels" / "train.tsv")])
