@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.data import write_jsonl
+from helpers.data import write_beir, write_jsonl
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.rows import (
@@ -147,18 +147,33 @@ def test_instructions_are_kept_as_they_are_written(tmp_path):
 
 def test_rows_of_tables_are_those_of_json_lines(tmp_path):
     data = [{"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}"] if n % 2 else []} for n in range(250)]
-    expected = load_rows(str(write_jsonl(tmp_path / "a.jsonl", data))).to_list()
+
+    def read(path, columns=()):
+        return load_rows(str(path), columns).remove_columns("file").to_list()
+
+    expected = read(write_jsonl(tmp_path / "a.jsonl", data))
     lines = [f"{row['query']};{row['pos'][0]};{''.join(row['neg'])}\n" for row in data]
     (tmp_path / "a.csv").write_text("anchor;positive;negative\n" + "".join(lines))
     table = pa.table({name: [row[name] for row in data] for name in ("query", "pos", "neg")})
     pq.write_table(table.rename_columns(["question", "pos", "neg"]), tmp_path / "a.parquet", row_group_size=70)
-    assert load_rows(str(tmp_path / "a.csv")).to_list() == expected
-    assert load_rows(str(tmp_path / "a.parquet"), ["query=question"]).to_list() == expected
+    assert read(tmp_path / "a.csv") == expected
+    assert read(tmp_path / "a.parquet", ["query=question"]) == expected
     shards = tmp_path / "shards"
     shards.mkdir()
     for start in (0, 100, 200):
         pq.write_table(table.slice(start, 100), shards / f"{start:03d}.parquet")
-    assert load_rows(str(shards)).to_list() == expected
+    assert read(shards) == expected
     pq.write_table(pa.table({"query": ["q", "r"], "pos": [["p"], []]}), shards / "300.parquet")
     with pytest.raises(UserError, match=r'300\.parquet: row 2: "pos" is empty'):
         load_rows(str(shards))
+
+
+def test_a_beir_folder_is_one_file_and_is_refused_beside_its_own_judgements(tmp_path):
+    judged = {"q1": {"d1": 1}, "q2": {"d2": 1}}
+    folder = write_beir(tmp_path / "beir", {"d1": "a", "d2": "b"}, {"q1": "x", "q2": "y"}, train=judged, dev=judged)
+    rows = load_rows([str(write_jsonl(tmp_path / "rows.jsonl", many(1))), str(folder)])
+    assert list(rows["query"]) == ["q0", "x", "y"]
+    assert numbers_of_files(rows).tolist() == [0, 1, 1]
+    assert len(load_rows([str(folder), str(folder / "qrels" / "dev.tsv")])) == 4
+    with pytest.raises(UserError, match=r"train\.tsv is given twice, as \S+beir too; give it once"):
+        load_rows([str(folder), str(folder / "qrels" / "train.tsv")])

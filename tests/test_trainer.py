@@ -388,8 +388,11 @@ def test_without_an_index_the_positives_of_training_and_evaluation_are_searched(
     assert "0 of 1 queries and 1 of 2 relevant passages are also in the training data" in caplog.text
 
 
-@pytest.mark.parametrize(("workers", "killed_after"), [(0, 12), (2, 14)])  # an epoch has 8 steps
-def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp_path, workers, killed_after):
+@pytest.mark.parametrize(
+    ("workers", "killed_after", "files"),
+    [(0, 12, "one"), (2, 14, "one"), (2, 14, "one per batch")],  # an epoch has 8 steps, or 9
+)
+def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp_path, workers, killed_after, files):
     flags = {
         "max_steps": 26,
         "per_device_train_batch_size": 4,
@@ -398,6 +401,12 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_bits(tiny_bert, pairs, tmp
         "dataloader_num_workers": workers,
         "disable_tqdm": True,
     }
+    if files == "one per batch":
+        lines = pairs.read_text().splitlines(keepends=True)
+        (pairs := tmp_path / "data").mkdir()
+        (pairs / "a.jsonl").write_text("".join(lines[:17]))
+        (pairs / "b.jsonl").write_text("".join(lines[17:]))
+        flags["one_file_per_batch"] = True
     finetune.main(training_flags(tiny_bert, pairs, tmp_path / "whole", **flags))
 
     flags |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 2}

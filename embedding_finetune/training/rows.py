@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from embedding_finetune.command_line import UserError, scratch_folder
+from embedding_finetune.data import beir
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import read_training_rows
@@ -75,11 +76,15 @@ def load_rows(
 
 
 def training_files(train_data: Sequence[str]) -> list[Path]:
-    """The files of --train_data, those of folders in sorted order. Raises UserError where one is there twice."""
+    """The files of --train_data, those of folders in sorted order; a BEIR folder counts as one file.
+
+    Raises UserError where one is there twice.
+    """
     paths = [path for given in train_data for path in data_files(given)]
     places: dict[str, Path] = {}
     for path in paths:
-        earlier = places.setdefault(os.path.realpath(path), path)
+        read = beir.find_split(path, "train").qrels if beir.is_beir(path) else path
+        earlier = places.setdefault(os.path.realpath(read), path)
         if earlier is not path:
             also = "" if str(earlier) == str(path) else f", as {earlier} too"
             raise UserError(f"--train_data: {path} is given twice{also}; give it once")

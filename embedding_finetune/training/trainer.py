@@ -147,9 +147,10 @@ class RetrievalTrainer(Trainer):
         inputs = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "cut_texts")}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not torch.isfinite(loss):
+            counted = "counted from 1 over all files" if self.train_dataset.files.any() else "counted from 1"
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the rows "
-                f"{', '.join(str(row + 1) for row in rows.tolist())} (counted from 1); "
+                f"{', '.join(str(row + 1) for row in rows.tolist())} ({counted}); "
                 "lower --learning_rate, raise --temperature, or look at these rows"
             )
         self.largest_loss = max(self.largest_loss or 0.0, loss.item())
