@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.records import read_queries
+from embedding_finetune.data.records import HELD_OUT_BY, read_queries
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk, canonical, text_digest, text_id
 from embedding_finetune.files import AnyPath
 
@@ -59,6 +59,7 @@ class RetrievalTask(NamedTuple):
 
     relevant: the positions of a query's answers in the corpus. relevant_counts: how many distinct answers it has,
     including those that the corpus does not hold. ids name the queries in TREC files. groups: None for a query without.
+    held_out_by: what all of them were kept out of training by, if so, see hold_out.py.
     """
 
     queries: list[str]
@@ -67,6 +68,7 @@ class RetrievalTask(NamedTuple):
     relevant_counts: list[int]
     ids: list[str]
     groups: list[str | None]
+    held_out_by: str | None = None
 
     @property
     def missing(self) -> int:
@@ -99,6 +101,7 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
         relevant_counts=[len({canonical(text) for text in row["pos"]}) for row in rows],
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
+        held_out_by=_held_out_by(rows),
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
     if task.unanswerable == len(rows):
@@ -111,3 +114,9 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
             task.unanswerable,
         )
     return task
+
+
+def _held_out_by(rows: Sequence[Record]) -> str | None:
+    """What all rows were held out by; None where some were not, or by something else."""
+    kinds = [row.get(HELD_OUT_BY) for row in rows]
+    return kinds[0] if isinstance(kinds[0], str) and kinds.count(kinds[0]) == len(kinds) else None

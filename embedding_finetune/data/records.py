@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.formats import Place, read
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.texts import canonical
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_BY = "held_out_by"
+"""The field of a held-out query that says what is new about it, see hold_out.py."""
 SCORE_FIELDS = ("pos_scores", "neg_scores")
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -29,13 +32,15 @@ def read_training_rows(
     columns: Sequence[str] = (),
     *,
     scores_required: bool = False,
+    field_required: str | None = None,
     known: Iterable[str] = (),
     unused: str = "ignored",
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
     They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
-    `instruction` is put before their query. Other fields are kept. A log line counts them, except those in `known`, and
+    `instruction` is put before their query. field_required: a field that says which rows are held out together, see
+    field_value. Other fields are kept. A log line counts them, except those in `known`, and
     says with `unused` what happens to them.
 
     Raises UserError naming file and line, or row, at the first row that is not like this.
@@ -49,6 +54,8 @@ def read_training_rows(
         if "neg" in record:
             _require_texts(place, record, "neg", may_be_empty=True)
         _check_instruction(place, record)
+        if field_required is not None:
+            _check_field(place, record, field_required)
         for field in ("pos", "neg"):
             _check_scores(place, record, field)
             if scores_required and record.get(field) and record.get(f"{field}_scores") is None:
@@ -66,9 +73,9 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
     They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number).
     Either all rows have an `id` or none has, and no two are the same. null is the same as missing. A log line counts
-    other fields.
+    other fields. `held_out_by` says how finetune.py chose a query.
     """
-    used = {"query", "pos", "id", "group", "instruction"}
+    used = {"query", "pos", "id", "group", "instruction", HELD_OUT_BY}
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
     without_id = 0
@@ -145,6 +152,24 @@ def _check_instruction(place: Place, record: Record) -> None:
     """An instruction may be empty: then nothing is put before the query."""
     if "instruction" in record and record["instruction"] != "":
         _require_text(place, record, "instruction")
+
+
+def field_value(value: object) -> str:
+    """What a field's value is compared by; a whole number is the same with and without a decimal point."""
+    return canonical(str(int(value) if isinstance(value, float) and value.is_integer() else value))
+
+
+def _check_field(place: Place, record: Record, field: str) -> None:
+    """Raise UserError unless a row says in `field` with which others it is to be held out."""
+    value = record.get(field)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN is how tables say null
+        raise UserError(f"{place}: {place.name(field)} is missing, which --hold_out_by needs in every row")
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"{place}: {place.name(field)} is a {type(value).__name__}, --hold_out_by needs a text or a number"
+        )
+    if isinstance(value, str):
+        _check_text(place, field, value)
 
 
 def _drop_nulls(record: Record, *fields: str) -> None:

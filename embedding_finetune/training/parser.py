@@ -17,12 +17,13 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
-    "data": "train_data train_group_size neighbours_in_batch query_max_len passage_max_len "
+    "data": "train_data columns train_group_size neighbours_in_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
     "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
-    "evaluation during training": "eval_query_file_jsonl_path eval_index_file_jsonl_path early_stopping_patience",
+    "evaluation during training": "hold_out hold_out_by candidate_pool eval_query_file_jsonl_path "
+    "eval_index_file_jsonl_path early_stopping_patience",
     "output": "output_dir overwrite_output_dir save_adapter_only merge_with_base",
 }
 """Title -> the suite's own flags, and --output_dir. Help shows them in this order, before transformers' own."""
@@ -104,8 +105,9 @@ def check_together(
     _check_negatives(data_args, args)
     if data_args.neighbours_in_batch:
         _check_neighbours(args)
-    if data_args.eval_query_file_jsonl_path is None and args.eval_strategy != IntervalStrategy.NO:
-        raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
+    has_queries = data_args.hold_out is not None or data_args.eval_query_file_jsonl_path is not None
+    if not has_queries and args.eval_strategy != IntervalStrategy.NO:
+        raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --hold_out or --eval_query_file_jsonl_path")
 
 
 def _check_negatives(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:

@@ -4,6 +4,7 @@ Shapes: N numbers in all lists of a column.
 """
 
 import itertools
+import json
 import os
 import random
 import tempfile
@@ -17,7 +18,7 @@ import pyarrow as pa
 from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.records import read_training_rows
+from embedding_finetune.data.records import field_value, read_training_rows
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import once_per_machine
 
@@ -34,8 +35,13 @@ ROW_FEATURES = datasets.Features(
         "pos_ids": datasets.List(datasets.Value("int64")),
         "pos_scores": datasets.List(datasets.Value("float32")),
         "neg_scores": datasets.List(datasets.Value("float32")),
+        # Of rows that may be held out, else empty: what else evaluation reads of a row, as JSON, and the value of the
+        # field whose rows stay together.
+        "evaluation_fields": datasets.Value("large_string"),
+        "held_together_by": datasets.Value("large_string"),
     }
 )
+EVALUATION_FIELDS = ("id", "group", "instruction")
 
 
 def load_rows(
@@ -45,15 +51,20 @@ def load_rows(
     max_rows_per_file: int | None = None,
     seed: int = 0,
     scores_required: bool = False,
+    may_be_held_out: bool = False,
+    hold_out_field: str | None = None,
 ) -> datasets.Dataset:
     """Validate the rows of a file, or of a folder's files, and map them into memory from disk.
 
     Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
-    Raises UserError naming file and line or row, with scores_required also where a row has texts without scores.
+    may_be_held_out: keep what evaluation reads of rows. hold_out_field: the field whose rows are held out together.
+    Raises UserError naming file and line or row, with scores_required also where a row has texts without scores, and
+    where a row lacks hold_out_field.
     """
     paths = data_files(train_data)
-    written = once_per_machine(lambda: [_write_rows(path, columns, scores_required) for path in paths])
+    options = (scores_required, may_be_held_out, hold_out_field)
+    written = once_per_machine(lambda: [_write_rows(path, columns, *options) for path in paths])
     per_file = []
     for path, file in zip(paths, written):
         rows = datasets.Dataset.from_file(file)
@@ -81,11 +92,13 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
     return np.repeat(np.arange(len(rows)), np.concatenate(counts)), np.concatenate(numbers)
 
 
-def _write_rows(path: Path, columns: Sequence[str], scores_required: bool) -> str:
+def _write_rows(
+    path: Path, columns: Sequence[str], scores_required: bool, may_be_held_out: bool, hold_out_field: str | None
+) -> str:
     """Write one file's rows in Arrow's format; gives the file. Every run writes them anew: no cache can be stale."""
     target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
     schema = ROW_FEATURES.arrow_schema
-    rows = _training_rows(path, columns, scores_required)
+    rows = _training_rows(path, columns, scores_required, may_be_held_out, hold_out_field)
     try:
         with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             while batch := list(itertools.islice(rows, _ROWS_PER_WRITE)):
@@ -98,8 +111,14 @@ def _write_rows(path: Path, columns: Sequence[str], scores_required: bool) -> st
     return target
 
 
-def _training_rows(path: Path, columns: Sequence[str], scores_required: bool) -> Iterator[Record]:
-    for row in read_training_rows(path, columns, scores_required=scores_required):
+def _training_rows(
+    path: Path, columns: Sequence[str], scores_required: bool, may_be_held_out: bool, hold_out_field: str | None
+) -> Iterator[Record]:
+    known = [*(EVALUATION_FIELDS if may_be_held_out else ()), *([] if hold_out_field is None else [hold_out_field])]
+    rows = read_training_rows(
+        path, columns, scores_required=scores_required, field_required=hold_out_field, known=known
+    )
+    for row in rows:
         yield {
             "query": row["query"],
             "pos": row["pos"],
@@ -108,4 +127,11 @@ def _training_rows(path: Path, columns: Sequence[str], scores_required: bool) ->
             "pos_ids": list(map(text_id, row["pos"])),
             "pos_scores": row.get("pos_scores") or [],
             "neg_scores": row.get("neg_scores") or [],
+            "evaluation_fields": _evaluation_fields(row) if may_be_held_out else "",
+            "held_together_by": "" if hold_out_field is None else field_value(row[hold_out_field]),
         }
+
+
+def _evaluation_fields(row: Record) -> str:
+    fields = {name: row[name] for name in EVALUATION_FIELDS if row.get(name) is not None}
+    return json.dumps(fields, default=str) if fields else ""
