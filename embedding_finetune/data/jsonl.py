@@ -143,9 +143,12 @@ def write(path: AnyPath, records: Iterable[Record]) -> None:
             file.write(_line_of(record))
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each record
+
+
 def _line_of(record: Record) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        return _encode(record).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair in an unused field: ASCII escapes keep it
         return json.dumps(record).encode() + b"\n"
 

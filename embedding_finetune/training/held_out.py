@@ -8,9 +8,10 @@ Both lie in the output folder. Which rows are drawn is decided in data/hold_out.
 Shapes: R rows, N keys of all rows, G groups.
 """
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,30 +28,27 @@ from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.files import AnyPath
 from embedding_finetune.training.arguments import DataArguments
-from embedding_finetune.training.rows import list_lengths
+from embedding_finetune.training.rows import all_passages, flatten_column, read_column
 
 logger = logging.getLogger(__name__)
 
 QUERIES_FILE, CANDIDATES_FILE = FILES = ("held_out.jsonl", "held_out_candidates.jsonl")
-_IDENTITIES = {"query": folded_id, "pos": folded_id, "held_together_by": text_id}
-"""Column -> the number by which its texts tie rows."""
-_ROWS_PER_READ = 1000
-"""Few, since each may hold megabytes."""
-_TEXTS_PER_READ = 100
+_TEXTS_PER_READ = 1000
 _SHOWN_CHARACTERS = 80
 
 
 class Split(NamedTuple):
     """Which rows are held out. rows: (R,) bool. groups: how many groups that are. all_groups: of all rows.
 
-    largest_group: its rows. tied_by: the text that most of them share, where they are more than half of all rows.
+    largest_group: its rows. tied_by: where they are more than half of all rows, the text that most of them have, and
+    how many have it.
     """
 
     rows: np.ndarray
     groups: int
     all_groups: int
     largest_group: int
-    tied_by: str | None
+    tied_by: tuple[str, int] | None
 
 
 class HeldOut(NamedTuple):
@@ -77,7 +75,8 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
     split = once_per_machine(lambda: split_rows(rows, asked=asked, by=by, field=data_args.hold_out_field, seed=seed))
     held = rows.select(np.flatnonzero(split.rows))
     records = _with_usable_ids(_queries(held, by))
-    corpus = Corpus(_passages(rows, data_args.candidate_pool, data_args.columns))
+    pool = () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns)
+    corpus = Corpus(itertools.chain(all_passages(rows), pool))
     facts = {
         "asked": asked,
         "by": by,
@@ -87,9 +86,9 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
         "rows_trained": len(rows) - len(held),
         "groups": split.groups,
         "largest_group": split.largest_group,
-        "tied_by": split.tied_by,
+        "tied_by": None if split.tied_by is None else split.tied_by[0],
     }
-    _tell(facts, split, how_many(asked, len(np.unique(_column(rows, "query_id")))))
+    _tell(facts, split, how_many(asked, len(np.unique(read_column(rows, "query_id")))))
     return rows.select(np.flatnonzero(~split.rows)), HeldOut(records, make_task(records, corpus), facts)
 
 
@@ -99,13 +98,13 @@ def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | No
     Rows with the same query are one group, so that no query is trained on and measured. So are, by `passage`, rows with
     a positive in common, and by a field, rows with the same value of it.
     """
-    ties = {"query": _keys(rows, "query")}
+    ties = {"query": _keys(rows, "query_key")}
     if field is not None:
-        ties["held_together_by"] = _keys(rows, "held_together_by")
+        ties["field"] = _keys(rows, "field_key")
     elif by == "passage":
-        ties["pos"] = _keys(rows, "pos")
+        ties["pos"] = Keys(*flatten_column(rows, "pos_keys"))
     groups = tie(len(rows), list(ties.values()))
-    _, first = np.unique(_column(rows, "query_id"), return_index=True)
+    _, first = np.unique(read_column(rows, "query_id"), return_index=True)
     sizes = np.bincount(groups[first], minlength=groups.max() + 1)  # (G,), in queries; a query is in one group
     # What a group is known by is what stays when it gets a new question: its passages, or the value of its field.
     order = places(groups, list(ties.values())[-1], seed=seed)
@@ -137,36 +136,27 @@ def _no_such_number(asked: float, count: int, queries: int) -> str:
 
 
 def _keys(rows: datasets.Dataset, column: str) -> Keys:
-    """The identities of a column of texts, or of lists of texts: texts as they are folded, values as they are."""
-    identity = _IDENTITIES[column]
-    numbers = [np.empty(0, np.int64)]
-    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=_ROWS_PER_READ):
-        values = table[column].combine_chunks()
-        texts = values.flatten() if column == "pos" else values
-        numbers.append(np.fromiter(map(identity, texts.to_pylist()), np.int64, len(texts)))
-    owners = np.arange(len(rows))
-    return Keys(np.repeat(owners, list_lengths(rows, "pos")) if column == "pos" else owners, np.concatenate(numbers))
+    return Keys(np.arange(len(rows)), read_column(rows, column))
 
 
-def _column(rows: datasets.Dataset, column: str) -> np.ndarray:
-    return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
-
-
-def _most_shared(rows: datasets.Dataset, ties: dict[str, Keys], members: np.ndarray) -> str:
-    """The text, or the value of the field, that most rows of a group have in common. members: (R,) bool."""
+def _most_shared(rows: datasets.Dataset, ties: dict[str, Keys], members: np.ndarray) -> tuple[str, int]:
+    """The text, or value of the field, that most rows of a group have, and how many have it. members: (R,) bool."""
     best, shared = 0, ""
     for column, keys in ties.items():
         within = members[keys.rows]
-        owners, numbers = keys.rows[within], keys.numbers[within]
-        once = np.unique(np.rec.fromarrays([numbers, owners]))  # a row may have a text twice
-        numbers, first, counts = np.unique(once["f0"], return_index=True, return_counts=True)
+        order = np.lexsort((keys.rows[within], keys.numbers[within]))
+        owners, numbers = keys.rows[within][order], keys.numbers[within][order]
+        repeated = (owners[1:] == owners[:-1]) & (numbers[1:] == numbers[:-1])  # a row may have a text twice
+        once = np.append(True, ~repeated)
+        names, first, counts = np.unique(numbers[once], return_index=True, return_counts=True)
         most = int(counts.argmax())
         if counts[most] > best:
             best = int(counts[most])
-            value = rows[int(once["f1"][first[most]])][column]
+            value = rows[int(owners[once][first[most]])][column]
+            identity = text_id if column == "field" else folded_id
             texts = value if isinstance(value, list) else [value]
-            shared = next(text for text in texts if _IDENTITIES[column](text) == numbers[most])
-    return shared if len(shared) <= _SHOWN_CHARACTERS else shared[:_SHOWN_CHARACTERS] + "..."
+            shared = next(text for text in texts if identity(text) == names[most])
+    return shared if len(shared) <= _SHOWN_CHARACTERS else shared[:_SHOWN_CHARACTERS] + "...", best
 
 
 def _tell(facts: Record, split: Split, wanted: int) -> None:
@@ -177,10 +167,11 @@ def _tell(facts: Record, split: Split, wanted: int) -> None:
         *(facts["rows_trained"], split.largest_group),
     )
     if split.tied_by is not None:
+        text, count = split.tied_by
         logger.warning(
-            "warning: one group holds %d of %d rows, which are therefore trained on or held out together; most of them "
-            "share %s",
-            *(split.largest_group, len(split.rows), json.dumps(split.tied_by, ensure_ascii=False)),
+            "warning: one group holds %d of all %d rows, which are trained on or held out together: they are tied by "
+            "what they share, most of all %s, which is in %d of them",
+            *(split.largest_group, len(split.rows), json.dumps(text, ensure_ascii=False), count),
         )
     if 2 * facts["queries"] < wanted:
         logger.warning(
@@ -194,7 +185,7 @@ def _queries(held: datasets.Dataset, by: str) -> list[Record]:
     found: dict[tuple[int, str], Record] = {}
     answers: dict[tuple[int, str], dict[int, str]] = {}
     for row in held.select_columns(["query", "pos", "query_id", "pos_ids", "evaluation_fields"]):
-        fields = json.loads(row["evaluation_fields"] or "{}")
+        fields = json.loads(row["evaluation_fields"])
         key = (row["query_id"], str(fields.get("instruction")))
         found.setdefault(key, {"query": row["query"], "pos": [], **_usable(fields), HELD_OUT_BY: by})
         of_query = answers.setdefault(key, {})
@@ -224,15 +215,6 @@ def _with_usable_ids(records: list[Record]) -> list[Record]:
         QUERIES_FILE,
     )
     return [{name: value for name, value in record.items() if name != "id"} for record in records]
-
-
-def _passages(rows: datasets.Dataset, pool: str | None, columns: Sequence[str]) -> Iterator[str]:
-    """Every positive and negative of the rows, and the texts of a pool. Rows stay on disk."""
-    for table in rows.select_columns(["pos", "neg"]).with_format("arrow").iter(batch_size=_ROWS_PER_READ):
-        for column in ("pos", "neg"):
-            yield from table[column].combine_chunks().flatten().to_pylist()
-    if pool is not None:
-        yield from read_passages(pool, columns)
 
 
 def write_held_out(folder: AnyPath, held_out: HeldOut | None) -> None:

@@ -1,9 +1,8 @@
 """Training rows: validated, mapped into memory from disk, and their columns of lists.
 
-Shapes: N numbers in all lists of a column.
+Shapes: R rows, N numbers in all lists of a column.
 """
 
-import itertools
 import json
 import os
 import random
@@ -19,11 +18,13 @@ from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import field_value, read_training_rows
-from embedding_finetune.data.texts import text_id
+from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 
-_ROWS_PER_WRITE = 100
-"""Rows that are held until they are written: few, since each may hold megabytes."""
+_ROWS_PER_WRITE = 1000
+_CHARACTERS_PER_WRITE = 2**21
+"""Rows are held until they are so many, or their texts so long. The more there are, the fewer pages of the file are
+touched when it is mapped, each of which counts as the process's memory."""
 
 ROW_FEATURES = datasets.Features(
     {
@@ -35,10 +36,13 @@ ROW_FEATURES = datasets.Features(
         "pos_ids": datasets.List(datasets.Value("int64")),
         "pos_scores": datasets.List(datasets.Value("float32")),
         "neg_scores": datasets.List(datasets.Value("float32")),
-        # Of rows that may be held out, else empty: what else evaluation reads of a row, as JSON, and the value of the
-        # field whose rows stay together.
+        # Of rows that may be held out, else empty or 0: what ties them to others, see held_out.py, and what else
+        # evaluation reads of them, as JSON.
+        "query_key": datasets.Value("int64"),
+        "pos_keys": datasets.List(datasets.Value("int64")),
+        "field_key": datasets.Value("int64"),
+        "field": datasets.Value("large_string"),
         "evaluation_fields": datasets.Value("large_string"),
-        "held_together_by": datasets.Value("large_string"),
     }
 )
 EVALUATION_FIELDS = ("id", "group", "instruction")
@@ -101,7 +105,7 @@ def _write_rows(
     rows = _training_rows(path, columns, scores_required, may_be_held_out, hold_out_field)
     try:
         with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch := list(itertools.islice(rows, _ROWS_PER_WRITE)):
+            for batch in _batches(rows):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     except OSError as error:
         raise UserError(
@@ -109,6 +113,18 @@ def _write_rows(
             "make room, or set TMPDIR to another folder"
         ) from error
     return target
+
+
+def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
+    batch, characters = [], 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row["query"]) + sum(map(len, row["pos"])) + sum(map(len, row["neg"]))
+        if len(batch) == _ROWS_PER_WRITE or characters > _CHARACTERS_PER_WRITE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _training_rows(
@@ -127,11 +143,34 @@ def _training_rows(
             "pos_ids": list(map(text_id, row["pos"])),
             "pos_scores": row.get("pos_scores") or [],
             "neg_scores": row.get("neg_scores") or [],
-            "evaluation_fields": _evaluation_fields(row) if may_be_held_out else "",
-            "held_together_by": "" if hold_out_field is None else field_value(row[hold_out_field]),
+            **(_held_out_columns(row, hold_out_field) if may_be_held_out else {}),
         }
 
 
-def _evaluation_fields(row: Record) -> str:
+def _held_out_columns(row: Record, field: str | None) -> Record:
+    value = "" if field is None else field_value(row[field])
     fields = {name: row[name] for name in EVALUATION_FIELDS if row.get(name) is not None}
-    return json.dumps(fields, default=str) if fields else ""
+    return {
+        "query_key": folded_id(row["query"]),
+        "pos_keys": list(map(folded_id, row["pos"])),
+        "field": value,
+        "field_key": text_id(value),
+        "evaluation_fields": json.dumps(fields, default=str) if fields else "{}",
+    }
+
+
+def read_column(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of numbers: (R,)."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].to_numpy()
+
+
+def all_passages(rows: datasets.Dataset) -> Iterator[str]:
+    """Every positive and negative of the files, also of rows that were not drawn; see load_rows.
+
+    The files are read, not mapped: their pages would count as this process's memory.
+    """
+    for file in rows.cache_files:
+        with pa.OSFile(file["filename"], "rb") as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                for column in ("pos", "neg"):
+                    yield from batch[column].flatten().to_pylist()
