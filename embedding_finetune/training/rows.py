@@ -154,7 +154,7 @@ def _held_out_columns(row: Record, field: str | None) -> Record:
         "query_key": folded_id(row["query"]),
         "pos_keys": list(map(folded_id, row["pos"])),
         "field": value,
-        "field_key": text_id(value),
+        "field_key": 0 if field is None else text_id(value),
         "evaluation_fields": json.dumps(fields, default=str) if fields else "{}",
     }
 
