@@ -59,6 +59,7 @@ def without_torchrun(command: str) -> str:
 COMMANDS = [(path, block.replace("\\\n", " ").strip()) for path in PAGES for block in blocks(path)]
 SCRIPT_COMMANDS = [(path, without_torchrun(command)) for path, command in COMMANDS if is_script(command)]
 MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--output_file (\S+)", command)}
+MADE |= {"tuned/held_out.jsonl", "tuned/held_out_candidates.jsonl"}
 MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test", "candidates", "pool")}
 
 
