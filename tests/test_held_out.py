@@ -237,11 +237,12 @@ def test_the_files_are_what_evaluation_reads(tmp_path):
     assert list(map(canonical, held_out.task.corpus.texts)) == list(map(canonical, passages))
 
 
-def test_candidates_hold_rows_that_were_not_drawn_too(tmp_path):
+def test_rows_that_were_not_drawn_from_their_file_count_for_nothing(tmp_path):
     options = DataArguments(train_data=str(write_jsonl(tmp_path / "rows.jsonl", singles(30))), hold_out=3)
     rows = load_rows(options.train_data, max_rows_per_file=10, may_be_held_out=True)
     training_rows, held_out = hold_out(rows, options, seed=0)
-    assert (len(training_rows), len(held_out.records), len(held_out.task.corpus)) == (7, 3, 30)
+    assert (len(training_rows), len(held_out.records), len(held_out.task.corpus)) == (7, 3, 10)
+    assert sorted([*training_rows["query"], *queries_of(held_out.records)]) == sorted(rows["query"])
 
 
 def test_without_the_flag_all_rows_are_trained_on_and_files_of_an_earlier_run_go(tmp_path):

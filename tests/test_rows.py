@@ -1,10 +1,18 @@
 """Training rows on disk, and their columns."""
 
+import numpy as np
 import pytest
 from helpers.data import write_jsonl
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.training.rows import flatten_column, list_lengths, load_rows
+from embedding_finetune.training.rows import (
+    all_passages,
+    flatten_column,
+    keep_rows,
+    list_lengths,
+    load_rows,
+    read_column,
+)
 
 
 def many(count):
@@ -61,3 +69,21 @@ def test_columns_of_drawn_rows_are_those_of_the_draw(tmp_path):
     assert flatten_column(rows, "pos_ids")[0].tolist() == [
         row for row, count in enumerate(lengths) for _ in range(count)
     ]
+
+
+def test_rows_that_are_kept_are_those_rows_in_their_order_from_several_files_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", many(2500))
+    write_jsonl(tmp_path / "data" / "b.jsonl", [{"query": "b", "pos": ["p"], "neg": ["n"]}])
+    rows = load_rows(str(tmp_path / "data"))
+    kept = np.random.default_rng(0).random(2501) < 0.3
+    kept[1000:2000], kept[-1] = False, True
+    found = keep_rows(rows, kept)
+    assert found.to_list() == [row for row, keep in zip(rows, kept) if keep]
+    assert read_column(found, "query_id").tolist() == found["query_id"][:]
+    assert list(all_passages(found)) == [text for row in found for text in (*row["pos"], *row["neg"])]
+
+
+def test_long_rows_are_written_a_few_at_a_time(tmp_path):
+    rows = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p" * 1_000_000]}] * 7)))
+    assert [len(batch) for batch in rows.data["query"].chunks] == [3, 3, 1]

@@ -28,7 +28,7 @@ from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.files import AnyPath
 from embedding_finetune.training.arguments import DataArguments
-from embedding_finetune.training.rows import all_passages, flatten_column, read_column
+from embedding_finetune.training.rows import all_passages, flatten_column, keep_rows, read_column, stored_rows
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
         return rows, None
     by = data_args.hold_out_by
     split = once_per_machine(lambda: split_rows(rows, asked=asked, by=by, field=data_args.hold_out_field, seed=seed))
-    held = rows.select(np.flatnonzero(split.rows))
+    held = keep_rows(rows, split.rows)
     records = _with_usable_ids(_queries(held, by))
     pool = () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns)
     corpus = Corpus(itertools.chain(all_passages(rows), pool))
@@ -89,7 +89,7 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
         "tied_by": None if split.tied_by is None else split.tied_by[0],
     }
     _tell(facts, split, how_many(asked, len(np.unique(read_column(rows, "query_id")))))
-    return rows.select(np.flatnonzero(~split.rows)), HeldOut(records, make_task(records, corpus), facts)
+    return keep_rows(rows, ~split.rows), HeldOut(records, make_task(records, corpus), facts)
 
 
 def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | None, seed: int) -> Split:
@@ -184,7 +184,7 @@ def _queries(held: datasets.Dataset, by: str) -> list[Record]:
     """The rows of QUERIES_FILE: each query once, with the positives of all its rows, and what the first says of it."""
     found: dict[tuple[int, str], Record] = {}
     answers: dict[tuple[int, str], dict[int, str]] = {}
-    for row in held.select_columns(["query", "pos", "query_id", "pos_ids", "evaluation_fields"]):
+    for row in stored_rows(held):
         fields = json.loads(row["evaluation_fields"])
         key = (row["query_id"], str(fields.get("instruction")))
         found.setdefault(key, {"query": row["query"], "pos": [], **_usable(fields), HELD_OUT_BY: by})

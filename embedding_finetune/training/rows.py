@@ -3,12 +3,15 @@
 Shapes: R rows, N numbers in all lists of a column.
 """
 
+import itertools
 import json
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -68,15 +71,72 @@ def load_rows(
     """
     paths = data_files(train_data)
     options = (scores_required, may_be_held_out, hold_out_field)
-    written = once_per_machine(lambda: [_write_rows(path, columns, *options) for path in paths])
-    per_file = []
-    for path, file in zip(paths, written):
-        rows = datasets.Dataset.from_file(file)
-        if max_rows_per_file is not None and len(rows) > max_rows_per_file:
-            chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
-            rows = rows.select(sorted(chosen))
-        per_file.append(rows)
-    return datasets.concatenate_datasets(per_file)
+    most = max_rows_per_file
+
+    def write(path: Path) -> str:
+        file = _write_rows(path, columns, *options)
+        return file if most is None else _draw(file, most, f"{seed}:{path.name}")
+
+    return _mapped(once_per_machine(lambda: [write(path) for path in paths]))
+
+
+def keep_rows(rows: datasets.Dataset, kept: np.ndarray) -> datasets.Dataset:
+    """The rows where `kept` (R,) is True, in a file of their own; rows: what load_rows gives.
+
+    Rows that are selected by their numbers are read a hundred times slower. One process of each machine writes them.
+    """
+    return _mapped(once_per_machine(lambda: [_write_kept(_files_of(rows), kept)]))
+
+
+def _mapped(files: Sequence[str]) -> datasets.Dataset:
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+def _files_of(rows: datasets.Dataset) -> list[str]:
+    return [file["filename"] for file in rows.cache_files]
+
+
+def _draw(file: str, most: int, seed: str) -> str:
+    """A file of at most so many rows of a file, which it replaces."""
+    count = sum(batch.num_rows for batch in _stored_batches(file))
+    if count <= most:
+        return file
+    kept = np.zeros(count, dtype=bool)
+    kept[random.Random(seed).sample(range(count), most)] = True
+    drawn = _write_kept([file], kept)
+    os.remove(file)
+    return drawn
+
+
+def _write_kept(files: Sequence[str], kept: np.ndarray) -> str:
+    start = 0
+    with _new_file() as (target, writer):
+        for batch in itertools.chain.from_iterable(map(_stored_batches, files)):
+            end = start + batch.num_rows
+            if kept[start:end].any():
+                writer.write_batch(batch.filter(pa.array(kept[start:end])))
+            start = end
+    return target
+
+
+def _stored_batches(file: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, read and not mapped: the pages of a mapped file count as this process's memory."""
+    with pa.OSFile(file, "rb") as source, pa.ipc.open_stream(source) as batches:
+        yield from batches
+
+
+@contextmanager
+def _new_file() -> Iterator[tuple[str, Any]]:
+    """A new file of rows, and what writes batches into it. Every run writes anew: no cache can be stale."""
+    target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
+    try:
+        with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, ROW_FEATURES.arrow_schema) as writer:
+            yield target, writer
+    except OSError as error:
+        raise UserError(
+            f"{target}: the training rows cannot be written there: {error.strerror or error}; "
+            "make room, or set TMPDIR to another folder"
+        ) from error
 
 
 def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
@@ -99,19 +159,10 @@ def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.
 def _write_rows(
     path: Path, columns: Sequence[str], scores_required: bool, may_be_held_out: bool, hold_out_field: str | None
 ) -> str:
-    """Write one file's rows in Arrow's format; gives the file. Every run writes them anew: no cache can be stale."""
-    target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
-    schema = ROW_FEATURES.arrow_schema
-    rows = _training_rows(path, columns, scores_required, may_be_held_out, hold_out_field)
-    try:
-        with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in _batches(rows):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    except OSError as error:
-        raise UserError(
-            f"{target}: the training rows cannot be written there: {error.strerror or error}; "
-            "make room, or set TMPDIR to another folder"
-        ) from error
+    """Write one file's rows in Arrow's format; gives the file."""
+    with _new_file() as (target, writer):
+        for batch in _batches(_training_rows(path, columns, scores_required, may_be_held_out, hold_out_field)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=ROW_FEATURES.arrow_schema))
     return target
 
 
@@ -165,12 +216,13 @@ def read_column(rows: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def all_passages(rows: datasets.Dataset) -> Iterator[str]:
-    """Every positive and negative of the files, also of rows that were not drawn; see load_rows.
+    """Every positive and negative of rows of load_rows."""
+    for batch in itertools.chain.from_iterable(map(_stored_batches, _files_of(rows))):
+        for column in ("pos", "neg"):
+            yield from batch[column].flatten().to_pylist()
 
-    The files are read, not mapped: their pages would count as this process's memory.
-    """
-    for file in rows.cache_files:
-        with pa.OSFile(file["filename"], "rb") as source, pa.ipc.open_stream(source) as batches:
-            for batch in batches:
-                for column in ("pos", "neg"):
-                    yield from batch[column].flatten().to_pylist()
+
+def stored_rows(rows: datasets.Dataset) -> Iterator[Record]:
+    """Rows of load_rows one after the other."""
+    for batch in itertools.chain.from_iterable(map(_stored_batches, _files_of(rows))):
+        yield from batch.to_pylist()
