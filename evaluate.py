@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            if len(metrics) > 1 or document["groups"]:
+            if len(metrics) > 1 or document["groups"] or document["held_out_by"]:
                 print(evaluation_tables(document))
             print(result)
         if options.output_dir is not None:

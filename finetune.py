@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.distributed import leave_process_group_at_exit
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
+        from embedding_finetune.training.held_out import hold_out, write_held_out
         from embedding_finetune.training.rows import load_rows
         from embedding_finetune.training.run_folder import (
             check_same_run,
@@ -69,20 +70,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_rows_per_file=data_args.max_example_num_per_dataset,
         seed=args.seed,
         scores_required=args.distillation_weight > 0,
+        may_be_held_out=data_args.hold_out is not None,
+        hold_out_field=data_args.hold_out_field,
     )
-    dataset = TrainDataset(rows, group_size=data_args.train_group_size, seed=args.seed)
+    training_rows, held_out = hold_out(rows, data_args, seed=args.seed)
+    dataset = TrainDataset(training_rows, group_size=data_args.train_group_size, seed=args.seed)
     logger.info("%d training rows", len(dataset))
     check_it_can_learn(dataset, args)
-    task = load_evaluation(data_args, dataset)
+    task = load_evaluation(data_args, dataset, rows)
 
     given = flags_not_at_default(model_args, data_args, args)
     decided_by = what_decides(given, args, dataset.rows)
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
-        trainer = make_trainer(model_args, data_args, args, dataset, task)
+        trainer = make_trainer(model_args, data_args, args, dataset, task, held_out)
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
+        if args.should_save:
+            write_held_out(args.output_dir, held_out)
         with errors_name_their_flag(given):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

@@ -143,6 +143,22 @@ for number, flags in enumerate({runs!r}):
         assert (one[key] - two[key]).norm() <= 1e-5 * moved + 1e-6, key
 
 
+def test_two_processes_hold_out_what_one_does(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    for processes in (1, 2):
+        flags = training_flags(model, data, tmp_path / str(processes), processes, "--hold_out", "0.1")
+        result = launch(f"import finetune\nfinetune.main({flags!r})", tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+    for name in ("held_out.jsonl", "held_out_candidates.jsonl"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    one, two = (json.loads((tmp_path / str(n) / "training_summary.json").read_text()) for n in (1, 2))
+    assert (one["hold_out"]["queries"], one["rows"]) == (3, 27)
+    for summary in (one, two):
+        del summary["hold_out"]["metrics_after"]  # negatives of the other process are not seen
+    for name in ("rows", "hold_out", "metrics_before"):
+        assert one[name] == two[name]
+
+
 def history(folder: Path) -> list[dict]:
     return json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
 

@@ -258,6 +258,28 @@ ORIGINAL_COMMANDS = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.demo_model
+@pytest.mark.parametrize("columns", [("query", "pos"), ("question", "answer")])
+def test_make_demo_goes_the_whole_way_with_a_file_of_ones_own(demo_model, tmp_path, columns):
+    lines = [f'"{words}, {topic}?",{passage_about(topic)}' for topic in TOPICS for words in ("reset", "open", "my")]
+    (tmp_path / "my.csv").write_text(",".join(columns) + "\n" + "\n".join(lines) + "\n")
+    for name in ("mine_hard_neg.py", "finetune.py", "evaluate.py", "Makefile"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    given = ["DATA=my.csv", f"MODEL={demo_model}", f"BIN={os.path.dirname(sys.executable)}"]
+    if columns[0] != "query":
+        given.append("DATA_COLUMNS=query=question pos=answer")
+    result = subprocess.run(
+        ["make", "--old-file=.venv/cpu", "demo", *given], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout[result.stdout.index("Held-out questions, before and after:") :]
+    assert "3 queries, held out by passage: questions about passages that no training row answers with" in shown
+    assert re.search(rf"^{demo_model} +\d\.\d{{4}} .*\n\.demo/finetuned +\d\.\d{{4}} ", shown, re.MULTILINE)
+    assert "held out by passage" in (tmp_path / ".demo" / "evaluation" / "report.html").read_text()
+    assert "are in the training data of" not in result.stderr
+
+
 def test_the_sample_data_is_what_the_readme_says():
     candidates = [text for row in read_jsonl(REPOSITORY / "candidate_context.jsonl") for text in row["context"]]
     assert len(candidates) == len({canonical(text) for text in candidates}) >= 120

@@ -63,6 +63,7 @@ SCRIPT_COMMANDS = [(path, without_torchrun(command)) for path, command in COMMAN
 MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--output_file (\S+)", command)}
 MADE |= {"scifact", "scifact/qrels/dev.tsv"}  # a BEIR folder; tests/test_beir.py runs these commands on one
 MADE |= {"pairs.csv", "pairs.parquet", "triplets.parquet"}  # of the reader, and of programs on docs/data.md
+MADE |= {"tuned/held_out.jsonl", "tuned/held_out_candidates.jsonl"}
 MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test", "candidates", "pool")}
 
 

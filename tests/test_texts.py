@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import re
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_finetune.data import texts as texts_module
-from embedding_finetune.data.texts import TextsOnDisk, canonical, raw_digests, text_digest, text_id
+from embedding_finetune.data.texts import TextsOnDisk, canonical, folded, folded_id, raw_digests, text_digest, text_id
 
 
 def test_texts_compare_after_nfc_and_stripping():
@@ -79,3 +81,37 @@ def test_a_text_has_another_raw_digest_with_each_instruction_of_its_own():
     # Where the instruction ends is part of it: "a" + "bc" and "ab" + "c" have the same letters.
     assert raw_digests(["bc", "c"], ["a", "ab"]).tolist()[1] not in digests
     assert digests[0] == raw_digests(["bc"])[0] == raw_digests(["bc"], [None])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("How do I reset it?", "how do i  reset it"),
+        ("Straße: (re)start", "STRASSE re start"),
+        ("it's - a-b,\n\tc", "It S A B C"),
+        ("É", "e\u0301"),
+        ("a\u00a0b", "A b."),
+        (" ?! ", "?!"),
+    ],
+)
+def test_texts_that_differ_in_case_spacing_and_punctuation_fold_to_one(text, same):
+    assert folded(text) == folded(same)
+    assert folded_id(text) == folded_id(same)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"), [("C++", "C#"), ("?", "!"), ("?", "??"), ("a b", "ab"), ("C", "C++"), ("e", "é"), ("1/2", "1 2")]
+)
+def test_texts_that_differ_otherwise_stay_two(text, other):
+    assert folded(text) != folded(other)
+
+
+@given(text=st.text(alphabet="aB ?!-'\u00e9\u0301\u0130\u00df\u03c2#\u00a0\n", min_size=1).filter(str.strip))
+def test_texts_that_are_one_by_either_rule_fold_to_one(text):
+    assert folded(text)
+    assert folded(canonical(text)) == folded(text)
+    by_the_rule = re.sub(r"""[\s.,;:!?'"()-]+""", " ", text.casefold()).strip()
+    if by_the_rule:
+        assert folded(by_the_rule) == folded(text)
+    else:
+        assert folded(text) == canonical(text)

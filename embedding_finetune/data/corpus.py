@@ -11,7 +11,7 @@ import numpy as np
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.records import read_passages, read_queries
+from embedding_finetune.data.records import HELD_OUT_BY, read_passages, read_queries
 from embedding_finetune.data.texts import (
     DIGEST_BYTES,
     Instructions,
@@ -120,6 +120,7 @@ class RetrievalTask(NamedTuple):
     relevant: for each query, the positions of its answers, and how relevant each is, from 1. Answers that the corpus
     does not hold have positions from len(corpus) on. ids name the queries in TREC files. groups: None for a query
     without. instructions: those that queries have of their own.
+    held_out_by: what all of them were kept out of training by, if so, see hold_out.py.
     """
 
     queries: list[str]
@@ -128,6 +129,7 @@ class RetrievalTask(NamedTuple):
     ids: list[str]
     groups: list[str | None]
     instructions: Instructions = None
+    held_out_by: str | None = None
 
     def findable(self, number: int) -> list[int]:
         """The positions of a query's answers that the corpus holds, in ascending order."""
@@ -195,6 +197,7 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
         instructions=[row.get("instruction") for row in rows],
+        held_out_by=_held_out_by(rows),
     )
     logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
     _warn_of_missing(task)
@@ -238,3 +241,9 @@ def _warn_of_missing(task: RetrievalTask) -> None:
             task.missing,
             task.unanswerable,
         )
+
+
+def _held_out_by(rows: Sequence[Record]) -> str | None:
+    """What all rows were held out by; None where some were not, or by something else."""
+    kinds = [row.get(HELD_OUT_BY) for row in rows]
+    return kinds[0] if isinstance(kinds[0], str) and kinds.count(kinds[0]) == len(kinds) else None

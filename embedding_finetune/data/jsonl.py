@@ -146,7 +146,7 @@ def write(path: AnyPath, records: Iterable[Record]) -> None:
 
 def _line_of(record: Record) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False, default=_as_json).encode() + b"\n"
+        return _encode(record).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair in an unused field: ASCII escapes keep it
         return json.dumps(record, default=_as_json).encode() + b"\n"
 
@@ -165,6 +165,10 @@ def _as_json(value: Any) -> object:
     if isinstance(value, decimal.Decimal | uuid.UUID):
         return str(value)
     raise TypeError(f"no JSON for a {type(value).__name__}")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, default=_as_json).encode
+"""json.dumps would make an encoder for each record."""
 
 
 def open_for_reading(path: AnyPath) -> io.BufferedReader:

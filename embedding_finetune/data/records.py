@@ -14,10 +14,13 @@ from embedding_finetune.data import beir
 from embedding_finetune.data.columns import Place
 from embedding_finetune.data.formats import read
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.texts import canonical
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_BY = "held_out_by"
+"""The field of a held-out query that says what is new about it, see hold_out.py."""
 SCORE_FIELDS = ("pos_scores", "neg_scores")
 _QUERY_FIELDS = ("query", "pos", "id", "group", "instruction")
 
@@ -33,13 +36,15 @@ def read_training_rows(
     columns: Sequence[str] = (),
     *,
     scores_required: bool = False,
+    field_required: str | None = None,
     known: Iterable[str] = (),
     others_are_kept: bool = False,
 ) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...], "neg": [str, ...]}`; `neg` may be missing or null, which is the same.
 
     They may have `pos_scores` and `neg_scores`, a number for each text; with scores_required they must. An
-    `instruction` is put before their query. `known`: other fields that the caller uses. Log lines tell what other
+    `instruction` is put before their query. `known`: other fields that the caller uses. field_required: one of
+    them, which says which rows are held out together, see field_value. Log lines tell what other
     fields there are; they are read from all formats with others_are_kept, else not from parquet. A BEIR folder
     gives the queries of its qrels/train.tsv, with an `id`.
 
@@ -65,6 +70,8 @@ def read_training_rows(
             for field in ("pos", "neg"):
                 _check_scores(place, record, field)
             others.update(_fields_beyond(used, record))
+        if field_required is not None:
+            _check_field(place, record, field_required)
         if scores_required:
             _require_scores(place, record)
         yield record
@@ -76,9 +83,9 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
     They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number).
     Either all rows have an `id` or none has, and no two are the same. null is the same as missing. A log line counts
-    other fields.
+    other fields. `held_out_by` says how finetune.py chose a query.
     """
-    used = {"query", "pos", "id", "group", "instruction"}
+    used = {"query", "pos", "id", "group", "instruction", HELD_OUT_BY}
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
     without_id = 0
@@ -211,6 +218,24 @@ def _check_instruction(place: Place, record: Record) -> None:
     """An instruction may be empty: then nothing is put before the query."""
     if "instruction" in record and record["instruction"] != "":
         _require_text(place, record, "instruction")
+
+
+def field_value(value: object) -> str:
+    """What a field's value is compared by; a whole number is the same with and without a decimal point."""
+    return canonical(str(int(value) if isinstance(value, float) and value.is_integer() else value))
+
+
+def _check_field(place: Place, record: Record, field: str) -> None:
+    """Raise UserError unless a row says in `field` with which others it is to be held out."""
+    value = record.get(field)
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN is how tables say null
+        raise UserError(f"{place}: {place.name(field)} is missing, which --hold_out_by needs in every row")
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"{place}: {place.name(field)} is a {type(value).__name__}, --hold_out_by needs a text or a number"
+        )
+    if isinstance(value, str):
+        _check_text(place, field, value)
 
 
 def _drop_nulls(record: Record, *fields: str) -> None:

@@ -1,7 +1,9 @@
-"""The identity of a text, in four forms, and many texts on disk.
+"""The identity of a text, in several forms, and many texts on disk.
 
 canonical     a string, for comparing a few texts
-text_id       63 bits of its hash: a number that fits into a tensor, for the texts of a batch and of a training set
+folded        a string without case and punctuation, for keeping apart what is trained on and what is measured with
+text_id       63 bits of the hash of canonical: a number that fits into a tensor, for a batch and for a training set
+folded_id     63 bits of the hash of folded
 text_digest   128 bits of its hash, for a corpus that holds nothing else: no two of a billion texts share one
 raw_digests   128 bits of the hash of a text as it is written, for stored embeddings, which depend on spelling
 """
@@ -20,6 +22,7 @@ import numpy as np
 _BUFFER_BYTES = 2**20
 DIGEST_BYTES = 16
 """The size of a digest of text_digest and raw_digests."""
+_BETWEEN_WORDS = str.maketrans(dict.fromkeys(".,;:!?'\"()-", " "))
 
 Instructions = Sequence[str | None] | None
 """What stands before each of several texts in place of the instruction that the model or a flag has for them.
@@ -33,10 +36,31 @@ def canonical(text: str) -> str:
     return unicodedata.normalize("NFC", text).strip()
 
 
+def folded(text: str) -> str:
+    """The form in which texts are the same to a reader: "How do I reset it?" and "how do I  reset it".
+
+    Without case, every run of white space and of . , ; : ! ? ' " ( ) - one space, stripped. Other characters stay:
+    `C++` and `C#` are two texts. What would become nothing, such as "?!", keeps its canonical form.
+
+    Texts with one canonical form have one folded form. Case is folded between two normalisations, as the Unicode
+    standard has it for caseless matching (section 3.13, D145).
+    """
+    letters = unicodedata.normalize("NFD", text).casefold().translate(_BETWEEN_WORDS)
+    return unicodedata.normalize("NFC", " ".join(letters.split())) or canonical(text)
+
+
 def text_id(text: str) -> int:
     """A non-negative 63-bit identity of `canonical(text)`, the same in every process and run."""
-    digest = hashlib.blake2b(canonical(text).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return _id(canonical(text))
+
+
+def folded_id(text: str) -> int:
+    """A non-negative 63-bit identity of `folded(text)`, the same in every process and run."""
+    return _id(folded(text))
+
+
+def _id(form: str) -> int:
+    return int.from_bytes(hashlib.blake2b(form.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def text_digest(text: str) -> bytes:

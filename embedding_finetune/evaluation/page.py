@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.metrics import relevance_of
 from embedding_finetune.evaluation.summary import difference_cells
@@ -40,7 +41,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
     depth = next(iter(rankings.values())).positions.shape[1]
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
-        "facts": f"{len(task.queries):,} queries, {len(task.corpus):,} passages",
+        "facts": _facts(task),
         "legend": "".join(f'<li class="m{i % _COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
         "warnings": "".join(f"<li>{escape(text)}</li>" for text in warnings(document)),
         "measures": _measures(document),
@@ -52,6 +53,12 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
     }
     # One pass, so that text within a part is never taken for a placeholder.
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _facts(task: RetrievalTask) -> str:
+    by = task.held_out_by
+    kind = "" if by is None else f", held out by {by}: {what_is_new(by)}"
+    return escape(f"{len(task.queries):,} queries, {len(task.corpus):,} passages{kind}")
 
 
 def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from embedding_finetune import __version__
 from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import compare, means
@@ -53,6 +54,7 @@ def summarize(
             for group, numbers in members.items()
         },
         "queries": len(task.queries),
+        "held_out_by": task.held_out_by,
         "passages": len(task.corpus),
         "duplicate_passages": task.corpus.duplicates,
         "positives_not_in_corpus": task.missing,
@@ -65,10 +67,15 @@ def summarize(
 
 
 def evaluation_tables(document: Record) -> str:
-    """Text tables: measures by model, the differences of other models to the first, measures by group of queries."""
+    """Text tables: measures by model, the differences of other models to the first, measures by group of queries.
+
+    Before them stands what the queries are, where finetune.py held them out.
+    """
     metrics = document["metrics"]
     names, measures = list(metrics), list(next(iter(metrics.values())))
-    parts = [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
+    by = document["held_out_by"]
+    parts = [] if by is None else [f"{document['queries']} queries, held out by {by}: {what_is_new(by)}"]
+    parts += [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
     for name, differences in document["differences"].items():
         rows = [[f"{name} - {names[0]}", "difference", "95% interval", "p"]]
         rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]

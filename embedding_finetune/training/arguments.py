@@ -16,6 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.columns import COLUMNS_HELP, parse_columns
+from embedding_finetune.data.hold_out import KINDS
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
@@ -69,6 +70,21 @@ class DataArguments:
         None, 'put before each passage (default: what the checkpoint says, else "")'
     )
 
+    hold_out: float | None = _flag(
+        None,
+        "keep this share of the queries (below 1), or this many (from 1 on), out of training, and measure with them; "
+        "rows that belong together stay together",
+    )
+    hold_out_by: str = _flag(
+        "passage",
+        "what is new about the queries that --hold_out keeps back: `passage`, no training row has a passage that "
+        "answers them; `question`, training may know their passages; or a field of the rows, such as customer, whose "
+        "rows stay together",
+    )
+    candidate_pool: str | None = _flag(
+        None,
+        "with --hold_out: further passages to search among, beside every positive and negative of the training data",
+    )
     eval_query_file_jsonl_path: str | None = _flag(
         None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
     )
@@ -81,15 +97,30 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
+        if self.candidate_pool is not None and self.hold_out is None:
+            raise UserError("--candidate_pool needs --hold_out: its passages are searched, not trained on")
         check_numbers(self)
         parse_columns(self.columns)
+        if self.hold_out_field in ("query", "pos", "neg"):
+            raise UserError(
+                f"--hold_out_by {self.hold_out_by}: give `passage`, `question`, or a field that says which rows belong "
+                "together, such as a document or a customer"
+            )
         if isinstance(self.train_data, str):  # from Python
             self.train_data = [self.train_data]
         for path in self.train_data:
             files.require_data("--train_data", path)
-        for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+        for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path", "candidate_pool"):
             if getattr(self, flag) is not None:
                 files.require_data(f"--{flag}", getattr(self, flag))
+
+    @property
+    def hold_out_field(self) -> str | None:
+        """The field whose rows are held out together, by the suite's own name; None for `passage` and `question`."""
+        if self.hold_out_by in KINDS:
+            return None
+        roles = {column: role for role, column in parse_columns(self.columns).items()}
+        return roles.get(self.hold_out_by, self.hold_out_by)
 
 
 @dataclass

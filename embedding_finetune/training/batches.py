@@ -25,7 +25,7 @@ from embedding_finetune.model.tokens import Tokens, pad, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rows import flatten_column, list_lengths, numbers_of_files
+from embedding_finetune.training.row_columns import flatten_column, list_lengths, read_column
 
 
 class Draw(NamedTuple):
@@ -88,7 +88,7 @@ class TrainDataset(Dataset[TrainExample | None]):
         self.rows = rows
         self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
         self.seed = seed
-        self.files = numbers_of_files(rows)
+        self.files = read_column(rows, "file")
         self.known_positives = KnownPositives(rows)
 
     def __len__(self) -> int:

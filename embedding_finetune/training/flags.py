@@ -26,7 +26,7 @@ _TEXTS = "rows are texts, not columns of a model's input; leave it out"
 REFUSED = {
     "do_train": "finetune.py trains; leave it out",
     "do_predict": "finetune.py does not predict; evaluate.py ranks passages",
-    "eval_on_start": "with --eval_query_file_jsonl_path the model is measured before the first step; leave it out",
+    "eval_on_start": "with queries to measure with, this is done before the first step anyway; leave it out",
     "per_device_eval_batch_size": "evaluation makes its batches by length; leave it out",
     "prediction_loss_only": _MEASURED,
     "eval_do_concat_batches": _MEASURED,
@@ -119,6 +119,11 @@ _RULES: tuple[_Rule, ...] = (
     ("learning_rate", lambda n: n <= 1, "at most 1"),
     ("adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "at least 0 and below 1"),
     ("merge_with_base", lambda n: 0 < n < 1, "between 0 and 1"),
+    (
+        "hold_out",
+        lambda n: 0 < n < 1 or (n >= 1 and n == int(n)),
+        "a share of the queries between 0 and 1, or a whole number of them",
+    ),
 )
 """Flags, what holds for their values, and how a value has to be that does not."""
 
@@ -127,6 +132,8 @@ _JSON_OBJECTS = "lr_scheduler_kwargs activation_checkpointing_kwargs gradient_ch
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 _WITHOUT_KWARGS = ("constant", "constant_with_warmup")
 
+_QUERIES = "--hold_out or --eval_query_file_jsonl_path"
+"""What measuring during training needs."""
 _NAMED_BY_RUN = {"wandb", "trackio", "comet_ml", "mlflow", "swanlab"}
 
 _LAUNCHED = {
@@ -190,7 +197,8 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
 
     Steps beside a strategy that was turned off by `no` are let pass: that is how a fixed command is varied.
     """
-    has_queries = data.eval_query_file_jsonl_path is not None
+    holds_out = data.hold_out is not None
+    has_queries = data.eval_query_file_jsonl_path is not None or holds_out
     evaluates = args.eval_strategy != "no"
     schedule = args.lr_scheduler_type.value
     has_workers = args.dataloader_num_workers > 0
@@ -201,8 +209,9 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "eval_delay": (evaluates, "--eval_strategy steps or epoch"),
         "metric_for_best_model": (evaluates, "--eval_strategy steps or epoch"),
         "load_best_model_at_end": (evaluates, "--eval_strategy steps or epoch"),
-        "do_eval": (has_queries, "--eval_query_file_jsonl_path"),
-        "eval_on_start": (has_queries, "--eval_query_file_jsonl_path"),
+        "do_eval": (has_queries, _QUERIES),
+        "eval_on_start": (has_queries, _QUERIES),
+        "hold_out_by": (holds_out, "--hold_out"),
         "activation_checkpointing_kwargs": (args.activation_checkpointing, "--activation_checkpointing True"),
         "gradient_checkpointing_kwargs": (args.activation_checkpointing, "--gradient_checkpointing True"),
         "dataloader_prefetch_factor": (has_workers, "--dataloader_num_workers"),
@@ -219,7 +228,7 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         if flag in needs and value and not needs[flag][0]:
             raise UserError(f"--{flag} needs {needs[flag][1]}: it would do nothing")
     if given.get("do_eval", True) is False and has_queries:
-        raise UserError("--do_eval False: leave out --eval_query_file_jsonl_path")
+        raise UserError(f"--do_eval False: leave out {_QUERIES}")
     if args.save_strategy == "best" and not evaluates:
         raise UserError("--save_strategy best needs --eval_strategy steps or epoch")
 

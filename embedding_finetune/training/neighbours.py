@@ -13,7 +13,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import text_id
-from embedding_finetune.training.rows import flatten_column
+from embedding_finetune.training.row_columns import flatten_column
 
 logger = logging.getLogger(__name__)
 

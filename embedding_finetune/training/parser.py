@@ -22,7 +22,8 @@ GROUPS = {
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
     "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
-    "evaluation during training": "eval_query_file_jsonl_path eval_index_file_jsonl_path early_stopping_patience",
+    "evaluation during training": "hold_out hold_out_by candidate_pool eval_query_file_jsonl_path "
+    "eval_index_file_jsonl_path early_stopping_patience",
     "output": "output_dir overwrite_output_dir resume_from_checkpoint save_adapter_only merge_with_base",
 }
 """Title -> the suite's own flags, and some of transformers'. Help shows them in this order, before all others."""
@@ -113,8 +114,9 @@ def check_together(
         _check_neighbours(args)
     if data_args.one_file_per_batch:
         _check_one_file(args)
-    if data_args.eval_query_file_jsonl_path is None and args.eval_strategy != IntervalStrategy.NO:
-        raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --eval_query_file_jsonl_path")
+    has_queries = data_args.hold_out is not None or data_args.eval_query_file_jsonl_path is not None
+    if not has_queries and args.eval_strategy != IntervalStrategy.NO:
+        raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --hold_out or --eval_query_file_jsonl_path")
 
 
 def _check_negatives(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:

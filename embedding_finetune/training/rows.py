@@ -3,14 +3,16 @@
 Shapes: R rows, N numbers in all lists of a column.
 """
 
-import hashlib
 import itertools
+import json
 import logging
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,14 +22,17 @@ from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.data import beir
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.records import read_training_rows
-from embedding_finetune.data.texts import text_id
+from embedding_finetune.data.records import field_value, read_training_rows
+from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
+from embedding_finetune.training.row_columns import read_column
 
 logger = logging.getLogger(__name__)
 
-_ROWS_PER_WRITE = 100
-"""Rows that are held until they are written: few, since each may hold megabytes."""
+_ROWS_PER_WRITE = 1000
+_CHARACTERS_PER_WRITE = 2**21
+"""Rows are held until they are so many, or their texts so long. The more there are, the fewer pages of the file are
+touched when it is mapped, each of which counts as the process's memory."""
 
 ROW_FEATURES = datasets.Features(
     {
@@ -41,8 +46,16 @@ ROW_FEATURES = datasets.Features(
         "pos_scores": datasets.List(datasets.Value("float32")),
         "neg_scores": datasets.List(datasets.Value("float32")),
         "file": datasets.Value("int32"),  # its place among the files of --train_data
+        # Of rows that may be held out, else empty or 0: what ties them to others, see held_out.py, and what else
+        # evaluation reads of them, as JSON.
+        "query_key": datasets.Value("int64"),
+        "pos_keys": datasets.List(datasets.Value("int64")),
+        "field_key": datasets.Value("int64"),
+        "field": datasets.Value("large_string"),
+        "evaluation_fields": datasets.Value("large_string"),
     }
 )
+EVALUATION_FIELDS = ("id", "group", "instruction")
 
 
 def load_rows(
@@ -52,27 +65,89 @@ def load_rows(
     max_rows_per_file: int | None = None,
     seed: int = 0,
     scores_required: bool = False,
+    may_be_held_out: bool = False,
+    hold_out_field: str | None = None,
 ) -> datasets.Dataset:
     """Validate the rows of files, and of folders' files, and map them into memory from disk, in the order given.
 
     Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
-    Raises UserError naming file and line or row, with scores_required also where a row has texts without scores.
+    may_be_held_out: keep what evaluation reads of rows. hold_out_field: the field whose rows are held out together.
+    Raises UserError naming file and line or row, with scores_required also where a row has texts without scores, and
+    where a row lacks hold_out_field.
     """
     paths = training_files([train_data] if isinstance(train_data, str) else train_data)
-    written = once_per_machine(
-        lambda: [_write_rows(path, columns, scores_required, number) for number, path in enumerate(paths)]
-    )
-    per_file = []
-    for path, file in zip(paths, written):
-        rows = datasets.Dataset.from_file(file)
-        if max_rows_per_file is not None and len(rows) > max_rows_per_file:
-            chosen = random.Random(f"{seed}:{path.name}").sample(range(len(rows)), max_rows_per_file)
-            rows = rows.select(sorted(chosen))
-        if len(paths) > 1:
-            logger.info("%s: %d training rows", path, len(rows))
-        per_file.append(rows)
-    return datasets.concatenate_datasets(per_file)
+    options = (scores_required, may_be_held_out, hold_out_field)
+    most = max_rows_per_file
+
+    def write(number: int, path: Path) -> str:
+        file = _write_rows(path, columns, number, *options)
+        return file if most is None else _draw(file, most, f"{seed}:{path.name}")
+
+    rows = _mapped(once_per_machine(lambda: [write(number, path) for number, path in enumerate(paths)]))
+    if len(paths) > 1:
+        for path, count in zip(paths, np.bincount(read_column(rows, "file"), minlength=len(paths)).tolist()):
+            logger.info("%s: %d training rows", path, count)
+    return rows
+
+
+def keep_rows(rows: datasets.Dataset, kept: np.ndarray) -> datasets.Dataset:
+    """The rows where `kept` (R,) is True, in a file of their own; rows: what load_rows gives.
+
+    Rows that are selected by their numbers are read a hundred times slower. One process of each machine writes them.
+    """
+    return _mapped(once_per_machine(lambda: [_write_kept(_files_of(rows), kept)]))
+
+
+def _mapped(files: Sequence[str]) -> datasets.Dataset:
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+def _files_of(rows: datasets.Dataset) -> list[str]:
+    return [file["filename"] for file in rows.cache_files]
+
+
+def _draw(file: str, most: int, seed: str) -> str:
+    """A file of at most so many rows of a file, which it replaces."""
+    count = sum(batch.num_rows for batch in _stored_batches(file))
+    if count <= most:
+        return file
+    kept = np.zeros(count, dtype=bool)
+    kept[random.Random(seed).sample(range(count), most)] = True
+    drawn = _write_kept([file], kept)
+    os.remove(file)
+    return drawn
+
+
+def _write_kept(files: Sequence[str], kept: np.ndarray) -> str:
+    start = 0
+    with _new_file() as (target, writer):
+        for batch in itertools.chain.from_iterable(map(_stored_batches, files)):
+            end = start + batch.num_rows
+            if kept[start:end].any():
+                writer.write_batch(batch.filter(pa.array(kept[start:end])))
+            start = end
+    return target
+
+
+def _stored_batches(file: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, read and not mapped: the pages of a mapped file count as this process's memory."""
+    with pa.OSFile(file, "rb") as source, pa.ipc.open_stream(source) as batches:
+        yield from batches
+
+
+@contextmanager
+def _new_file() -> Iterator[tuple[str, Any]]:
+    """A new file of rows, and what writes batches into it. Every run writes anew: no cache can be stale."""
+    target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
+    try:
+        with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, ROW_FEATURES.arrow_schema) as writer:
+            yield target, writer
+    except OSError as error:
+        raise UserError(
+            f"{target}: the training rows cannot be written there: {error.strerror or error}; "
+            "make room, or set TMPDIR to another folder"
+        ) from error
 
 
 def training_files(train_data: Sequence[str]) -> list[Path]:
@@ -91,83 +166,46 @@ def training_files(train_data: Sequence[str]) -> list[Path]:
     return paths
 
 
-def numbers_of_files(rows: datasets.Dataset) -> np.ndarray:
-    """Which file each row is of: (R,) int32."""
-    return rows.select_columns(["file"]).with_format("arrow")[:]["file"].to_numpy()
-
-
-def instructions_of(rows: datasets.Dataset) -> Iterator[str | None]:
-    """The instruction of each row, None for a row without."""
-    for table in rows.select_columns(["instruction"]).with_format("arrow").iter(batch_size=10_000):
-        yield from table["instruction"].to_pylist()
-
-
-def list_lengths(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """How many items each row has in a column of lists: (N,) int64."""
-    tables = rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
-    lengths = [table[column].combine_chunks().value_lengths().to_numpy() for table in tables]
-    return np.concatenate([np.empty(0, np.int64), *lengths])
-
-
-def flatten_column(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """The row number of each item in a column of lists of int64, and the items, row after row: (N,) each."""
-    numbers, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
-        lists = table[column].combine_chunks()
-        numbers.append(lists.flatten().to_numpy())
-        counts.append(lists.value_lengths().to_numpy())
-    return np.repeat(np.arange(len(rows)), np.concatenate(counts)), np.concatenate(numbers)
-
-
-def rows_digest(rows: datasets.Dataset) -> str:
-    """A hash of the texts and scores of all rows, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
-    columns = ["query", "instruction", "pos", "neg", "pos_scores", "neg_scores"]
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_PER_WRITE):
-        for name in columns:
-            for part in _content(table[name].combine_chunks()):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def _content(values: pa.Array) -> Iterator[memoryview]:
-    """What an array holds, whatever part of larger buffers it is. Lists and numbers have no nulls."""
-    if values.null_count:
-        yield values.is_null().to_numpy(zero_copy_only=False).data
-        values = values.fill_null("")
-    if pa.types.is_list(values.type):
-        yield values.value_lengths().to_numpy().data
-        yield from _content(values.flatten())
-    elif not len(values):  # there may be no buffers
-        return
-    elif pa.types.is_large_string(values.type):
-        _, offsets, texts = values.buffers()
-        ends = np.frombuffer(offsets, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
-        yield np.diff(ends).data
-        yield memoryview(texts)[ends[0] : ends[-1]]
-    else:
-        yield values.to_numpy().data
-
-
-def _write_rows(path: Path, columns: Sequence[str], scores_required: bool, number: int) -> str:
-    """Write one file's rows in Arrow's format; gives the file. Every run writes them anew: no cache can be stale."""
-    target = os.path.join(tempfile.mkdtemp(dir=scratch_folder()), "rows.arrow")
-    schema = ROW_FEATURES.arrow_schema
-    rows = _training_rows(path, columns, scores_required, number)
-    try:
-        with pa.OSFile(target, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch := list(itertools.islice(rows, _ROWS_PER_WRITE)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    except OSError as error:
-        raise UserError(
-            f"{target}: the training rows cannot be written there: {error.strerror or error}; "
-            "make room, or set TMPDIR to another folder"
-        ) from error
+def _write_rows(
+    path: Path,
+    columns: Sequence[str],
+    number: int,
+    scores_required: bool,
+    may_be_held_out: bool,
+    hold_out_field: str | None,
+) -> str:
+    """Write one file's rows in Arrow's format; gives the file."""
+    with _new_file() as (target, writer):
+        for batch in _batches(_training_rows(path, columns, number, scores_required, may_be_held_out, hold_out_field)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=ROW_FEATURES.arrow_schema))
     return target
 
 
-def _training_rows(path: Path, columns: Sequence[str], scores_required: bool, number: int) -> Iterator[Record]:
-    for row in read_training_rows(path, columns, scores_required=scores_required):
+def _batches(rows: Iterator[Record]) -> Iterator[list[Record]]:
+    batch, characters = [], 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row["query"]) + sum(map(len, row["pos"])) + sum(map(len, row["neg"]))
+        if len(batch) == _ROWS_PER_WRITE or characters > _CHARACTERS_PER_WRITE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _training_rows(
+    path: Path,
+    columns: Sequence[str],
+    number: int,
+    scores_required: bool,
+    may_be_held_out: bool,
+    hold_out_field: str | None,
+) -> Iterator[Record]:
+    known = [*(EVALUATION_FIELDS if may_be_held_out else ()), *([] if hold_out_field is None else [hold_out_field])]
+    rows = read_training_rows(
+        path, columns, scores_required=scores_required, field_required=hold_out_field, known=known
+    )
+    for row in rows:
         yield {
             "query": row["query"],
             "instruction": row.get("instruction"),
@@ -178,4 +216,30 @@ def _training_rows(path: Path, columns: Sequence[str], scores_required: bool, nu
             "pos_scores": row.get("pos_scores") or [],
             "neg_scores": row.get("neg_scores") or [],
             "file": number,
+            **(_held_out_columns(row, hold_out_field) if may_be_held_out else {}),
         }
+
+
+def _held_out_columns(row: Record, field: str | None) -> Record:
+    value = "" if field is None else field_value(row[field])
+    fields = {name: row[name] for name in EVALUATION_FIELDS if row.get(name) is not None}
+    return {
+        "query_key": folded_id(row["query"]),
+        "pos_keys": list(map(folded_id, row["pos"])),
+        "field": value,
+        "field_key": 0 if field is None else text_id(value),
+        "evaluation_fields": json.dumps(fields, default=str) if fields else "{}",
+    }
+
+
+def all_passages(rows: datasets.Dataset) -> Iterator[str]:
+    """Every positive and negative of rows of load_rows."""
+    for batch in itertools.chain.from_iterable(map(_stored_batches, _files_of(rows))):
+        for column in ("pos", "neg"):
+            yield from batch[column].flatten().to_pylist()
+
+
+def stored_rows(rows: datasets.Dataset) -> Iterator[Record]:
+    """Rows of load_rows one after the other."""
+    for batch in itertools.chain.from_iterable(map(_stored_batches, _files_of(rows))):
+        yield from batch.to_pylist()

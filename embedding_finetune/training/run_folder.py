@@ -26,7 +26,8 @@ from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
-from embedding_finetune.training.rows import numbers_of_files, rows_digest
+from embedding_finetune.training.held_out import FILES as HELD_OUT_FILES
+from embedding_finetune.training.row_columns import read_column, rows_digest
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -48,7 +49,7 @@ _DECIDES_NOTHING = re.compile(
     r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
-    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics"
+    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool"
 )
 """Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _EARLIER = "earlier-checkpoint-"
@@ -66,7 +67,7 @@ def check_output_dir(
         _check_is_not_replaced(f"--{flag}", getattr(model_args, flag), args.output_dir)
     for path in data_args.train_data:
         _check_data_is_not_replaced("--train_data", path, args.output_dir)
-    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path"):
+    for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path", "candidate_pool"):
         _check_data_is_not_replaced(f"--{flag}", getattr(data_args, flag), args.output_dir)
     if resumes(args) or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
@@ -91,14 +92,13 @@ def _check_is_not_replaced(flag: str, model: str | None, output_dir: str) -> Non
 
 
 def _check_data_is_not_replaced(flag: str, data: str | None, output_dir: str) -> None:
-    """Raise UserError where data that is read has the place and name of a file that is written."""
+    """Raise UserError where data that is read has the place and name of a file of a model or of held-out rows."""
     if data is None or not os.path.exists(data) or not os.path.isdir(output_dir):
         return
     for path in data_files(data, quiet=True):
-        if os.path.samefile(os.path.realpath(path.parent), output_dir) and is_model_file(path.name):
-            raise UserError(
-                f"--output_dir {output_dir}: the new model would replace {path} of {flag}; give another folder"
-            )
+        is_written = path.name in HELD_OUT_FILES or is_model_file(path.name)
+        if is_written and os.path.samefile(os.path.realpath(path.parent), output_dir):
+            raise UserError(f"--output_dir {output_dir}: this run would replace {path} of {flag}; give another folder")
 
 
 def resumes(args: "RetrieverTrainingArguments") -> bool:
@@ -234,7 +234,7 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.
         described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
-        described["rows_of_files"] = np.bincount(numbers_of_files(rows)).tolist()
+        described["rows_of_files"] = np.bincount(read_column(rows, "file")).tolist()
     return json.loads(json.dumps({"decided_by": described}, default=str))
 
 

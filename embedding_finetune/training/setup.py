@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 
+import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,16 +31,23 @@ from embedding_finetune.model.training_kernels import use_cheap_dropout
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
+from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rows import instructions_of, training_files
+from embedding_finetune.training.row_columns import instructions_of
+from embedding_finetune.training.rows import training_files
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> RetrievalTask | None:
-    """The queries to measure with and the passages to search, if any; warns where training has seen them."""
+def load_evaluation(
+    data_args: DataArguments, dataset: TrainDataset, rows: datasets.Dataset | None = None
+) -> RetrievalTask | None:
+    """The queries to measure with and the passages to search, if any; warns where training has seen them.
+
+    rows: all rows, where some are held out: their positives are searched too.
+    """
     if data_args.eval_query_file_jsonl_path is None:
         return None
     query_file, index_file = data_args.eval_query_file_jsonl_path, data_args.eval_index_file_jsonl_path
@@ -50,8 +58,8 @@ def load_evaluation(data_args: DataArguments, dataset: TrainDataset) -> Retrieva
     else:
         queries = list(read_queries(query_file, data_args.columns))
         # Training rows stay on disk: they are read one after the other.
-        rows = itertools.chain(dataset.rows.select_columns(["pos"]), queries)
-        task = make_task(queries, Corpus(text for row in rows for text in row["pos"]))
+        all_rows = (dataset.rows if rows is None else rows).select_columns(["pos"])
+        task = make_task(queries, Corpus(text for row in itertools.chain(all_rows, queries) for text in row["pos"]))
     known_queries, known_passages = dataset.known_positives.overlap(task)
     if known_queries or known_passages:
         logger.warning(
@@ -70,6 +78,7 @@ def make_trainer(
     args: RetrieverTrainingArguments,
     dataset: TrainDataset,
     task: RetrievalTask | None,
+    held_out: HeldOut | None = None,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
     most, one_file = data_args.neighbours_in_batch, has_one_file_per_batch(data_args, dataset, args)
@@ -94,16 +103,23 @@ def make_trainer(
         tokenizer, config, group_size=dataset.group_size, **lengths, with_teacher=args.distillation_weight > 0
     )
     collator.query.check_instructions(tokenizer, first_rows(instructions_of(dataset.rows)))
+    trained_before = read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
+    if held_out is not None and (known := held_out.task.count_queries_among(trained_before)):
+        logger.warning(
+            "warning: %d of %d held-out queries are in the training data of %s: it was trained on their answers",
+            *(known, len(held_out.records), model_args.model_name_or_path),
+        )
     return RetrievalTrainer(
         loss,
         args,
         train_dataset=dataset,
         data_collator=collator,
         saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
-        trained_before=read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir),
+        trained_before=trained_before,
         neighbours=neighbours,
         one_file_per_batch=one_file,
         task=task,
+        held_out=held_out,
     )
 
 

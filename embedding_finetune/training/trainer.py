@@ -32,6 +32,7 @@ from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, R
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
 from embedding_finetune.training.flags import SHARDED
+from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.one_file import OneFileSampler
@@ -40,12 +41,16 @@ from embedding_finetune.training.weights import saved_weights, trained_weight_ha
 
 logger = logging.getLogger(__name__)
 
+_JUDGED = "judged"
+"""The prefix of measures on the user's queries, where held-out ones choose the best weights."""
 _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
 """What torch.save says, as a RuntimeError, when the disk is full."""
 
 
 class RetrievalTrainer(Trainer):
     """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
+
+    With a task and held-out queries, these choose the best weights, and the task judges before and after training.
 
     What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
     the weights that training starts from. neighbours: the rows that are to share a batch with each row.
@@ -68,13 +73,14 @@ class RetrievalTrainer(Trainer):
         neighbours: Neighbours | None = None,
         one_file_per_batch: bool = False,
         task: RetrievalTask | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
-            eval_dataset=task,
+            eval_dataset=task if held_out is None else held_out.task,
             processing_class=data_collator.tokenizer,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -82,6 +88,8 @@ class RetrievalTrainer(Trainer):
         self.bi_encoder = model.bi_encoder
         self.neighbours = neighbours
         self.one_file_per_batch = one_file_per_batch
+        self.held_out = held_out
+        self.judge = None if held_out is None else task
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
@@ -166,23 +174,29 @@ class RetrievalTrainer(Trainer):
 
         There is one task: what transformers may give as eval_dataset and ignore_keys is not used.
         """
-        began, was_training = time.monotonic(), self.model.training
-        self.model.eval()
-        try:
-            values = measure(self.encoder, self.eval_dataset, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
-        finally:
-            self.model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
+        if self.judge is not None and self.state.global_step == 0:
+            self.log(self._measure(self.judge, _JUDGED))
+        metrics = self._measure(self.eval_dataset, metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
-    def metrics_at(self, step: int) -> dict[str, float] | None:
+    def _measure(self, task: RetrievalTask, prefix: str) -> dict[str, float]:
+        began, was_training = time.monotonic(), self.model.training
+        self.model.eval()
+        try:
+            values = measure(self.encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
+        finally:
+            self.model.train(was_training)
+        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{prefix}_runtime"] = time.monotonic() - began
+        return metrics
+
+    def metrics_at(self, step: int, prefix: str = "eval") -> dict[str, float] | None:
         """The measures that were logged at a step, without their prefix; None when there was no evaluation."""
         for entry in self.state.log_history:
-            if entry["step"] == step and "eval_MRR@10" in entry:
-                return {name.removeprefix("eval_"): entry[name] for name in entry if "@" in name}
+            if entry["step"] == step and f"{prefix}_MRR@10" in entry:
+                return {name.removeprefix(f"{prefix}_"): entry[name] for name in entry if "@" in name}
         return None
 
     def summary(self, train_metrics: dict[str, float]) -> Record:
@@ -194,6 +208,12 @@ class RetrievalTrainer(Trainer):
         final = best or self.state.global_step
         if self.eval_dataset is not None and self.metrics_at(final) is None:
             self.evaluate()
+        before, after = self.metrics_at(0), self.metrics_at(final)
+        held_out = None if self.held_out is None else self.held_out.facts | _before_and_after(before, after)
+        if self.judge is not None:
+            self.log(judged := self._measure(self.judge, _JUDGED))
+            before = self.metrics_at(0, _JUDGED)
+            after = {name.removeprefix(f"{_JUDGED}_"): value for name, value in judged.items() if "@" in name}
         return {
             "rows": len(self.train_dataset),
             "steps": self.state.global_step,
@@ -201,8 +221,8 @@ class RetrievalTrainer(Trainer):
             "seconds": train_metrics["train_runtime"],
             "samples_per_second": train_metrics["train_samples_per_second"],
             "best_step": best,
-            "metrics_before": self.metrics_at(0),
-            "metrics_after": self.metrics_at(final),
+            **_before_and_after(before, after),
+            "hold_out": held_out,
             "checkpoint": self.args.output_dir,
             "version": __version__,
         }
@@ -273,6 +293,10 @@ class RetrievalTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _before_and_after(before: dict[str, float] | None, after: dict[str, float] | None) -> Record:
+    return {"metrics_before": before, "metrics_after": after}
 
 
 @contextmanager
