@@ -54,24 +54,6 @@ def test_the_digest_tells_every_text_and_score_and_where_they_stand(tmp_path):
     assert digest([*filler, row]) in digests
 
 
-@pytest.mark.parametrize("again", ["a.jsonl", "./folder/../a.jsonl", "link.jsonl", "folder"])
-def test_a_file_that_is_given_twice_is_refused_in_one_line(tmp_path, monkeypatch, again):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl", many(1))
-    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "b.jsonl").symlink_to("../a.jsonl")
-    with pytest.raises(UserError, match=r"^--train_data: \S+ is given twice(, as a\.jsonl too)?; give it once$"):
-        load_rows(["a.jsonl", again])
-
-
-def test_a_bad_row_of_a_later_file_is_named(tmp_path):
-    good = write_jsonl(tmp_path / "good.jsonl", many(3))
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": []}])
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: "):
-        load_rows([str(good), str(bad)])
-
-
 def test_instructions_are_kept_as_they_are_written(tmp_path):
     written = [" find:  ", "", None, "Cafe\u0301: "]
     data = [{"query": "q", "pos": ["p"], "instruction": text} for text in written]

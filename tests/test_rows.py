@@ -1,4 +1,4 @@
-"""Training rows on disk, and their columns."""
+"""Training rows on disk."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,24 @@ from embedding_finetune.training.rows import all_passages, keep_rows, load_rows
 
 def many(count):
     return [{"query": f"q{n}", "pos": [f"p{n}", f"other p{n}"]} for n in range(count)]
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "./folder/../a.jsonl", "link.jsonl", "folder"])
+def test_a_file_that_is_given_twice_is_refused_in_one_line(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", many(1))
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.jsonl").symlink_to("../a.jsonl")
+    with pytest.raises(UserError, match=r"^--train_data: \S+ is given twice(, as a\.jsonl too)?; give it once$"):
+        load_rows(["a.jsonl", again])
+
+
+def test_a_bad_row_of_a_later_file_is_named(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl", many(3))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": []}])
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: "):
+        load_rows([str(good), str(bad)])
 
 
 def test_at_most_so_many_rows_of_each_file_are_drawn_by_seed(tmp_path):
