@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedding_finetune.command_line import command
+from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import load_task, read_corpus
-from embedding_finetune.data.formats import add_columns_argument
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES

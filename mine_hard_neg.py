@@ -23,8 +23,9 @@ import numpy as np
 
 from embedding_finetune import __version__, files
 from embedding_finetune.command_line import UserError, command
+from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import Corpus
-from embedding_finetune.data.formats import add_columns_argument, schema_to_write, write
+from embedding_finetune.data.formats import schema_to_write, write
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import SCORE_FIELDS, read_passages, read_training_rows
 from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments

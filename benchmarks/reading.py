@@ -57,20 +57,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the median counts")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     args = parser.parse_args()
-    print("| format | MB | reader | seconds | CPU seconds | of load_dataset's | rows/s | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| format | MB | reader | seconds | of load_dataset's | CPU seconds | of load_dataset's | rows/s | peak MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in args.formats:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"rows.{name}"
             write(path, args.rows)
             size = path.stat().st_size / 1e6
             rounds = [{reader: measure(reader, path, args.rows) for reader in PROGRAMS} for _ in range(args.rounds)]
-        of_peer = statistics.median(times["load_dataset"][0] for times in rounds)
-        for reader in PROGRAMS:
-            seconds, used, peak = (statistics.median(times[reader][n] for times in rounds) for n in range(3))
+        medians = {
+            reader: [statistics.median(times[reader][n] for times in rounds) for n in range(3)] for reader in PROGRAMS
+        }
+        for reader, (seconds, used, peak) in medians.items():
             print(
-                f"| {name} | {size:.0f} | {reader} | {seconds:.2f} | {used:.2f} | {seconds / of_peer:.2f} | "
-                f"{args.rows / seconds:,.0f} | {peak:.0f} |",
+                f"| {name} | {size:.0f} | {reader} | {seconds:.2f} | {seconds / medians['load_dataset'][0]:.2f} | "
+                f"{used:.2f} | {used / medians['load_dataset'][1]:.2f} | {args.rows / seconds:,.0f} | {peak:.0f} |",
                 flush=True,
             )
 
@@ -97,7 +100,7 @@ def write(path: Path, count: int) -> None:
 
         write_parquet(path, rows(count), schema_of(path, ["query", "pos", "neg"], [], like=[]))
         return
-    with gzip.open(path, "wt") if path.name.endswith(".gz") else path.open("w", newline="") as file:
+    with gzip.open(path, "wt", compresslevel=1) if path.name.endswith(".gz") else path.open("w", newline="") as file:
         if path.name.endswith(".csv"):
             table = csv.writer(file)
             table.writerow(["query", "pos", "neg"])

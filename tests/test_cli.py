@@ -28,6 +28,12 @@ BAD_FILES = {
     "string_pos.jsonl": (b'{"query": "q", "pos": "p"}\n', 'string_pos.jsonl:1: "pos"'),
     "empty_pos.jsonl": (b'{"query": "q", "pos": []}\n', 'empty_pos.jsonl:1: "pos"'),
     "blank_pos.jsonl": (b'{"query": "q", "pos": [""]}\n', 'blank_pos.jsonl:1: "pos"[0]'),
+    "array.json": (b'[{"query": "q", "pos": ["p"]},\n{"query": "q"}]', 'array.json:2: "pos" is missing'),
+    "quote.csv": (b'query,pos\nq,"p\n', "quote.csv: row 2: a quote is opened there and never closed"),
+    "cells.tsv": (b"query\tpos\nq\tp\nq\n", "cells.tsv: row 3: expected 2 cells"),
+    "header.csv": (b"query,pos\n", "header.csv: the file is empty"),
+    "scored.csv": (b"anchor,positive,score\na,b,0.5\n", 'scored.csv: row 2: a number in "score"'),
+    "damaged.parquet": (b"PAR1", "damaged.parquet: cannot be read"),
     "latin1.jsonl": ('{"query": "é", "pos": ["p"]}\n'.encode("latin-1"), "latin1.jsonl:1: not UTF-8"),
 }
 BAD_TRAINING_FILES = BAD_FILES | {

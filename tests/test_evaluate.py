@@ -153,7 +153,7 @@ def test_fail_if_worse_asks_for_significance(files, tiny_bert, other_bert, monke
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ([{"id": "a"}, {"id": "a"}], "q.jsonl:2: \"id\" 'a' is already in line 1"),
+        ([{"id": "a"}, {"id": "a"}], "q.jsonl:2: \"id\" 'a' is already in /"),
         ([{"id": "a"}, {}], "q.jsonl:2: some rows have an"),
         ([{}, {"id": 1}], "q.jsonl:2: some rows have an"),
         ([{"id": "a b"}], 'q.jsonl:1: "id"'),

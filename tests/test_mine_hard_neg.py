@@ -234,17 +234,17 @@ def test_a_range_beyond_the_corpus_gives_no_negatives_and_says_so(tiny_bert, dat
 def test_fields_that_mining_does_not_use_are_kept_and_told(tiny_bert, data, tmp_path, caplog):
     rows = read_jsonl(data[0])
     for row in rows[:3]:
-        row |= {"prompt": "Find:", "neg": None, "pos_scores": [1.0]}
+        row |= {"remark": "Find:", "neg": None, "pos_scores": [1.0]}
     rows[0]["title"] = "half a pair: \ud800"
     write_ascii = (tmp_path / "fields.jsonl").write_text
     write_ascii("".join(json.dumps(row) + "\n" for row in rows))
     data = tmp_path / "fields.jsonl", data[1]
     with caplog.at_level("INFO"):
         mined, _ = mine(tiny_bert, data, tmp_path, "--range_for_sampling", "0-6")
-    told = 'fields.jsonl: kept and written, but not used: "prompt" in 3 rows, "title" in 1 rows'
+    told = 'fields.jsonl: kept and written, but not used: "remark" in 3 rows, "title" in 1 rows'
     assert told in caplog.text
     assert "scores in 3 rows are left out" in caplog.text
-    assert [row.get("prompt") for row in mined] == ["Find:"] * 3 + [None] * 7
+    assert [row.get("remark") for row in mined] == ["Find:"] * 3 + [None] * 7
     assert mined[0]["title"] == rows[0]["title"]
     assert "pos_scores" not in mined[0]
     assert all(isinstance(row["neg"], list) for row in mined)

@@ -190,7 +190,8 @@ def test_the_commands_and_programs_about_data_run_on_small_files(tiny_bert, tmp_
     page = REPOSITORY / "docs" / "data.md"
     from_hub, to_triplets = blocks(page, "python")
     exec(compile(from_hub, "data.md", "exec"), {})
-    commands = [command for path, command in SCRIPT_COMMANDS if path == page]
+    # tests/test_beir.py runs those on a BEIR folder.
+    commands = [command for path, command in SCRIPT_COMMANDS if path == page and "scifact" not in command]
     # Training reads the triplets, which are made of mined rows further down the page.
     for command in sorted(commands, key=lambda command: " finetune.py " in command):
         _, script, *argv = shlex.split(command)

@@ -1,5 +1,7 @@
 """Training rows on disk, and their columns."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.data import write_beir, write_jsonl
 
@@ -141,6 +143,29 @@ def test_instructions_are_kept_as_they_are_written(tmp_path):
     assert list(instructions_of(rows)) == [*written, None]
     prompts = [{"query": "q", "pos": ["p"], "prompt": "find: "}]  # FlagEmbedding's name
     assert list(instructions_of(load_rows(str(write_jsonl(tmp_path / "rows.jsonl", prompts))))) == ["find: "]
+
+
+def test_rows_of_tables_are_those_of_json_lines(tmp_path):
+    data = [{"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}"] if n % 2 else []} for n in range(250)]
+
+    def read(path, columns=()):
+        return load_rows(str(path), columns).remove_columns("file").to_list()
+
+    expected = read(write_jsonl(tmp_path / "a.jsonl", data))
+    lines = [f"{row['query']};{row['pos'][0]};{''.join(row['neg'])}\n" for row in data]
+    (tmp_path / "a.csv").write_text("anchor;positive;negative\n" + "".join(lines))
+    table = pa.table({name: [row[name] for row in data] for name in ("query", "pos", "neg")})
+    pq.write_table(table.rename_columns(["question", "pos", "neg"]), tmp_path / "a.parquet", row_group_size=70)
+    assert read(tmp_path / "a.csv") == expected
+    assert read(tmp_path / "a.parquet", ["query=question"]) == expected
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for start in (0, 100, 200):
+        pq.write_table(table.slice(start, 100), shards / f"{start:03d}.parquet")
+    assert read(shards) == expected
+    pq.write_table(pa.table({"query": ["q", "r"], "pos": [["p"], []]}), shards / "300.parquet")
+    with pytest.raises(UserError, match=r'300\.parquet: row 2: "pos" is empty'):
+        load_rows(str(shards))
 
 
 def test_a_beir_folder_is_one_file_and_is_refused_beside_its_own_judgements(tmp_path):

@@ -89,6 +89,7 @@ def test_rows_are_numbered_as_spreadsheets_number_them(tmp_path):
         ("a.tsv.gz", "x\ty", ["x", "y"]),
         ("a.csv", '"x\n1";y', ["x\n1", "y"]),
         ("a.csv", ",x,", ["x"]),
+        ("a.csv", "\ufeff\n\nx;y", ["x", "y"]),
     ],
 )
 def test_the_separator_is_that_of_the_header_and_columns_without_a_name_are_not_read(tmp_path, name, header, names):
@@ -114,7 +115,7 @@ def test_the_separator_is_that_of_the_header_and_columns_without_a_name_are_not_
     ],
 )
 def test_what_is_wrong_in_a_table_of_text_is_named_by_row(tmp_path, monkeypatch, content, complaint):
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 2000)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", (200, 2000))
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -130,7 +131,7 @@ def test_a_quote_within_an_unquoted_cell_is_a_character(tmp_path):
 
 
 def test_rows_of_many_blocks_keep_their_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 50)
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", (50,))
     monkeypatch.setattr(tables, "_ROWS_PER_BATCH", 2)
     path = tmp_path / "a.csv"
     path.write_text("x,y\n" + "".join(f'{n},"{n}\n{n}"\n\n' for n in range(100)))
@@ -211,6 +212,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
         rows_of(path)
     for content, complaint in (
         (whole[:-100], "cannot be read: "),
+        (whole.replace(b"\x01x", b"\x01\xff"), "cannot be read: "),
         (b"", "the file is empty; expected rows"),
         (b"query,pos\n", "cannot be read: "),
     ):
@@ -279,3 +281,14 @@ def test_of_rows_of_megabytes_a_batch_holds_few(tmp_path):
     sizes = [len(batch["x"]) for _, batch in tables.read_columns(path, ["x"])]
     assert sum(sizes) == 100
     assert max(sizes) == 33  # of 1 MB each
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_a_row_longer_than_a_block_is_read_and_the_rows_around_it_once(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", (100, 1000, 10_000))
+    monkeypatch.setattr(tables, "_ROWS_PER_BATCH", 2)
+    path = tmp_path / name
+    cells = ["a", "b" * 300, "c", "d" * 3000, "e"] * 5
+    content = "x,y\n\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells))
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    assert filled(path) == [(3 + n, {"x": str(n), "y": cell}) for n, cell in enumerate(cells)]

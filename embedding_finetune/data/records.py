@@ -11,7 +11,8 @@ from typing import Any
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
-from embedding_finetune.data.formats import Place, read
+from embedding_finetune.data.columns import Place
+from embedding_finetune.data.formats import read
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.files import AnyPath
 

@@ -5,6 +5,7 @@ are numbered as spreadsheets do, the header is row 1, all values are strings, an
 imported where it is used: most runs read JSON Lines.
 """
 
+import codecs
 import csv
 import io
 import itertools
@@ -28,8 +29,8 @@ Batch = tuple[int, dict[str, list[Any]]]
 DELIMITED = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 PARQUET = ".parquet"
 
-_BLOCK_BYTES = 2**24
-"""What is parsed at once, and the longest row of a csv or tsv file."""
+_BLOCK_BYTES = (2**20, 2**26)
+"""What is parsed at once of a csv or tsv file; its longest row may have as much as the last."""
 _BATCH_BYTES = 2**25
 """What a batch of parquet holds at most, unless a single row is larger or texts repeat."""
 _BUFFER_BYTES = 2**20
@@ -68,39 +69,64 @@ def read_columns(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
 
 
 def _read_delimited(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
+    """Small blocks take little memory; a file with a row that is longer is read on with large ones from there."""
+    delimiter, header, number = _header(path)
+    number += 1  # of the next row
+    for block_bytes in _BLOCK_BYTES:
+        try:
+            for rows in _parse_delimited(path, delimiter, len(header), number, block_bytes):
+                places = [header.index(name) for name in names]
+                texts = [_texts(path, number, name, rows[place]) for name, place in zip(names, places)]
+                yield number, dict(zip(names, texts))
+                number += rows.num_rows
+            return
+        except _LongRowError:
+            continue
+    raise UserError(
+        f"{path}: row {number} or one after it is longer than {_BLOCK_BYTES[-1] >> 20} MB, or a quote in it is never "
+        "closed; close it, or use JSON Lines or parquet"
+    )
+
+
+class _LongRowError(Exception):
+    """A row is longer than a block."""
+
+
+def _parse_delimited(
+    path: AnyPath, delimiter: str, cells: int, start: int, block_bytes: int
+) -> Iterator["pa.RecordBatch"]:
+    """The rows from the number `start` on, as columns of bytes."""
     import pyarrow as pa
     import pyarrow.csv
 
-    delimiter, header, header_row = _header(path)
-    columns = [str(place) for place in range(len(header))]
-    wanted = [columns[header.index(name)] for name in names]
+    columns = [str(place) for place in range(cells)]
     # With one thread pyarrow knows the row of an error. With names of columns it takes the header for a row.
-    reading = pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False, column_names=columns)
+    reading = pa.csv.ReadOptions(block_size=block_bytes, use_threads=False, column_names=columns)
     parsing = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, ignore_empty_lines=False)
     as_bytes = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.binary()),
-        include_columns=list(dict.fromkeys([*wanted, columns[0]])),
         null_values=[""],
         strings_can_be_null=True,
         check_utf8=False,
     )
     number, closed = 1, False
     try:
-        file = _WithLastRow(path, cells=len(header), delimiter=delimiter)
+        file = _WithLastRow(path, cells=cells, delimiter=delimiter)
         with pa.PythonFile(file, mode="r") as raw, pa.csv.open_csv(raw, reading, parsing, as_bytes) as reader:
             for part in _slices(reader):
-                closed = part[columns[0]][-1].as_py() == file.last_cell
-                no_rows = max(0, header_row + 1 - number)
-                rows = part.slice(no_rows, max(0, part.num_rows - no_rows - closed))
-                yield (
-                    number + no_rows,
-                    {name: _texts(path, number + no_rows, name, rows[column]) for name, column in zip(names, wanted)},
-                )
+                closed = part.column(0)[-1].as_py() == file.last_cell
+                before = min(max(0, start - number), part.num_rows)
+                rows = part.slice(before, max(0, part.num_rows - before - closed))
+                if rows.num_rows:
+                    yield rows
                 number += part.num_rows
-        if not closed:
-            raise UserError(f"{path}: row {number - 1}: a quote is opened there and never closed")
     except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: {_reason(error, number)}") from error
+        message = first_line(error)
+        if "straddl" in message:
+            raise _LongRowError from error
+        raise UserError(f"{path}: {_reason(error, message, number)}") from error
+    if not closed:
+        raise UserError(f"{path}: row {number - 1}: a quote is opened there and never closed")
 
 
 def _header(path: AnyPath) -> tuple[str, list[str], int]:
@@ -123,7 +149,7 @@ def _header(path: AnyPath) -> tuple[str, list[str], int]:
 def _separator(path: AnyPath, start: bytes) -> str:
     if str(path).lower().removesuffix(".gz").endswith(".tsv"):
         return "\t"
-    without_quoted = re.sub(b'"[^"]*"', b"", start.lstrip(b"\r\n"))
+    without_quoted = re.sub(b'"[^"]*"', b"", start.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n"))
     header = re.split(rb"[\r\n]", without_quoted)[0]
     return max(",;\t", key=lambda separator: header.count(separator.encode()))
 
@@ -168,14 +194,7 @@ def _texts(path: AnyPath, number: int, name: str, cells: "pa.Array") -> list[str
         raise
 
 
-def _reason(error: Exception, number: int) -> str:
-    message = first_line(error)
-    if "straddl" in message:
-        size = f"{_BLOCK_BYTES >> 20} MB"
-        return (
-            f"row {number} or one after it is longer than {size}, or a quote in it is never closed; close it, or use "
-            "JSON Lines or parquet"
-        )
+def _reason(error: Exception, message: str, number: int) -> str:
     if match := _WRONG_CELLS.match(message):
         row, expected, there = match.groups()
         return f"row {row}: expected {expected} cells, as the header has, but there are {there}; check its quotes"
@@ -196,7 +215,7 @@ def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
     try:
         # Pages are read one after the other: whole row groups may be as large as the file.
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a damaged name of a column
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}") from error
 

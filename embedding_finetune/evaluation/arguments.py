@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.formats import parse_columns
+from embedding_finetune.data.columns import parse_columns
 from embedding_finetune.parser import repeated_model
 from embedding_finetune.retrieval.arguments import EncodingOptions
 

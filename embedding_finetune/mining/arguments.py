@@ -8,7 +8,8 @@ from typing import get_args
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
-from embedding_finetune.data.formats import check_can_be_written, parse_columns
+from embedding_finetune.data.columns import parse_columns
+from embedding_finetune.data.formats import check_can_be_written
 from embedding_finetune.mining.choice import Strategy
 from embedding_finetune.mining.filters import ScoreFilters
 from embedding_finetune.parser import (

@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.formats import COLUMNS_HELP, parse_columns
+from embedding_finetune.data.columns import COLUMNS_HELP, parse_columns
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
