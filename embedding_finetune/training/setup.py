@@ -135,8 +135,9 @@ def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args
         logger.info("--one_file_per_batch changes nothing: all rows are in one file")
         return False
     batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and (rows_of_files < batch).any():
-        number = int(np.argmax(rows_of_files < batch))
+    never_full = (rows_of_files > 0) & (rows_of_files < batch)
+    if args.dataloader_drop_last and never_full.any():
+        number = int(np.argmax(never_full))
         raise UserError(
             f"--one_file_per_batch with --dataloader_drop_last True would never train on "
             f"{training_files(data_args.train_data)[number]}: its {rows_of_files[number]} rows do not fill a batch of "
