@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT_BY = "held_out_by"
 """The field of a held-out query that says what is new about it, see hold_out.py."""
 SCORE_FIELDS = ("pos_scores", "neg_scores")
+_PLAIN_FIELDS = {"query", "pos", "neg"}
 _QUERY_FIELDS = ("query", "pos", "id", "group", "instruction")
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -52,7 +53,6 @@ def read_training_rows(
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
-    plain = {"query", "pos", "neg"}
     fields = dict.fromkeys((*_QUERY_FIELDS, "neg", *SCORE_FIELDS, *known))
     rows = (
         _read_beir(path, "train")
@@ -60,15 +60,8 @@ def read_training_rows(
         else read(path, columns, fields=list(fields), others=others_are_kept)
     )
     for place, record in rows:
-        _drop_nulls(record, "neg", "instruction")
-        _require_text(place, record, "query")
-        _require_texts(place, record, "pos")
-        if "neg" in record:
-            _require_texts(place, record, "neg", may_be_empty=True)
-        if not plain.issuperset(record):
-            _check_instruction(place, record)
-            for field in ("pos", "neg"):
-                _check_scores(place, record, field)
+        if not _is_plain(record):
+            _check_training_row(place, record)
             others.update(_fields_beyond(used, record))
         if field_required is not None:
             _check_field(place, record, field_required)
@@ -76,6 +69,25 @@ def read_training_rows(
             _require_scores(place, record)
         yield record
     _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
+
+
+def _is_plain(record: Record) -> bool:
+    """Whether a row has good texts and nothing else. Most have, and this is told by one look."""
+    pos, neg = record.get("pos"), record.get("neg", [])
+    if not _PLAIN_FIELDS.issuperset(record) or not isinstance(pos, list) or not isinstance(neg, list) or not pos:
+        return False
+    return _are_texts([record.get("query"), *pos, *neg])
+
+
+def _check_training_row(place: Place, record: Record) -> None:
+    _drop_nulls(record, "neg", "instruction")
+    _require_text(place, record, "query")
+    _require_texts(place, record, "pos")
+    if "neg" in record:
+        _require_texts(place, record, "neg", may_be_empty=True)
+    _check_instruction(place, record)
+    for field in ("pos", "neg"):
+        _check_scores(place, record, field)
 
 
 def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]:
