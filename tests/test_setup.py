@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import numpy as np
 import pytest
 from helpers.data import write_jsonl
 from transformers import BertConfig, BertModel
@@ -11,7 +12,7 @@ from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
-from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.rows import keep_rows, load_rows
 from embedding_finetune.training.setup import has_one_file_per_batch, load_evaluation, make_loss
 
 
@@ -49,6 +50,15 @@ def test_the_query_file_of_evaluation_is_read_once(tmp_path, monkeypatch):
     task = load_evaluation(arguments, dataset)
     assert [task.corpus.texts[position] for position in range(2)] == ["p", "answer"]
     assert opened == [arguments.eval_query_file_jsonl_path]
+
+
+def test_passages_of_held_out_rows_are_searched_too(tmp_path):
+    data = [{"query": f"q{n}", "pos": [f"p{n}"]} for n in range(9)]
+    arguments, _ = evaluation(tmp_path, data, [{"query": "q", "pos": ["p8"]}])
+    rows = load_rows(arguments.train_data)
+    trained = TrainDataset(keep_rows(rows, np.arange(9) < 5), group_size=1, seed=0)
+    assert len(load_evaluation(arguments, trained, rows).corpus) == 9
+    assert len(load_evaluation(arguments, trained).corpus) == 6
 
 
 def test_without_queries_nothing_is_measured(tmp_path):
