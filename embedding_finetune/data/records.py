@@ -23,7 +23,7 @@ HELD_OUT_BY = "held_out_by"
 """The field of a held-out query that says what is new about it, see hold_out.py."""
 SCORE_FIELDS = ("pos_scores", "neg_scores")
 _PLAIN_FIELDS = {"query", "pos", "neg"}
-_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction")
+_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction", HELD_OUT_BY)
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Scores are held as float32."""
