@@ -3,12 +3,11 @@ import shutil
 import pytest
 import torch
 from helpers.tiny import make_rotary_model, make_tiny_bert
-from transformers import MPNetConfig, MPNetModel
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder, pool
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loading import freeze_position_embeddings, length_limit, load_backbone
+from embedding_finetune.model.loading import load_backbone
 
 STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
 RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -59,29 +58,6 @@ def test_the_pooler_is_left_out_of_training(tiny_bert):
     model = BiEncoder(backbone, EmbeddingConfig())
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["backbone.pooler.dense.weight", "backbone.pooler.dense.bias"]
-
-
-def test_positions_counted_from_the_padding_index_shorten_the_limit(tiny_bert):
-    _, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
-    tokenizer.model_max_length = 10**30
-    config = MPNetConfig(
-        vocab_size=60, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-        max_position_embeddings=34,
-    )  # fmt: skip
-    model = MPNetModel(config)
-    limit = length_limit(model, tokenizer)
-    assert limit == 32
-    ids = torch.full((1, limit), 7)
-    model(input_ids=ids)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.full((1, limit + 1), 7))
-
-
-def test_position_embeddings_can_be_frozen(tiny_bert):
-    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
-    freeze_position_embeddings(backbone)
-    assert not backbone.embeddings.position_embeddings.weight.requires_grad
-    assert backbone.embeddings.word_embeddings.weight.requires_grad
 
 
 def test_a_hub_name_is_found_in_the_cache_folder(tiny_bert, tmp_path):

@@ -9,7 +9,8 @@ from helpers.running import encoding_arguments
 from transformers import AutoModel, AutoTokenizer
 
 import finetune
-from embedding_finetune.model.loading import length_limit, load_backbone
+from embedding_finetune.model.limits import length_limit
+from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["reset the pump", "a", passage_about("pump"), "who do i call?", passage_about("desk") + " red green blue"]

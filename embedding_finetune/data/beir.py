@@ -8,34 +8,25 @@ All may end in `.gz` too. A folder means its corpus, and one of its splits: trai
 evaluation. The path of another file in `qrels` means that one. Memory holds ids and judgements, never all texts.
 """
 
-import gzip
 import logging
 import os
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.qrels import Judgements, check_id, check_unicode, read_judged, read_judgements
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
 _QRELS = "qrels"
-_HEADER = re.compile(r"(query|q)[-_]?id\t(corpus|document|doc|d)[-_]?id\t(score|relevance|label|grade)", re.IGNORECASE)
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_LARGEST_SCORE = 2**31 - 1
-_SHOWN_CHARACTERS = 20
-
-Judgements = dict[str, dict[str, int]]
-"""Query id -> document id -> score; above 0 the document answers the query."""
 
 
 class Split(NamedTuple):
@@ -102,71 +93,12 @@ def _require(folder: Path, name: str) -> Path:
     return file
 
 
-def read_judgements(path: AnyPath) -> Judgements:
-    """The judgements of a file in `qrels`. A pair that is there twice with one score counts once.
-
-    Raises UserError naming file and line for a line with too many or too few columns, a score that is no whole number,
-    and a pair that is judged twice with different scores.
-    """
-    judgements: Judgements = {}
-    for line, query, document, score in _read_judged(path):
-        known = judgements.setdefault(query, {}).setdefault(document, score)
-        if known != score:
-            raise UserError(
-                f"{path}:{line}: query {query!r} and document {document!r} have the score {score}, and "
-                f"{known} in an earlier line; keep one of them"
-            )
-    if not judgements:
-        raise UserError(f"{path}: the file is empty; expected lines of query-id, corpus-id and score")
-    return judgements
-
-
-def _read_judged(path: AnyPath) -> Iterator[tuple[int, str, str, int]]:
-    """Yield (line, query id, document id, score)."""
-    is_trec: bool | None = None
-    for line, text in _lines(path):
-        if is_trec is None:
-            is_trec = text.count("\t") != 2
-            if _HEADER.fullmatch(text.strip()):
-                continue
-        cells = text.split() if is_trec else text.split("\t")
-        if len(cells) != (4 if is_trec else 3):
-            raise UserError(
-                f"{path}:{line}: {len(cells)} columns, expected query-id, corpus-id and score with tabs between them, "
-                "or TREC's query, 0, document, score"
-            )
-        query, document, score = cells[0], cells[-2], cells[-1].strip()
-        if not _INTEGER.fullmatch(score) or abs(int(score)) > _LARGEST_SCORE:
-            raise UserError(
-                f"{path}:{line}: the score {score[:_SHOWN_CHARACTERS]!r} is no whole number (of at most 31 bits); a "
-                "header is query-id, corpus-id, score"
-            )
-        _check_id(f"{path}:{line}: query-id", query)
-        _check_id(f"{path}:{line}: corpus-id", document)
-        yield line, query, document, int(score)
-
-
-def _lines(path: AnyPath) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, numbered from 1."""
-    line = 0
-    try:
-        with cast(IO[bytes], gzip.open(path, "rb")) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    yield line, text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}:{line + 1}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
 def check_all_found(split: Split, missing_queries: Iterable[str], missing_documents: Iterable[str]) -> None:
     """Raise UserError naming the first line of judgements with an id that its file lacks, if there is any."""
     queries, documents = set(missing_queries), set(missing_documents)
     if not queries and not documents:
         return
-    for line, query, document, _ in _read_judged(split.qrels):
+    for line, query, document, _ in read_judged(split.qrels):
         if query in queries:
             raise UserError(f"{split.qrels}:{line}: the query {query!r} is not in {split.queries}")
         if document in documents:
@@ -276,7 +208,7 @@ def _read_identified(path: AnyPath) -> Iterator[tuple[int, str, Record]]:
         if type(name) not in (str, int):
             raise UserError(f'{place}: "_id" is missing or no string, which every line of a BEIR file has')
         name = str(name)
-        _check_id(f'{place}: "_id"', name)
+        check_id(f'{place}: "_id"', name)
         digests += blake2b(name.encode(), digest_size=DIGEST_BYTES).digest()
         yield line, name, record
     if not digests:
@@ -298,26 +230,9 @@ def _check_distinct(path: AnyPath, digests: np.ndarray) -> None:
     raise UserError(f'{path}:{found[1][0]}: "_id" {found[1][1]!r} is already in line {found[0][0]}')
 
 
-def _check_id(what: str, name: str) -> None:
-    if name.split() != [name] or "\0" in name:
-        raise UserError(
-            f"{what} is {name!r}; an id with white space, or without a character, cannot stand in TREC files"
-        )
-    _check_unicode(what, name)
-
-
 def _check_string(what: str, value: object) -> None:
     """Raise UserError unless a field is Unicode text, or missing, or null."""
     if isinstance(value, str):
-        _check_unicode(what, value)
+        check_unicode(what, value)
     elif value is not None:
         raise UserError(f"{what} is a {type(value).__name__}, expected a string")
-
-
-def _check_unicode(what: str, text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} holds half a surrogate pair, which is not Unicode text") from error

@@ -11,6 +11,7 @@ import numpy as np
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.qrels import read_judgements
 from embedding_finetune.data.records import HELD_OUT_BY, read_passages, read_queries
 from embedding_finetune.data.texts import (
     DIGEST_BYTES,
@@ -206,7 +207,7 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
 
 def _make_beir_task(split: beir.Split, corpus: Documents) -> RetrievalTask:
     """The queries of a split that have an answer, with their grades; a log line counts the others."""
-    judgements = beir.read_judgements(split.qrels)
+    judgements = read_judgements(split.qrels)
     position_of = {name: position for position, name in enumerate(corpus.ids)}
     judged = {document for documents in judgements.values() for document in documents}
     queries = {name: text for _, name, text in beir.read_judged_queries(split, judgements)}

@@ -16,15 +16,15 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.bi_encoder import Dense, embedding_dimensions
+from embedding_finetune.model.bi_encoder import Dense
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.model.checks import check_states, check_tokenizer
+from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
 
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_UNLIMITED = 10**9
 """More tokens than any text has. Tokenizers without a limit give 10^30."""
 
 
@@ -241,14 +241,6 @@ def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: st
     return layers.float()
 
 
-def freeze_position_embeddings(backbone: PreTrainedModel) -> None:
-    """Exclude the position embeddings from training. Raises UserError if the backbone has none."""
-    table = _position_table(backbone)
-    if table is None:
-        raise UserError(f"--fix_position_embedding: a {type(backbone).__name__} has no position embeddings to fix")
-    table.requires_grad_(False)
-
-
 def weights_digest(*modules: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and contents of all weights. It identifies a model, whatever its name is."""
     digest = hashlib.sha256()
@@ -257,51 +249,3 @@ def weights_digest(*modules: nn.Module) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens, special ones included, that tokenizer and position embeddings both take."""
-    positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
-    if positions < 1:  # XLNet's way to say that there is no limit
-        positions = _UNLIMITED
-    padding = getattr(_position_table(backbone), "padding_idx", None)
-    if padding is not None:
-        positions -= padding + 1  # RoBERTa and MPNet count positions from after the padding index
-    return min(positions, tokenizer.model_max_length)
-
-
-def check_max_length(flag: str, value: int, limit: int) -> None:
-    """Raise UserError when a length flag asks for more tokens than the model takes."""
-    if value > limit:
-        raise UserError(f"{flag} {value}: the model takes at most {limit} tokens")
-
-
-def check_instructions(
-    tokenizer: PreTrainedTokenizerBase, config: EmbeddingConfig, *, query_max_len: int, passage_max_len: int
-) -> None:
-    """Raise UserError where instruction and special tokens fill a length: all texts would have the same tokens."""
-    for kind, instruction, max_length in (
-        ("query", config.query_instruction, query_max_len),
-        ("passage", config.passage_instruction, passage_max_len),
-    ):
-        ids = tokenizer(instruction.lower() if config.lower_case else instruction, verbose=False)["input_ids"]
-        if len(ids) >= max_length and not instruction:
-            raise UserError(f"--{kind}_max_len {max_length} has no room beside the {len(ids)} special tokens; raise it")
-        if len(ids) >= max_length:
-            raise UserError(
-                f"--{kind}_max_len {max_length} leaves no token for the {kind} itself: "
-                f"--{kind}_instruction_for_retrieval takes {len(ids)} of them, special tokens included; "
-                f"raise --{kind}_max_len, or shorten the instruction"
-            )
-
-
-def check_truncate_dim(backbone: PreTrainedModel, config: EmbeddingConfig) -> None:
-    """Raise UserError when --truncate_dim is larger than the number of dimensions."""
-    most = embedding_dimensions(backbone, config)
-    if config.truncate_dim is not None and config.truncate_dim > most:
-        raise UserError(f"--truncate_dim {config.truncate_dim}: the model's embeddings have {most} dimensions")
-
-
-def _position_table(backbone: PreTrainedModel) -> nn.Module | None:
-    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    return table if isinstance(table, nn.Module) else None

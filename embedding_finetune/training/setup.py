@@ -18,14 +18,13 @@ from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.model.checks import check_training
 from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.loading import (
+from embedding_finetune.model.limits import (
     check_instructions,
     check_max_length,
     freeze_position_embeddings,
     length_limit,
-    load_backbone,
-    load_projection,
 )
+from embedding_finetune.model.loading import load_backbone, load_projection
 from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.model.training_kernels import use_cheap_dropout
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
