@@ -88,16 +88,12 @@ def test_windows_is_told_what_it_cannot_do(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "environment",
-    [{"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "many"}, {"OMP_NUM_THREADS": "2,1"}],
-    ids=str,
-)
-def test_odd_numbers_of_threads_change_no_measure(tiny_bert, candidates, pairs, environment):
+def test_odd_numbers_of_threads_change_no_measure(tiny_bert, candidates, pairs):
     argv = [*evaluation(tiny_bert, candidates, pairs), "--dtype", "float32"]
     expected = run("evaluate.py", argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    result = run("evaluate.py", argv, env={**os.environ, **environment})
-    assert (result.returncode, result.stdout) == (0, expected.stdout), result.stderr
+    for threads in ("", "0", "many", "2,1"):
+        result = run("evaluate.py", argv, env={**os.environ, "OMP_NUM_THREADS": threads})
+        assert (result.returncode, result.stdout) == (0, expected.stdout), (threads, result.stderr)
 
 
 @pytest.mark.slow
