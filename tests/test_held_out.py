@@ -108,8 +108,18 @@ def test_held_out_questions_may_have_known_passages_where_the_question_is_what_i
     held_out, trained = split(tmp_path, rows, hold_out_by="question")
     assert {row["pos"][0] for row in trained} == {"the handbook"}
     assert not {folded(query) for query in queries_of(held_out.records)} & set(map(folded, queries_of(trained)))
-    with pytest.raises(UserError, match=r"--hold_out 0\.2: that is 8 of 40 queries, and the smallest group .* has 40"):
+    assert (held_out.facts["answers"], held_out.facts["answers_trained"]) == (1, 1)
+    with pytest.raises(UserError, match=r"--hold_out 0\.2: all rows belong together, .* most of all 'the handbook'"):
         split(tmp_path, rows, hold_out_by="passage")
+
+
+def test_how_much_to_ask_for_is_told_where_all_groups_are_larger(tmp_path):
+    rows = [{"query": f"question {n}", "pos": [f"passage {n}"], "customer": f"c{n // 30}"} for n in range(75)]
+    with pytest.raises(UserError, match=r"that is 7 of 75 queries, and the smallest of 3 groups .* give --hold_out 15"):
+        split(tmp_path, rows, hold_out=0.1, hold_out_by="customer")
+    held_out, _ = split(tmp_path, rows, hold_out=15, hold_out_by="customer")
+    assert {row["customer"] for row in held_out.records} == {"c2"}
+    assert (held_out.facts["answers"], held_out.facts["answers_trained"]) == (15, 0)
 
 
 def test_rows_of_one_field_stay_together_and_so_do_those_of_one_question(tmp_path):

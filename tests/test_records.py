@@ -156,3 +156,13 @@ def test_a_table_without_passages_names_its_columns_and_the_flag(tmp_path):
             'str}; the columns are "title", "body": --columns text=COLUMN says which it is'
         )
     assert list(records.read_passages(path, ["text=body"])) == ["b"]
+
+
+def test_a_log_line_counts_queries_with_an_instruction_of_their_own(tmp_path, caplog):
+    rows = [{"query": "q", "pos": ["p"], "instruction": text} for text in ("find: ", "", None)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"query": "q", "pos": ["p"]}])
+    for read in (records.read_training_rows, records.read_queries):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert len(list(read(path))) == 4
+        assert "rows.jsonl: 2 queries have an instruction of their own" in caplog.text

@@ -53,6 +53,7 @@ def read_training_rows(
     """
     used = {"query", "pos", "neg", "instruction", *known, *(SCORE_FIELDS if scores_required else ())}
     others: Counter[str] = Counter()
+    instructed = 0
     fields = dict.fromkeys((*_QUERY_FIELDS, "neg", *SCORE_FIELDS, *known))
     rows = (
         _read_beir(path, "train")
@@ -63,11 +64,13 @@ def read_training_rows(
         if not _is_plain(record):
             _check_training_row(place, record)
             others.update(_fields_beyond(used, record))
+            instructed += "instruction" in record
         if field_required is not None:
             _check_field(place, record, field_required)
         if scores_required:
             _require_scores(place, record)
         yield record
+    _log_instructed(path, instructed)
     _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
 
 
@@ -100,7 +103,7 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
     used = {"query", "pos", "id", "group", "instruction", HELD_OUT_BY}
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
-    without_id = 0
+    without_id = instructed = 0
     for place, record in read(path, columns, fields=_QUERY_FIELDS, others=False):
         _drop_nulls(record, "id", "group", "instruction")
         _require_text(place, record, "query")
@@ -123,8 +126,10 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
             without_id += 1
         if places_of and without_id:
             raise UserError(f'{place}: some rows have an "id" and some do not; give all of them one, or none')
+        instructed += "instruction" in record
         others.update(_fields_beyond(used, record))
         yield record
+    _log_instructed(path, instructed)
     _log_others(path, others, "ignored")
 
 
@@ -260,6 +265,11 @@ def _drop_nulls(record: Record, *fields: str) -> None:
 def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
     """The names of a record's other fields, without those that are null."""
     return [name for name, value in record.items() if name not in used and value is not None]
+
+
+def _log_instructed(path: AnyPath, count: int) -> None:
+    if count:
+        logger.info("%s: %d queries have an instruction of their own", path, count)
 
 
 def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:

@@ -141,7 +141,7 @@ def _header(path: AnyPath) -> tuple[str, list[str], int]:
             "".join(names).encode()
             return delimiter, names, number
     except UnicodeEncodeError as error:
-        raise UserError(f"{path}: row {number}: not UTF-8; save the file as UTF-8") from error
+        raise UserError(f"{path}: row {number}: not UTF-8; save the file as UTF-8, in Excel as CSV UTF-8") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: row 1: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -190,7 +190,9 @@ def _texts(path: AnyPath, number: int, name: str, cells: "pa.Array") -> list[str
             try:
                 (cell or b"").decode()
             except UnicodeDecodeError:
-                raise UserError(f'{path}: row {row}: "{name}" is not UTF-8; save the file as UTF-8') from None
+                raise UserError(
+                    f'{path}: row {row}: "{name}" is not UTF-8; save the file as UTF-8, in Excel as CSV UTF-8'
+                ) from None
         raise
 
 

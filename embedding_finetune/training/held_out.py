@@ -75,22 +75,26 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
     by = data_args.hold_out_by
     split = once_per_machine(lambda: split_rows(rows, asked=asked, by=by, field=data_args.hold_out_field, seed=seed))
     held = keep_rows(rows, split.rows)
-    records = _with_usable_ids(_queries(held, by))
+    records = _with_usable_ids(_queries(held, by, data_args.hold_out_field))
     pool = () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns)
     corpus = Corpus(itertools.chain(all_passages(rows), pool))
+    kept = keep_rows(rows, ~split.rows)
+    answers = np.unique(flatten_column(held, "pos_ids")[1])
     facts = {
         "asked": asked,
         "by": by,
         "what_is_new": what_is_new(by),
         "queries": len(records),
         "rows": len(held),
-        "rows_trained": len(rows) - len(held),
+        "rows_trained": len(kept),
+        "answers": len(answers),
+        "answers_trained": int(np.isin(answers, flatten_column(kept, "pos_ids")[1]).sum()),
         "groups": split.groups,
         "largest_group": split.largest_group,
         "tied_by": None if split.tied_by is None else split.tied_by[0],
     }
     _tell(facts, split, how_many(asked, len(np.unique(read_column(rows, "query_id")))))
-    return keep_rows(rows, ~split.rows), HeldOut(records, make_task(records, corpus), facts)
+    return kept, HeldOut(records, make_task(records, corpus), facts)
 
 
 def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | None, seed: int) -> Split:
@@ -114,10 +118,7 @@ def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | No
         raise UserError(_no_such_number(asked, count, len(first)))
     taken = draw(sizes, order, asked)
     if not taken.any():
-        raise UserError(
-            f"--hold_out {asked:g}: that is {count} of {len(first)} queries, and the smallest group of rows that "
-            f"belong together has {sizes.min()}; ask for more, or give another --hold_out_by"
-        )
+        raise UserError(_all_too_large(asked, count, sizes, _most_shared(rows, ties, groups == sizes.argmax())[0]))
     members = np.bincount(groups)  # (G,), in rows
     largest = int(members.argmax())
     dominates = 2 * members[largest] > len(rows)
@@ -127,6 +128,18 @@ def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | No
         all_groups=len(members),
         largest_group=int(members[largest]),
         tied_by=_most_shared(rows, ties, groups == largest) if dominates else None,
+    )
+
+
+def _all_too_large(asked: float, count: int, sizes: np.ndarray, shared: str) -> str:
+    if len(sizes) == 1:
+        return (
+            f"--hold_out {asked:g}: all rows belong together, by what they share, most of all {shared!r}; give another "
+            "--hold_out_by, or leave such rows out"
+        )
+    return (
+        f"--hold_out {asked:g}: that is {count} of {sizes.sum()} queries, and the smallest of {len(sizes)} groups of "
+        f"rows that belong together has {sizes.min()}; give --hold_out {sizes.min()} or more, or another --hold_out_by"
     )
 
 
@@ -162,10 +175,10 @@ def _most_shared(rows: datasets.Dataset, ties: dict[str, Keys], members: np.ndar
 
 def _tell(facts: Record, split: Split, wanted: int) -> None:
     logger.info(
-        "held out by %s: %d queries (%d rows) in %d of %d groups: %s; %d rows are trained on; the largest group has "
-        "%d rows",
+        "held out by %s: %d queries (%d rows) in %d of %d groups: %s; %d of their %d answers are trained on too; "
+        "%d rows are trained on; the largest group has %d rows",
         *(facts["by"], facts["queries"], facts["rows"], split.groups, split.all_groups, facts["what_is_new"]),
-        *(facts["rows_trained"], split.largest_group),
+        *(facts["answers_trained"], facts["answers"], facts["rows_trained"], split.largest_group),
     )
     if split.tied_by is not None:
         text, count = split.tied_by
@@ -181,12 +194,17 @@ def _tell(facts: Record, split: Split, wanted: int) -> None:
         )
 
 
-def _queries(held: datasets.Dataset, by: str) -> list[Record]:
-    """The rows of QUERIES_FILE: each query once, with the positives of all its rows, and what the first says of it."""
+def _queries(held: datasets.Dataset, by: str, field: str | None) -> list[Record]:
+    """The rows of QUERIES_FILE: each query once, with the positives of all its rows, and what the first says of it.
+
+    That is its id, group and instruction, and its value of the field that rows were held out by.
+    """
     found: dict[tuple[int, str], Record] = {}
     answers: dict[tuple[int, str], dict[int, str]] = {}
     for row in stored_rows(held):
         fields = json.loads(row["evaluation_fields"])
+        if field is not None:
+            fields.setdefault(field, row["field"])
         key = (row["query_id"], str(fields.get("instruction")))
         found.setdefault(key, {"query": row["query"], "pos": [], **_usable(fields), HELD_OUT_BY: by})
         of_query = answers.setdefault(key, {})
