@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_evaluation(data_args, dataset, rows)
 
     given = flags_not_at_default(model_args, data_args, args)
-    decided_by = what_decides(given, args, dataset.rows)
+    decided_by = what_decides(given, args, dataset.rows, held_out)
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
         trainer = make_trainer(model_args, data_args, args, dataset, task, held_out)

@@ -360,3 +360,9 @@ def test_two_hundred_thousand_documents_are_read_in_seconds(tmp_path):
     assert len(list(read_training_rows(folder))) == 1000
     assert middle - began < 20
     assert time.monotonic() - middle < 20
+
+
+def test_judgements_are_known_from_within_their_folder_too(folder, monkeypatch):
+    monkeypatch.chdir(folder / "qrels")
+    assert is_beir("train.tsv")
+    assert list(read_training_rows("train.tsv")) == list(read_training_rows(folder))

@@ -185,3 +185,28 @@ def test_written_rows_are_read_again(tmp_path, name):
     assert (schema is None) == (name != "out.parquet")
     formats.write(tmp_path / name, iter(rows), schema)
     assert list(records.read_training_rows(tmp_path / name, others_are_kept=True)) == rows
+
+
+def test_a_column_of_another_role_keeps_its_texts(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("query,pos,context\nq,p,chapter 1\n")
+    [row] = records.read_training_rows(path, others_are_kept=True)
+    assert row == {"query": "q", "pos": ["p"], "context": "chapter 1"}
+    assert list(records.read_passages(path)) == ["chapter 1"]
+
+
+def test_a_link_to_a_file_of_another_format_is_not_written_through(tmp_path):
+    for target in ("rows.csv", "rows.parquet"):
+        link = tmp_path / f"{target}.link.jsonl"
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match=r"^--output_file: "):
+            formats.check_can_be_written("--output_file", link)
+    (tmp_path / "same.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    formats.check_can_be_written("--output_file", tmp_path / "same.jsonl")
+
+
+def test_an_empty_cell_of_text_is_told_as_such(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nq,p\nq2,\n")
+    with pytest.raises(UserError, match=r'row 3: "answer" is empty, expected a string'):
+        list(records.read_passages(path, ["text=answer"]))

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.running import argv_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -367,3 +368,48 @@ def test_data_that_the_held_out_files_would_replace_is_refused(tiny_bert, pairs,
     with pytest.raises(SystemExit):
         finetune.main(flags(tiny_bert, data, tmp_path / "out", hold_out=3, overwrite_output_dir=True))
     assert f"would replace {data} of --train_data" in capsys.readouterr().err
+
+
+def test_an_instruction_that_reads_none_is_not_the_same_as_no_instruction(tmp_path):
+    rows = [*singles(9), {"query": "same", "pos": ["x"], "instruction": "None"}, {"query": "same", "pos": ["y"]}]
+    for seed in range(20):
+        held_out, _ = split(tmp_path, rows, hold_out=5, hold_out_by="question", seed=seed)
+        same = {row.get("instruction"): row["pos"] for row in held_out.records if row["query"] == "same"}
+        assert same in ({}, {"None": ["x"], None: ["y"]})
+
+
+def test_files_of_the_users_own_are_neither_replaced_nor_removed_through_a_link(tiny_bert, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", singles(30))
+    flags = {"model_name_or_path": tiny_bert, "train_data": data, "max_steps": 1, "per_device_train_batch_size": 8}
+    own = tmp_path / "own"
+    own.mkdir()
+    write_jsonl(own / "held_out.jsonl", [{"query": "mine", "pos": ["x"]}])
+    with pytest.raises(SystemExit):
+        finetune.main(argv_of(**flags, hold_out=0.3, output_dir=own, overwrite_output_dir=True))
+    assert "is no file of an earlier run, and would be replaced" in capsys.readouterr().err
+    finetune.main(argv_of(**flags, hold_out=0.3, output_dir=tmp_path / "out"))
+    before = (tmp_path / "out" / "held_out.jsonl").read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out" / "held_out.jsonl")
+    again = {"eval_query_file_jsonl_path": tmp_path / "link.jsonl", "overwrite_output_dir": True}
+    with pytest.raises(SystemExit):
+        finetune.main(argv_of(**flags, **again, output_dir=tmp_path / "out"))
+    assert "this run would replace" in capsys.readouterr().err
+    assert (tmp_path / "out" / "held_out.jsonl").read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_held_out_answers(tiny_bert, tmp_path, capsys):
+    rows = singles(30)
+    flags = {
+        "model_name_or_path": tiny_bert,
+        "hold_out": 0.3,
+        "hold_out_by": "question",
+        "output_dir": tmp_path / "out",
+    }
+    flags |= {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "per_device_train_batch_size": 8}
+    finetune.main(argv_of(**flags, train_data=write_jsonl(tmp_path / "a.jsonl", rows)))
+    held = queries_of(read_jsonl(tmp_path / "out" / "held_out.jsonl"))
+    others = [{**row, "pos": ["another"]} if row["query"] in held else row for row in rows]
+    changed, checkpoint = write_jsonl(tmp_path / "b.jsonl", others), tmp_path / "out" / "checkpoint-1"
+    with pytest.raises(SystemExit):
+        finetune.main(argv_of(**flags, train_data=changed, resume_from_checkpoint=checkpoint))
+    assert "would go on with other held-out rows or candidates" in capsys.readouterr().err

@@ -15,11 +15,12 @@ def many(count):
     return [{"query": f"q{n}", "pos": [f"p{n}", f"other p{n}"]} for n in range(count)]
 
 
-@pytest.mark.parametrize("again", ["a.jsonl", "./folder/../a.jsonl", "link.jsonl", "folder"])
+@pytest.mark.parametrize("again", ["a.jsonl", "./folder/../a.jsonl", "link.jsonl", "hard.jsonl", "folder"])
 def test_a_file_that_is_given_twice_is_refused_in_one_line(tmp_path, monkeypatch, again):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", many(1))
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to("a.jsonl")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "b.jsonl").symlink_to("../a.jsonl")
     with pytest.raises(UserError, match=r"^--train_data: \S+ is given twice(, as a\.jsonl too)?; give it once$"):

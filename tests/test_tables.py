@@ -292,3 +292,28 @@ def test_a_row_longer_than_a_block_is_read_and_the_rows_around_it_once(tmp_path,
     content = "x,y\n\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells))
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     assert filled(path) == [(3 + n, {"x": str(n), "y": cell}) for n, cell in enumerate(cells)]
+
+
+@pytest.mark.parametrize(
+    ("known", "values"),
+    [
+        ([pa.int32(), pa.float64()], [1, 2.5]),
+        ([pa.float32(), pa.float64()], [0.5, 0.1]),
+        ([pa.date32(), pa.timestamp("us")], [datetime.datetime(2026, 1, 2, 3, 4)] * 2),
+        ([pa.struct([("a", pa.int64())])], [{"a": 1}, {"a": 2, "b": 3}]),
+        ([pa.duration("s"), pa.duration("us")], [datetime.timedelta(microseconds=5)]),
+        ([pa.int64(), pa.int64()], [1, None, 3]),
+    ],
+)
+def test_a_column_gets_a_type_that_changes_no_value(tmp_path, known, values):
+    files = []
+    for number, type_ in enumerate(known):
+        pq.write_table(pa.table({"x": pa.array([None], type_)}), tmp_path / f"{number}.parquet")
+        files.append(tmp_path / f"{number}.parquet")
+    rows = [{"x": value} for value in values]
+    schema = tables.schema_of(tmp_path / "out.parquet", ["x"], rows, like=files)
+    tables.write_parquet(tmp_path / "out.parquet", rows, schema)
+    written = pq.read_table(tmp_path / "out.parquet")["x"].to_pylist()
+    if isinstance(values[0], dict):
+        written = [{name: value for name, value in row.items() if value is not None} for row in written]
+    assert written == values

@@ -63,3 +63,17 @@ def test_what_transformers_leaves_open_is_settled(tmp_path):
 def test_flags_of_the_loss_and_of_adapters_that_contradict_each_other_are_refused(tmp_path, flags, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
         RetrieverTrainingArguments(output_dir=str(tmp_path), **flags)
+
+
+@pytest.mark.parametrize(("given", "field"), [("prompt", "instruction"), ("kunde", "group"), ("customer", "customer")])
+def test_a_field_to_hold_out_by_may_have_its_own_name_or_the_suites(tmp_path, given, field):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p"]}])
+    options = DataArguments(train_data=str(data), hold_out=0.5, hold_out_by=given, columns=["group=kunde"])
+    assert options.hold_out_field == field
+
+
+def test_rows_are_not_held_out_by_their_texts(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"query": "q", "pos": ["p"]}])
+    for name in ("query", "pos", "anchor", "positive"):
+        with pytest.raises(UserError, match=f"^--hold_out_by {name}: "):
+            DataArguments(train_data=str(data), hold_out=0.5, hold_out_by=name)

@@ -45,7 +45,10 @@ def is_beir(path: AnyPath) -> bool:
 def folder_of(path: AnyPath) -> Path:
     """The folder that a path to be read as BEIR data is in: the path itself, or of a file in `qrels` the folder."""
     path = Path(path)
-    return path.parent.parent if path.parent.name == _QRELS and os.path.isfile(path) else path
+    folder = path.absolute().parent
+    if folder.name != _QRELS or not os.path.isfile(path):
+        return path
+    return path.parent.parent if path.parent.name == _QRELS else folder.parent
 
 
 def _is_folder(folder: Path) -> bool:

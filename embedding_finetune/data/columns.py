@@ -22,7 +22,7 @@ _OTHER_OWN_NAMES = {"text": ["context"]}
 _MOST_KNOWN = 1000
 """Sets of names that are remembered: all records of a file may differ in their names."""
 ANOTHER_NEGATIVE = re.compile(r"negative(?:_(\d+))?")
-_ALSO_CALLED = {"query": "anchor", "pos": "positive", "instruction": "prompt"}
+ALSO_CALLED = {"query": "anchor", "pos": "positive", "instruction": "prompt"}
 """What sentence-transformers and FlagEmbedding call them."""
 JUDGEMENTS = ("label", "score")
 """Columns beside sentence-transformers' names that say how good a pair is."""
@@ -146,7 +146,7 @@ class Roles:
                         f'{place}: "{column}", which --columns makes the {role}, stands beside "{own[0]}"; rename one'
                     )
                 found[role] = [column]
-        for role, column in _ALSO_CALLED.items():
+        for role, column in ALSO_CALLED.items():
             if role in self._fields and role not in (*free, *found) and column in free:
                 found[role] = [column]
         if found.get("pos") == ["positive"] and "neg" in self._fields and "neg" not in (*free, *found):

@@ -1,5 +1,6 @@
 """The corpus, distinct texts by position, and retrieval tasks: queries with the positions that answer them."""
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,10 @@ class Corpus:
 
     def __len__(self) -> int:
         return self._size
+
+    def digest(self) -> str:
+        """A hash of all texts, whatever their order."""
+        return hashlib.blake2b(self._digests.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
 
     def positions(self, texts: Sequence[str]) -> np.ndarray:
         """The position of each text, -1 for a text that is not here: (len(texts),) int64."""

@@ -54,7 +54,7 @@ def read(
     for file in data_files(path):
         place, roles = Place(file, asked), Roles(asked, fields)
         if tables.is_table(file):
-            yield from _read_table(place, roles, None if others else fields)
+            yield from _read_table(place, roles, fields, others=others)
         else:
             yield from _read_lines(place, roles)
         if not place.number:
@@ -90,7 +90,7 @@ def _as_list(values: Iterable[object]) -> list[object]:
     return [text for value in values for text in (value if isinstance(value, list) else [value]) if text is not None]
 
 
-def _read_table(place: Place, roles: Roles, only: Sequence[str] | None) -> Iterator[tuple[Place, Record]]:
+def _read_table(place: Place, roles: Roles, used: Sequence[str], *, others: bool) -> Iterator[tuple[Place, Record]]:
     place.table = names = tables.column_names(place.path)
     if not names:
         return
@@ -99,8 +99,8 @@ def _read_table(place: Place, roles: Roles, only: Sequence[str] | None) -> Itera
     place.layout = layout
     judgements = [name for name in JUDGEMENTS if name in names and layout.get("pos") == ["positive"]]
     fields, wanted = layout, set(names)
-    if is_parquet and only is not None:  # the cells of a csv file have to be parsed anyway
-        fields = {field: columns for field, columns in layout.items() if field in only} or {names[0]: names[:1]}
+    if is_parquet and not others:  # the cells of a csv file have to be parsed anyway
+        fields = {field: columns for field, columns in layout.items() if field in used} or {names[0]: names[:1]}
         wanted = {*itertools.chain(*fields.values()), *judgements}
         if unread := [name for name in names if name not in wanted]:
             logger.info("%s: ignored: %s", place.path, listed(unread))
@@ -109,7 +109,10 @@ def _read_table(place: Place, roles: Roles, only: Sequence[str] | None) -> Itera
             for number, value in enumerate(batch[name], first):
                 place.number = number
                 check_no_judgement(place, name, value)
-        columns = [_column(field, [batch[name] for name in names]) for field, names in fields.items()]
+        columns = [
+            _column([batch[name] for name in names], is_list=field in _LISTS and field in used)
+            for field, names in fields.items()
+        ]
         for number, values in enumerate(zip(*columns), first):
             record = dict(zip(fields, values))
             if not is_parquet and None in values:
@@ -120,19 +123,22 @@ def _read_table(place: Place, roles: Roles, only: Sequence[str] | None) -> Itera
             yield place, record
 
 
-def _column(field: str, columns: Sequence[list[Any]]) -> list[Any]:
+def _column(columns: Sequence[list[Any]], *, is_list: bool) -> list[Any]:
     """The values of a field: of one column, or of those that hold one text each."""
     if len(columns) > 1:
         return [_as_list(values) for values in zip(*columns)]
-    if field in _LISTS:
+    if is_list:
         return [[value] if isinstance(value, str) else value for value in columns[0]]
     return columns[0]
 
 
 def check_can_be_written(flag: str, path: AnyPath) -> None:
     """Raise UserError naming `flag` for a name of a format that is only read."""
-    if str(path).lower().endswith((*tables.DELIMITED, *_NOT_READ)):
+    target = os.path.realpath(path)  # what is written, where the path is a link
+    if target.lower().endswith((*tables.DELIMITED, *_NOT_READ)):
         raise UserError(f"{flag}: {path}: such files are not written; give a name that ends in .jsonl or .parquet")
+    if tables.is_parquet(target) != tables.is_parquet(path):
+        raise UserError(f"{flag}: {path} is a link to {target}, a file of another format; give the file")
 
 
 def schema_to_write(

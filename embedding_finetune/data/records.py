@@ -173,6 +173,8 @@ def _passages_of(place: Place, record: Record) -> list[str]:
     if "_id" in record:
         text = document_text(place, record)
         return [text] if text else []
+    if "text" not in record and place.table is not None and "text" in place.layout:
+        raise UserError(f"{place}: {place.missing('text', 'a string')}")
     if "text" not in record:
         raise UserError(
             f'{place}: neither "context" nor {place.names_to_find("text")} is there; expected '

@@ -296,21 +296,34 @@ def schema_of(path: AnyPath, names: Iterable[str], rows: Sequence[Record], like:
 
 
 def _type(path: AnyPath, name: str, values: list[Any], known: Sequence["pa.DataType"]) -> "pa.DataType":
-    """The first of the known types that can hold all values, else their own."""
+    """The first of the known types that holds all values as they are, else their own."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for type_ in (*dict.fromkeys(known), None):
         try:
             column = pa.array(values, type_)
-            pq.write_table(pa.table({name: column[:1]}), io.BytesIO())  # an object without fields cannot be written
-            return column.type
-        except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
+            # An object without fields cannot be written, and one of too many levels could not be read.
+            pq.write_table(pa.table({name: column[:1]}), trial := io.BytesIO())
+            pq.ParquetFile(trial).close()
+            if _are_same(column.to_pylist(), values):  # pyarrow cuts 2.5 to an integer without a word
+                return column.type
+            reason = f"as {column.type} they would change"
+        except (pa.ArrowException, OSError, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
             reason = first_line(error)
     raise UserError(
         f'{path}: "{name}" holds values that one column of a parquet file cannot: {reason}; give a name that ends in '
         ".jsonl"
     )
+
+
+def _are_same(stored: object, value: object) -> bool:
+    """Whether a value came back as it was; a field that an object lacks may have become null."""
+    if isinstance(stored, list | tuple) and isinstance(value, list | tuple):
+        return len(stored) == len(value) and all(map(_are_same, stored, value))
+    if isinstance(stored, dict) and isinstance(value, dict):
+        return all(_are_same(stored.get(name), value.get(name)) for name in stored.keys() | value.keys())
+    return stored == value or (stored != stored and value != value)  # NaN is not equal to itself
 
 
 def write_parquet(path: AnyPath, records: Iterable[Record], schema: "pa.Schema") -> None:

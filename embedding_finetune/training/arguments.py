@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.columns import COLUMNS_HELP, parse_columns
+from embedding_finetune.data.columns import ALSO_CALLED, COLUMNS_HELP, parse_columns
 from embedding_finetune.data.hold_out import KINDS
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
@@ -119,7 +119,7 @@ class DataArguments:
         """The field whose rows are held out together, by the suite's own name; None for `passage` and `question`."""
         if self.hold_out_by in KINDS:
             return None
-        roles = {column: role for role, column in parse_columns(self.columns).items()}
+        roles = {column: role for role, column in {**ALSO_CALLED, **parse_columns(self.columns)}.items()}
         return roles.get(self.hold_out_by, self.hold_out_by)
 
 

@@ -8,6 +8,7 @@ Both lie in the output folder. Which rows are drawn is decided in data/hold_out.
 Shapes: R rows, N keys of all rows, G groups.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -55,12 +56,13 @@ class Split(NamedTuple):
 class HeldOut(NamedTuple):
     """Queries that were kept out of training, as a retrieval task, and what the summary says about them.
 
-    records: the rows of QUERIES_FILE. task: the same among the passages of CANDIDATES_FILE.
+    records: the rows of QUERIES_FILE. task: the same among the passages of CANDIDATES_FILE. digest: a hash of both.
     """
 
     records: list[Record]
     task: RetrievalTask
     facts: Record
+    digest: str
 
 
 def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> tuple[datasets.Dataset, HeldOut | None]:
@@ -94,7 +96,8 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
         "tied_by": None if split.tied_by is None else split.tied_by[0],
     }
     _tell(facts, split, how_many(asked, len(np.unique(read_column(rows, "query_id")))))
-    return kept, HeldOut(records, make_task(records, corpus), facts)
+    digest = hashlib.blake2b(json.dumps([records, corpus.digest()]).encode(), digest_size=16).hexdigest()
+    return kept, HeldOut(records, make_task(records, corpus), facts, digest)
 
 
 def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | None, seed: int) -> Split:
@@ -199,13 +202,13 @@ def _queries(held: datasets.Dataset, by: str, field: str | None) -> list[Record]
 
     That is its id, group and instruction, and its value of the field that rows were held out by.
     """
-    found: dict[tuple[int, str], Record] = {}
-    answers: dict[tuple[int, str], dict[int, str]] = {}
+    found: dict[tuple[int, str | None], Record] = {}
+    answers: dict[tuple[int, str | None], dict[int, str]] = {}
     for row in stored_rows(held):
         fields = json.loads(row["evaluation_fields"])
         if field is not None:
             fields.setdefault(field, row["field"])
-        key = (row["query_id"], str(fields.get("instruction")))
+        key = (row["query_id"], row["instruction"])
         found.setdefault(key, {"query": row["query"], "pos": [], **_usable(fields), HELD_OUT_BY: by})
         of_query = answers.setdefault(key, {})
         for number, text in zip(row["pos_ids"], row["pos"]):
@@ -245,6 +248,16 @@ def write_held_out(folder: AnyPath, held_out: HeldOut | None) -> None:
     elif _is_ours(queries):
         queries.unlink()
         candidates.unlink(missing_ok=True)
+
+
+def check_held_out_files(folder: AnyPath) -> None:
+    """Raise UserError where a file of the user's own has a name of those that are written."""
+    queries, candidates = (Path(folder) / name for name in FILES)
+    for path in (queries, candidates):
+        if path.exists() and not _is_ours(queries):
+            raise UserError(
+                f"--output_dir {folder}: {path} is no file of an earlier run, and would be replaced; move it"
+            )
 
 
 def _all_texts(corpus: Corpus | Documents) -> Iterator[str]:

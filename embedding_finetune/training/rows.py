@@ -156,10 +156,11 @@ def training_files(train_data: Sequence[str]) -> list[Path]:
     Raises UserError where one is there twice.
     """
     paths = [path for given in train_data for path in data_files(given)]
-    places: dict[str, Path] = {}
+    places: dict[tuple[int, int], Path] = {}
     for path in paths:
         read = beir.find_split(path, "train").qrels if beir.is_beir(path) else path
-        earlier = places.setdefault(os.path.realpath(read), path)
+        status = os.stat(read)  # the same for all names and links of a file
+        earlier = places.setdefault((status.st_dev, status.st_ino), path)
         if earlier is not path:
             also = "" if str(earlier) == str(path) else f", as {earlier} too"
             raise UserError(f"--train_data: {path} is given twice{also}; give it once")

@@ -27,6 +27,7 @@ from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, requ
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
 from embedding_finetune.training.held_out import FILES as HELD_OUT_FILES
+from embedding_finetune.training.held_out import HeldOut, check_held_out_files
 from embedding_finetune.training.row_columns import read_column, rows_digest
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def check_output_dir(
         _check_data_is_not_replaced("--train_data", path, args.output_dir)
     for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path", "candidate_pool"):
         _check_data_is_not_replaced(f"--{flag}", getattr(data_args, flag), args.output_dir)
+    if data_args.hold_out is not None:
+        check_held_out_files(args.output_dir)
     if resumes(args) or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     if os.listdir(args.output_dir):
@@ -95,7 +98,8 @@ def _check_data_is_not_replaced(flag: str, data: str | None, output_dir: str) ->
     """Raise UserError where data that is read has the place and name of a file of a model or of held-out rows."""
     if data is None or not os.path.exists(data) or not os.path.isdir(output_dir):
         return
-    for path in data_files(data, quiet=True):
+    names = data_files(data, quiet=True)
+    for path in (*names, *(Path(os.path.realpath(name)) for name in names)):
         is_written = path.name in HELD_OUT_FILES or is_model_file(path.name)
         if is_written and os.path.samefile(os.path.realpath(path.parent), output_dir):
             raise UserError(f"--output_dir {output_dir}: this run would replace {path} of {flag}; give another folder")
@@ -222,8 +226,13 @@ def write_run(folder: AnyPath, run: Run) -> None:
         file.write(json.dumps(run, indent=2).encode() + b"\n")
 
 
-def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments", rows: datasets.Dataset) -> Run:
-    """What the result of a run depends on, as JSON takes it: flags and rows.
+def what_decides(
+    given: Mapping[str, object],
+    args: "RetrieverTrainingArguments",
+    rows: datasets.Dataset,
+    held_out: HeldOut | None = None,
+) -> Run:
+    """What the result of a run depends on, as JSON takes it: flags, rows, and what held-out rows measure.
 
     given: flag -> value, of the flags that are not at their default. How long a run is may change when it is resumed,
     and so may how many processes share a batch.
@@ -231,6 +240,8 @@ def what_decides(given: Mapping[str, object], args: "RetrieverTrainingArguments"
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
+    if held_out is not None:
+        described["held_out_digest"] = held_out.digest
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.
         described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
@@ -250,6 +261,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
             what = {
                 "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
                 "rows_digest": "other training rows",
+                "held_out_digest": "other held-out rows or candidates",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
                 "rows_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
