@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import secrets
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,13 @@ def _read_delimited(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
     """Small blocks take little memory; a file with a row that is longer is read on with large ones from there."""
     delimiter, header, number = _header(path)
     number += 1  # of the next row
+    are_quotes_checked = False
     for block_bytes in _BLOCK_BYTES:
         try:
             for rows in _parse_delimited(path, delimiter, len(header), number, block_bytes):
+                if not are_quotes_checked and any(map(_has_line_break, rows.columns)):
+                    _check_quotes(path, delimiter)
+                    are_quotes_checked = True
                 places = [header.index(name) for name in names]
                 texts = [_texts(path, number, name, rows[place]) for name, place in zip(names, places)]
                 yield number, dict(zip(names, texts))
@@ -127,6 +132,31 @@ def _parse_delimited(
         raise UserError(f"{path}: {_reason(error, message, number)}") from error
     if not closed:
         raise UserError(f"{path}: row {number - 1}: a quote is opened there and never closed")
+
+
+def _has_line_break(cells: "pa.Array") -> bool:
+    """Whether one of the cells has several lines, as one has that a stray quote made of several rows."""
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.match_substring_regex(cells, r"[\r\n]")).as_py())
+
+
+def _check_quotes(path: AnyPath, delimiter: str) -> None:
+    """Raise UserError where a quoted cell goes on after its closing quote, which pyarrow takes as it comes."""
+    number, limit = 0, csv.field_size_limit(sys.maxsize)
+    try:
+        with open_for_reading(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+            for _ in csv.reader(text, delimiter=delimiter, strict=True):
+                number += 1
+    except csv.Error as error:
+        if "unexpected end" not in str(error):  # a quote that is never closed is told where it is met
+            raise UserError(
+                f"{path}: row {number + 1}: a quoted cell goes on after its closing quote; write a quote within a cell "
+                "as two, in a quoted cell"
+            ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _header(path: AnyPath) -> tuple[str, list[str], int]:

@@ -133,6 +133,11 @@ def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args
     if np.count_nonzero(rows_of_files) == 1:
         logger.info("--one_file_per_batch changes nothing: all rows are in one file")
         return False
+    if dataset.group_size == 1 and rows_of_files.max() == 1:
+        raise UserError(
+            "--one_file_per_batch: no query would have a negative: no row has any, and every file has one row; "
+            'mine "neg" with mine_hard_neg.py, or leave the flag out'
+        )
     batch = args.per_device_train_batch_size * args.world_size
     never_full = (rows_of_files > 0) & (rows_of_files < batch)
     if args.dataloader_drop_last and never_full.any():
