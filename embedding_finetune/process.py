@@ -74,7 +74,7 @@ def importing() -> Iterator[None]:
     """For a script's blocks of heavy imports, and what they ask for.
 
     Signals wait; the garbage collector is off, which would take half a second. Afterwards, until the run ends, the
-    libraries show no progress bars, and malloc is ready for large tensors.
+    collector leaves out what was imported, the libraries show no progress bars, and malloc is ready for large tensors.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -84,8 +84,16 @@ def importing() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+    _keep_imports_from_the_collector()
     _hide_progress_bars()
     _reuse_large_blocks()
+
+
+def _keep_imports_from_the_collector() -> None:
+    """Let the garbage collector leave out what was imported: reading rows took twice as long with it."""
+    if not gc.get_freeze_count():
+        put_back.callback(gc.unfreeze)
+    gc.freeze()
 
 
 def _hide_progress_bars() -> None:

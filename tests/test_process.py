@@ -1,6 +1,7 @@
 """What a run switches for the whole process."""
 
 import ctypes
+import gc
 import subprocess
 import sys
 
@@ -33,6 +34,15 @@ def blocks_mapped_for(size):
     mapped = libc.mallinfo2().hblks - before
     libc.free(block)
     return mapped
+
+
+def test_what_was_imported_is_left_out_by_the_garbage_collector_during_a_run():
+    before = gc.get_freeze_count()
+    with process.as_a_run():
+        with process.importing():
+            pass
+        assert gc.get_freeze_count() > before + 10_000
+    assert gc.get_freeze_count() == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
