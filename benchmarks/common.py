@@ -32,7 +32,7 @@ print(int(peak.split()[1]) // 1024, round(time.monotonic() - began, 1))
 
 
 def new_parser(docstring: str | None, *, model: bool = False, data: bool = False) -> argparse.ArgumentParser:
-    """A parser whose help is the benchmark's docstring, with the flags --model and --data if asked for."""
+    """A parser whose help is the docstring; model, data: whether it has the flags --model and --data."""
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     if model:
         parser.add_argument("--model", default=str(MODEL), help="model folder (default: .demo/model)")

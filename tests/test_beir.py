@@ -86,14 +86,6 @@ def test_compressed_files_byte_order_marks_and_trec_columns_are_read(folder):
     assert read_judgements(folder / "qrels" / "mine.tsv") == TRAIN
 
 
-def test_a_first_line_of_data_is_not_taken_for_a_header(tmp_path):
-    path = tmp_path / "a.tsv"
-    path.write_text("q1\td1\t2\nq1\td2\t0\n")
-    assert read_judgements(path) == {"q1": {"d1": 2, "d2": 0}}
-    path.write_text("query_id\tdoc_id\trelevance\nq1\td1\t2\nq1\td1\t2\n")
-    assert read_judgements(path) == {"q1": {"d1": 2}}
-
-
 @pytest.mark.parametrize(
     ("name", "number", "line", "complaint"),
     [

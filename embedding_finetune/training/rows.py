@@ -81,7 +81,7 @@ def load_rows(
     most = max_rows_per_file
 
     def write(number: int, path: Path) -> str:
-        file = _write_rows(path, columns, number, *options)
+        file = _write_rows(_training_rows(path, columns, number, *options))
         return file if most is None else _draw(file, most, f"{seed}:{path.name}")
 
     rows = _mapped(once_per_machine(lambda: [write(number, path) for number, path in enumerate(paths)]))
@@ -167,17 +167,10 @@ def training_files(train_data: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _write_rows(
-    path: Path,
-    columns: Sequence[str],
-    number: int,
-    scores_required: bool,
-    may_be_held_out: bool,
-    hold_out_field: str | None,
-) -> str:
-    """Write one file's rows in Arrow's format; gives the file."""
+def _write_rows(rows: Iterator[Record]) -> str:
+    """Write rows in Arrow's format; gives the file."""
     with _new_file() as (target, writer):
-        for batch in _batches(_training_rows(path, columns, number, scores_required, may_be_held_out, hold_out_field)):
+        for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=ROW_FEATURES.arrow_schema))
     return target
 
