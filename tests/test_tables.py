@@ -1,8 +1,6 @@
 """csv, tsv and parquet: the cells are those of Python's csv module and of pyarrow, and errors name the row."""
 
 import csv
-import datetime
-import decimal
 import gzip
 import io
 import re
@@ -11,22 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tables import TABLE, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import tables
-
-
-def rows_of(path, names=None):
-    """(number, row) of all rows."""
-    names = tables.column_names(path) if names is None else names
-    batches = tables.read_columns(path, names)
-    return [
-        (number, dict(zip(batch, values)))
-        for first, batch in batches
-        for number, values in enumerate(zip(*batch.values()), first)
-    ]
 
 
 def filled(path):
@@ -149,30 +137,6 @@ def test_a_cut_gzip_file_is_an_error(tmp_path):
         rows_of(path)
 
 
-TABLE = pa.table(
-    {
-        "text": pa.array(["a", "é", None, "d"]),
-        "large": pa.array(["a", "b", "c", None], pa.large_string()),
-        "dictionary": pa.array(["a", "b", "a", None]).dictionary_encode(),
-        "list": pa.array([["a"], [], None, ["b", None]]),
-        "large_list": pa.array([["a"], [], None, ["b", "c"]], pa.large_list(pa.large_string())),
-        "fixed": pa.array([[1, 2], None, [3, 4], [5, 6]], pa.list_(pa.int32(), 2)),
-        "nested": pa.array([[["a"], []], None, [], [["b", "c"]]]),
-        "struct": pa.array([{"a": 1, "b": "x"}, None, {"a": None, "b": "y"}, {"a": 2, "b": None}]),
-        "map": pa.array([[("k", 1)], [], None, [("l", 2)]], pa.map_(pa.string(), pa.int64())),
-        "int": pa.array([1, 2, None, 4], pa.int16()),
-        "float": pa.array([1.5, float("nan"), None, 4.0], pa.float32()),
-        "bool": pa.array([True, False, None, True]),
-        "bytes": pa.array([b"\xff", b"", None, b"d"]),
-        "date": pa.array([datetime.date(2026, 1, 2)] * 3 + [None]),
-        "stamp": pa.array([datetime.datetime(2026, 1, 2, 3, 4, 5, 6)] * 3 + [None], pa.timestamp("us", "UTC")),
-        "nanoseconds": pa.array([10**18 + 1, None, 3, 4], pa.timestamp("ns")),
-        "decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("0.02"), None], pa.decimal128(9, 2)),
-        "nothing": pa.nulls(4),
-    }
-)
-
-
 @pytest.mark.parametrize("rows_per_group", [1, 3, 100])
 def test_values_of_parquet_are_those_of_pyarrow(tmp_path, rows_per_group):
     path = tmp_path / "a.parquet"
@@ -241,40 +205,6 @@ def test_a_parquet_file_that_names_a_column_twice_is_refused(tmp_path):
         tables.column_names(path)
 
 
-def test_types_of_kept_columns_survive_and_columns_of_texts_are_texts(tmp_path):
-    source, path = tmp_path / "in.parquet", tmp_path / "out.parquet"
-    pq.write_table(TABLE, source)
-    rows = [{"query": "q", "pos": ["p"], **row} for _, row in rows_of(source)]
-    names = ["query", "pos", *TABLE.column_names, "neg", "neg_scores"]
-    schema = tables.schema_of(path, names, rows, like=[source])
-    tables.write_parquet(path, [{**row, "neg": ["n"], "neg_scores": [1]} for row in rows], schema)
-    written = pq.read_table(path)
-    assert written.column_names == names
-    stored = pq.read_table(source).schema
-    assert all(written.schema.field(name).type == stored.field(name).type for name in TABLE.column_names)
-    assert repr(written.select(TABLE.column_names).to_pylist()) == repr(pq.read_table(source).to_pylist())
-    assert str(written.schema.field("neg").type).startswith("list<")
-    assert written["neg_scores"].to_pylist() == [[1.0]] * 4
-
-
-@pytest.mark.parametrize(
-    ("values", "complaint"),
-    [([1, "a"], "int"), ([2**70, 1], "int"), ([{}, {}], "struct"), (["\ud800", ""], "surrogate"), ([[1], 2], "list")],
-)
-def test_a_column_that_parquet_cannot_hold_is_refused(tmp_path, values, complaint):
-    rows = [{"x": value} for value in values]
-    with pytest.raises(UserError, match=r'"x" holds values that one column of a parquet file cannot: .*\.jsonl$') as e:
-        tables.schema_of(tmp_path / "a.parquet", ["x"], rows, like=[])
-    assert complaint in str(e.value).lower()
-
-
-def test_types_that_rows_of_json_need_are_found_over_all_rows(tmp_path):
-    rows = [{"x": None}, {"x": 1}, {"x": 2.5}, {}]
-    path = tmp_path / "a.parquet"
-    tables.write_parquet(path, rows, tables.schema_of(path, ["x"], rows, like=[]))
-    assert pq.read_table(path)["x"].to_pylist() == [None, 1.0, 2.5, None]
-
-
 def test_of_rows_of_megabytes_a_batch_holds_few(tmp_path):
     path = tmp_path / "a.parquet"
     random = np.random.default_rng(0)
@@ -293,31 +223,6 @@ def test_a_row_longer_than_a_block_is_read_and_the_rows_around_it_once(tmp_path,
     content = "x,y\n\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells))
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     assert filled(path) == [(3 + n, {"x": str(n), "y": cell}) for n, cell in enumerate(cells)]
-
-
-@pytest.mark.parametrize(
-    ("known", "values"),
-    [
-        ([pa.int32(), pa.float64()], [1, 2.5]),
-        ([pa.float32(), pa.float64()], [0.5, 0.1]),
-        ([pa.date32(), pa.timestamp("us")], [datetime.datetime(2026, 1, 2, 3, 4)] * 2),
-        ([pa.struct([("a", pa.int64())])], [{"a": 1}, {"a": 2, "b": 3}]),
-        ([pa.duration("s"), pa.duration("us")], [datetime.timedelta(microseconds=5)]),
-        ([pa.int64(), pa.int64()], [1, None, 3]),
-    ],
-)
-def test_a_column_gets_a_type_that_changes_no_value(tmp_path, known, values):
-    files = []
-    for number, type_ in enumerate(known):
-        pq.write_table(pa.table({"x": pa.array([None], type_)}), tmp_path / f"{number}.parquet")
-        files.append(tmp_path / f"{number}.parquet")
-    rows = [{"x": value} for value in values]
-    schema = tables.schema_of(tmp_path / "out.parquet", ["x"], rows, like=files)
-    tables.write_parquet(tmp_path / "out.parquet", rows, schema)
-    written = pq.read_table(tmp_path / "out.parquet")["x"].to_pylist()
-    if isinstance(values[0], dict):
-        written = [{name: value for name, value in row.items() if value is not None} for row in written]
-    assert written == values
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data import beir, jsonl, tables
+from embedding_finetune.data import beir, jsonl, parquet_output, tables
 from embedding_finetune.data.columns import (
     ANOTHER_NEGATIVE,
     JUDGEMENTS,
@@ -148,7 +148,11 @@ def schema_to_write(
 
     names: the columns, in order. Raises UserError where a column cannot hold all values.
     """
-    return tables.schema_of(path, names, rows, like=data_files(source, quiet=True)) if tables.is_parquet(path) else None
+    return (
+        parquet_output.schema_of(path, names, rows, like=data_files(source, quiet=True))
+        if tables.is_parquet(path)
+        else None
+    )
 
 
 def write(path: AnyPath, records: Iterable[Record], schema: "pa.Schema | None" = None) -> None:
@@ -159,7 +163,7 @@ def write(path: AnyPath, records: Iterable[Record], schema: "pa.Schema | None" =
     if schema is None:
         jsonl.write(path, records)
     else:
-        tables.write_parquet(path, records, schema)
+        parquet_output.write_parquet(path, records, schema)
 
 
 def data_files(path: AnyPath, *, quiet: bool = False) -> list[Path]:

@@ -8,7 +8,6 @@ imported where it is used: most runs read JSON Lines.
 import codecs
 import csv
 import io
-import itertools
 import os
 import re
 import secrets
@@ -18,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.jsonl import Record, open_for_reading
-from embedding_finetune.files import AnyPath, atomic_writer
+from embedding_finetune.data.jsonl import open_for_reading
+from embedding_finetune.files import AnyPath
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -234,11 +233,12 @@ def _reason(error: Exception, message: str, number: int) -> str:
 
 
 def _parquet_names(path: AnyPath) -> list[str]:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         return list(file.schema_arrow.names)
 
 
-def _open_parquet(path: AnyPath) -> "pq.ParquetFile":
+def open_parquet(path: AnyPath) -> "pq.ParquetFile":
+    """A parquet file to read from. Raises UserError for one that is missing, empty or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -256,7 +256,7 @@ def _read_parquet(path: AnyPath, names: Sequence[str]) -> Iterator[Batch]:
     import pyarrow as pa
 
     number = 1
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         try:
             for batch in file.iter_batches(_rows_per_batch(file.metadata), columns=names):
                 yield number, {name: _values(path, number, name, batch[name]) for name in names}
@@ -302,66 +302,3 @@ def _as_python(column: "pa.Array") -> list[Any]:
         values.append(None if length is None else items[start : start + length])
         start += length or 0
     return values
-
-
-def schema_of(path: AnyPath, names: Iterable[str], rows: Sequence[Record], like: Sequence[AnyPath]) -> "pa.Schema":
-    """Columns with these names for the rows, to be written at `path` as parquet.
-
-    like: files that the rows are from. A column has the type that it has in a parquet file among them, else what
-    pyarrow makes of its values. Raises UserError where these are of several types, which a column cannot hold.
-    """
-    import pyarrow as pa
-
-    texts, scores = pa.list_(pa.string()), pa.list_(pa.float64())
-    types = {"query": pa.string(), "pos": texts, "neg": texts, "pos_scores": scores, "neg_scores": scores}
-    schemas = []
-    for file in filter(is_parquet, like):
-        with _open_parquet(file) as parquet:
-            schemas.append(parquet.schema_arrow)
-    for name in names:
-        if name not in types:
-            known = [schema.field(name).type for schema in schemas if name in schema.names]
-            types[name] = _type(path, name, [row.get(name) for row in rows], known)
-    return pa.schema([(name, types[name]) for name in names])
-
-
-def _type(path: AnyPath, name: str, values: list[Any], known: Sequence["pa.DataType"]) -> "pa.DataType":
-    """The first of the known types that holds all values as they are, else their own."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for type_ in (*dict.fromkeys(known), None):
-        try:
-            column = pa.array(values, type_)
-            # An object without fields cannot be written, and one of too many levels could not be read.
-            pq.write_table(pa.table({name: column[:1]}), trial := io.BytesIO())
-            pq.ParquetFile(trial).close()
-            if _are_same(column.to_pylist(), values):  # pyarrow cuts 2.5 to an integer without a word
-                return column.type
-            reason = f"as {column.type} they would change"
-        except (pa.ArrowException, OSError, OverflowError, UnicodeEncodeError, TypeError, ValueError) as error:
-            reason = first_line(error)
-    raise UserError(
-        f'{path}: "{name}" holds values that one column of a parquet file cannot: {reason}; give a name that ends in '
-        ".jsonl"
-    )
-
-
-def _are_same(stored: object, value: object) -> bool:
-    """Whether a value came back as it was; a field that an object lacks may have become null."""
-    if isinstance(stored, list | tuple) and isinstance(value, list | tuple):
-        return len(stored) == len(value) and all(map(_are_same, stored, value))
-    if isinstance(stored, dict) and isinstance(value, dict):
-        return all(_are_same(stored.get(name), value.get(name)) for name in stored.keys() | value.keys())
-    return stored == value or (stored != stored and value != value)  # NaN is not equal to itself
-
-
-def write_parquet(path: AnyPath, records: Iterable[Record], schema: "pa.Schema") -> None:
-    """Write records as a parquet file. A run that is killed leaves the old file or the new one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    remaining = iter(records)
-    with atomic_writer(path) as file, pq.ParquetWriter(file, schema) as writer:
-        while rows := list(itertools.islice(remaining, _ROWS_PER_WRITE)):
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
