@@ -96,7 +96,7 @@ def rows(count: int) -> Iterator[dict]:
 def write(path: Path, count: int) -> None:
     """Write rows in the format of the name."""
     if path.name.endswith(".parquet"):
-        from embedding_finetune.data.tables import schema_of, write_parquet
+        from embedding_finetune.data.parquet_output import schema_of, write_parquet
 
         write_parquet(path, rows(count), schema_of(path, ["query", "pos", "neg"], [], like=[]))
         return
