@@ -23,14 +23,13 @@ from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import load_task, read_corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
-from embedding_finetune.evaluation.metrics import MEASURES
+from embedding_finetune.evaluation.metrics import MEASURES, SIGNIFICANT
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.process import importing
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
 
 logger = logging.getLogger("embedding_finetune.evaluate")
 
-SIGNIFICANT = 0.05
 FAILED_CHECK = 1
 
 
@@ -139,7 +138,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     add_switch(
         parser,
         "--fail_if_worse",
-        "exit with status 1 when the last model is significantly worse (p < 0.05) than the first on any measure",
+        "exit with status 1 when the last model is significantly worse than the first on any measure "
+        f"(p < {SIGNIFICANT})",
     )
     add_encoding_arguments(parser)
     flags = vars(parser.parse_args(argv))

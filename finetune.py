@@ -17,13 +17,15 @@
         --query_instruction_for_retrieval "" \\
         --bf16 True
 
-The output folder is a checkpoint that transformers and sentence-transformers load too. transformers'
-TrainingArguments are flags here; docs/flags.md says which have no meaning and are refused.
+The output folder is a checkpoint that transformers and sentence-transformers load too. With --hold_out the last line
+on stdout says whether the model is better, and how sure that is. transformers' TrainingArguments are flags here;
+docs/flags.md says which have no meaning and are refused.
 """
 
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from embedding_finetune.data.jsonl import Record
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
     from embedding_finetune.training.trainer import RetrievalTrainer
+    from embedding_finetune.training.verdict import Verdict
 
 logger = logging.getLogger("embedding_finetune.finetune")
 
@@ -43,13 +46,16 @@ logger = logging.getLogger("embedding_finetune.finetune")
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything, load rows and model, train, save the checkpoint, say what was done."""
+    argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
         from embedding_finetune.distributed import leave_process_group_at_exit
         from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
+        from embedding_finetune.training.choosing import flag_that_chooses
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.held_out import hold_out, write_held_out
+        from embedding_finetune.training.recipe import with_recipe
         from embedding_finetune.training.rows import load_rows
         from embedding_finetune.training.run_folder import (
             check_same_run,
@@ -58,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_in,
             what_decides,
         )
-        from embedding_finetune.training.setup import load_evaluation, make_trainer
+        from embedding_finetune.training.setup import load_evaluation, make_rounds, make_trainer
+        from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
         from embedding_finetune.training.weights import weights_hash
 
     checkpoint = resume_point(args)
@@ -70,20 +77,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_rows_per_file=data_args.max_example_num_per_dataset,
         seed=args.seed,
         scores_required=args.distillation_weight > 0,
-        may_be_held_out=data_args.hold_out is not None,
+        may_be_held_out=data_args.hold_out is not None or data_args.recipe is not None,
         hold_out_field=data_args.hold_out_field,
     )
-    training_rows, held_out = hold_out(rows, data_args, seed=args.seed)
-    dataset = TrainDataset(training_rows, group_size=data_args.train_group_size, seed=args.seed)
+    if data_args.recipe is not None:
+        argv = with_recipe(argv, rows, model_args, data_args)
+        model_args, data_args, args = parse_arguments(argv)
+    training_rows, held_out = hold_out(rows, data_args, seed=args.seed, chosen_by=flag_that_chooses(data_args, args))
+    rounds = make_rounds(model_args, data_args, training_rows)
+    dataset = TrainDataset(
+        training_rows,
+        group_size=data_args.train_group_size,
+        seed=args.seed,
+        negatives=None if rounds is None else data_args.selection.negative_number,
+    )
     logger.info("%d training rows", len(dataset))
     check_it_can_learn(dataset, args)
     task = load_evaluation(data_args, dataset, rows)
 
-    given = flags_not_at_default(model_args, data_args, args)
-    decided_by = what_decides(given, args, dataset.rows, held_out)
+    given = flags_not_at_default(model_args, data_args, args, data_args.selection)
+    mined_among = None if rounds is None else rounds.corpus.digest_in_order()
+    decided_by = what_decides(given, args, dataset.rows, held_out, mined_among)
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
-        trainer = make_trainer(model_args, data_args, args, dataset, task, held_out)
+        trainer = make_trainer(model_args, data_args, args, dataset, task, held_out, rounds)
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
@@ -91,16 +108,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_held_out(args.output_dir, held_out)
         with errors_name_their_flag(given):
             result = trainer.train(resume_from_checkpoint=checkpoint)
+        keep_base_if_better(trainer, model_args)
         trainer.save_model()
         if args.should_save:
             remove_earlier_runs(args.output_dir)
         summary = trainer.summary(result.metrics)
+        verdict = judge(trainer, data_args)
         if trainer.is_world_process_zero():
-            write_outcome(trainer, model_args, args, summary)
+            write_outcome(trainer, model_args, args, summary, verdict)
+    if verdict is not None and trainer.is_world_process_zero():
+        for line in next_steps(verdict, trainer, argv):
+            logger.info("%s", line)
+        print(verdict.line, flush=True)
 
 
 def write_outcome(
-    trainer: "RetrievalTrainer", model_args: "ModelArguments", args: "RetrieverTrainingArguments", summary: "Record"
+    trainer: "RetrievalTrainer",
+    model_args: "ModelArguments",
+    args: "RetrieverTrainingArguments",
+    summary: "Record",
+    verdict: "Verdict | None",
 ) -> None:
     """Write the merged model, where one is wanted, and the summary; tell the summary."""
     if args.merge_with_base is not None:
@@ -108,8 +135,11 @@ def write_outcome(
 
         save_merged_with_base(trainer, model_args, args, share=args.merge_with_base)
     with files.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
-        file.write(json.dumps(summary, indent=2).encode() + b"\n")
+        document = {**summary, "verdict": None if verdict is None else verdict._asdict()}
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
     for name, value in summary.items():
+        if name == "mining_rounds":
+            continue  # its audits were told when they were made
         logger.info("%-18s  %s", name, value)
 
 

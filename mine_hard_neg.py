@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedding_finetune import __version__, files
+from embedding_finetune import files
 from embedding_finetune.command_line import UserError, command
 from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import Corpus
@@ -29,7 +29,7 @@ from embedding_finetune.data.formats import schema_to_write, write
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import SCORE_FIELDS, read_passages, read_training_rows
 from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments
-from embedding_finetune.mining.choice import Selection, lowest_scores
+from embedding_finetune.mining.choice import Selection
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.parser import new_parser
 from embedding_finetune.process import importing
@@ -38,7 +38,7 @@ from embedding_finetune.retrieval.arguments import add_encoding_arguments
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from embedding_finetune.mining.ranking import Candidates
+    from embedding_finetune.mining.negatives import Mined
 
 logger = logging.getLogger("embedding_finetune.mine_hard_neg")
 
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Heavy imports come after flags and data have been checked.
     with importing():
         from embedding_finetune.distributed import join_process_group, process_rank
-        from embedding_finetune.mining.ranking import rank_candidates
-        from embedding_finetune.mining.selection import choose_negatives, fill_in_scores, positive_pairs
+        from embedding_finetune.mining.negatives import mine_negatives
+        from embedding_finetune.mining.selection import fill_in_scores
         from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.retrieval.reranker import check_reranker
 
@@ -66,52 +66,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_models_are_there(options.model_name_or_path[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
-    pairs, queries = positive_pairs(rows, corpus), [row["query"] for row in rows]
-    instructions = [row.get("instruction") for row in rows]
-    candidates = rank_candidates(queries, corpus, pairs, np.unique(pairs.positions), options, stopwatch, instructions)
-    lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
-    selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch)
+    mined = mine_negatives(rows, corpus, options, stopwatch)
     if options.save_scores:
-        fill_in_scores(selections, candidates.score)
+        fill_in_scores(mined.selections, mined.score)
     if process_rank() == 0:
-        write_outcome(rows, corpus, candidates, lowest_positive, selections, options, stopwatch)
+        write_outcome(rows, corpus, mined, options, stopwatch)
 
 
 def write_outcome(
-    rows: Sequence[Record],
-    corpus: Corpus,
-    candidates: "Candidates",
-    lowest_positive: np.ndarray,
-    selections: Sequence[Selection],
-    options: MiningOptions,
-    stopwatch: Stopwatch,
+    rows: Sequence[Record], corpus: Corpus, mined: "Mined", options: MiningOptions, stopwatch: Stopwatch
 ) -> None:
     """Write the rows and the audit, and log the audit."""
-    from embedding_finetune.mining.audit import audit_text, examples, mining_audit
+    from embedding_finetune.mining.audit import audit_text, examples
 
     keep_all = not options.drop_rows_without_negatives
-    written = [number for number, selection in enumerate(selections) if selection.negatives or keep_all]
+    written = [number for number, selection in enumerate(mined.selections) if selection.negatives or keep_all]
     if not written:
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
-    positive_scores = np.split(candidates.pair_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
-    mined = partial(mined_rows, rows, corpus, selections, positive_scores if options.save_scores else None)
-    write(options.output_file, mined(written), columns_to_write(rows, options))
+    positive_scores = np.split(mined.positive_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
+    to_write = partial(mined_rows, rows, corpus, mined.selections, positive_scores if options.save_scores else None)
+    write(options.output_file, to_write(written), columns_to_write(rows, options))
     stopwatch.lap("write")
-    audit = {
-        **mining_audit(selections, candidates.pair_scores, lowest_positive, wanted=options.negative_number),
-        "candidates": len(corpus),
-        "rows_dropped": len(rows) - len(written),
-        "seconds": {**stopwatch.seconds, "total": stopwatch.total},
-        "version": __version__,
-        "settings": vars(options),
-        "weights_sha256": candidates.weights_digests,
-    }
+    audit = mined.audit(corpus, options, stopwatch, dropped=len(rows) - len(written))
     if options.report_file is not None:
         with files.atomic_writer(options.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")
     if options.show_examples:
         drawn = sorted(random.Random(options.seed).sample(written, min(options.show_examples, len(written))))
-        logger.info("%s\n", examples(dict(zip(drawn, mined(drawn)))))
+        logger.info("%s\n", examples(dict(zip(drawn, to_write(drawn)))))
     logger.info("%s", audit_text(audit, wanted=options.negative_number))
     logger.info("wrote %s", options.output_file)
 

@@ -18,7 +18,8 @@ SELECTIONS = [
 
 def account(**changes):
     found = mining_audit(SELECTIONS, np.array([0.75, 1.0, 0.5]), np.array([0.75, 0.5, 0.5]), wanted=2)
-    rest = {"candidates": 9, "rows_dropped": 1, "seconds": {"encode": 1.25}, "settings": {"range_for_sampling": [0, 4]}}
+    settings = {"range_for_sampling": [0, 4], "sampling_strategy": "random"}
+    rest = {"candidates": 9, "rows_dropped": 1, "seconds": {"encode": 1.25}, "settings": settings}
     return {**found, **rest, **changes}
 
 
@@ -85,7 +86,10 @@ def test_the_text_has_every_number_under_its_name_and_warnings_last():
     [
         ({}, "2 rows have fewer than 2 negatives: filters refuse many"),
         ({"left_out": {"a positive": 2}}, "2 rows have fewer than 2 negatives: too few candidates are outside"),
-        ({"settings": {"range_for_sampling": [9, 12]}}, "--range_for_sampling starts at rank 9 of 9 candidates"),
+        (
+            {"settings": {"range_for_sampling": [9, 12], "sampling_strategy": "top"}},
+            "--range_for_sampling starts at rank 9 of 9 candidates",
+        ),
         ({"negatives": 0, "negatives_drawn_at_random": 0}, "2 rows have fewer than 2 negatives, and none has any: "),
         ({"rows_short_of_negatives": 0, "negatives_above_their_positive": 0.1, "negatives": 10}, None),
         ({"rows_short_of_negatives": 0, "negatives_above_their_positive": 0.11, "negatives": 10}, "11% of the"),
@@ -95,6 +99,17 @@ def test_the_text_has_every_number_under_its_name_and_warnings_last():
 def test_the_first_warning_names_the_cause_and_there_is_none_up_to_a_tenth(changes, warning):
     told = [line for line in audit_text(account(**changes), wanted=2).splitlines() if line.startswith("warning")]
     assert told[:1] == [] if warning is None else warning in told[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "strategy", "warned"), [(0, "top", False), (1, "top", True), (0, "random", True), (10, "random", True)]
+)
+def test_negatives_above_their_positive_are_a_warning_unless_the_very_top_was_asked_for(start, strategy, warned):
+    settings = {"range_for_sampling": [start, start + 4], "sampling_strategy": strategy}
+    told = audit_text(account(settings=settings), wanted=2).splitlines()[-1]
+    assert "33% of the negatives score above their positive" in told
+    assert told.startswith("warning: ") == warned
+    assert ("right for --neighbours_in_batch" in told) != warned
 
 
 def test_examples_show_rows_with_signs_and_scores_and_cut_long_texts():

@@ -66,6 +66,11 @@ VARIANTS = {
     "group": ("--negatives_cross_device", "True", "--use_inbatch_neg", "False"),
     "recomputed": ("--negatives_cross_device", "True", "--recompute_sub_batches", "True"),
     "neighbours": ("--negatives_cross_device", "True", "--neighbours_in_batch", "2"),
+    "false negatives": ("--negatives_cross_device", "True", "--false_negative_margin", "0"),
+    "rounds": (
+        *("--negatives_cross_device", "True", "--mining_rounds", "3"),
+        *("--range_for_sampling", "0-4", "--negative_number", "2"),
+    ),
     "adapters": ("--negatives_cross_device", "True", "--lora_rank", "2"),
 }
 
@@ -149,6 +154,8 @@ def test_two_processes_hold_out_what_one_does(data, tmp_path):
         flags = training_flags(model, data, tmp_path / str(processes), processes, "--hold_out", "0.1")
         result = launch(f"import finetune\nfinetune.main({flags!r})", tmp_path, processes=processes)
         assert result.returncode == 0, result.stderr
+        verdict = json.loads((tmp_path / str(processes) / "training_summary.json").read_text())["verdict"]
+        assert result.stdout == verdict["line"] + "\n"  # of one process
     for name in ("held_out.jsonl", "held_out_candidates.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     one, two = (json.loads((tmp_path / str(n) / "training_summary.json").read_text()) for n in (1, 2))

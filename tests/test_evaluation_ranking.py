@@ -5,6 +5,7 @@ import pytest
 from helpers.vectors import encoder_of
 
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure, rank_corpus, values_per_query
 
 ENCODER = encoder_of({"q": [1, 0], "r": [0, 1], "a": [3, 0], "b": [1, 1], "c": [1, 2], "d": [0, 1]})
@@ -28,10 +29,11 @@ def test_a_ranking_is_no_longer_than_the_corpus():
     assert positions.tolist() == [[0, 2, 1, 3], [2, 3, 1, 0]]
 
 
-def test_measures_are_means_over_all_queries():
+def test_measures_are_of_each_query_and_their_means_are_over_all():
     # The answers stand at rank 3 and at rank 2; the second query has another one, which the corpus lacks.
     found = measure(ENCODER, TASK, measures=["MRR", "Hit", "Recall"], cutoffs=[1, 2, 3])
-    assert found == pytest.approx(
+    assert all(values.shape == (2,) for values in found.values())
+    assert means(found) == pytest.approx(
         {
             "MRR@1": 0,
             "Hit@1": 0,

@@ -347,7 +347,9 @@ def test_a_resumed_run_holds_out_the_same_and_another_hold_out_is_refused(tiny_b
 
 def test_held_out_queries_that_the_base_was_trained_on_are_counted(tiny_bert, pairs, tmp_path, caplog):
     finetune.main(flags(tiny_bert, pairs, tmp_path / "first"))
-    finetune.main(flags(tmp_path / "first", pairs, tmp_path / "second", hold_out=3))
+    with caplog.at_level("INFO"):
+        finetune.main(flags(tmp_path / "first", pairs, tmp_path / "second", hold_out=3))
+    assert "3 of 3 queries that judge were trained on, now or when the base was made" in caplog.text
     assert "warning: 3 of 3 held-out queries are in the training data of" in caplog.text
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.data.hold_out import Keys, draw, how_many, places, tie, what_is_new
+from embedding_finetune.data.hold_out import Keys, draw, halve, how_many, places, tie, what_is_new
 
 KEYS = st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=15)
 """Of each row."""
@@ -123,3 +123,30 @@ def test_what_is_new_is_said_of_each_kind():
     assert what_is_new("passage") == "questions about passages that no training row answers with"
     assert what_is_new("question") == "new questions about passages that training may know"
     assert what_is_new("customer") == "questions of rows with a 'customer' that no training row has"
+
+
+def halved(there, *, seed=1):
+    """The half of those of 1,000 groups of one query that are there."""
+    groups = np.arange(1000)
+    return halve(np.isin(groups, there).astype(np.int64), groups, Keys(groups, groups), seed=seed)
+
+
+def test_the_half_of_a_group_depends_on_no_other_group_and_on_the_seed():
+    few, many = np.arange(0, 1000, 5), np.arange(1000)
+    half = halved(few)
+    assert half.sum() == pytest.approx(100, abs=30)  # four standard deviations of 200 coins
+    assert not half[np.setdiff1d(many, few)].any()
+    assert (halved(many)[few] == half[few]).all()
+    assert (halved(few, seed=2) != half).any()
+
+
+def test_groups_with_the_smallest_places_are_halved_as_evenly_as_others():
+    groups = np.arange(1000)
+    held_out = np.flatnonzero(places(groups, Keys(groups, groups), seed=1) < 0.1)
+    assert halved(held_out).sum() == pytest.approx(len(held_out) / 2, abs=20)
+
+
+def test_a_group_of_more_than_half_of_the_queries_is_in_the_second_half():
+    sizes, groups = np.array([7, 1, 0, 1, 1]), np.arange(5)
+    for seed in range(9):
+        assert halve(sizes, groups, Keys(groups, groups), seed=seed).tolist()[0] is False

@@ -17,7 +17,7 @@ from embedding_finetune.training.loss import (
 )
 
 
-def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None):
+def reference_loss(queries, passages, temperature, in_batch, ids=None, known=None, margin=None):
     """The definition as nested loops over Python floats."""
     total = 0.0
     for b, query in enumerate(queries.tolist()):
@@ -27,6 +27,11 @@ def reference_loss(queries, passages, temperature, in_batch, ids=None, known=Non
             for g, passage in enumerate(passages[c].tolist()):
                 logit = sum(x * y for x, y in zip(query, passage)) / temperature
                 own = (c, g) == (b, 0)
+                positive = sum(x * y for x, y in zip(query, passages[b, 0].tolist()))
+                if margin is not None and c != b and logit * temperature > positive + margin + 1e-6:
+                    if ids is not None:
+                        seen.add(int(ids[c, g]))
+                    continue
                 if ids is not None:
                     text = int(ids[c, g])
                     masked = text == PADDING_ID
@@ -63,9 +68,10 @@ def test_one_query_and_one_passage_have_loss_zero():
     group=st.integers(1, 4),
     in_batch=st.booleans(),
     with_known=st.booleans(),
+    margin=st.sampled_from([None, 0.0, 0.5, -0.5]),
     seed=st.integers(0, 1000),
 )
-def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_batch, with_known, seed):
+def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_batch, with_known, margin, seed):
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(batch, 4, generator=generator)
     passages = torch.randn(batch, group, 4, generator=generator)
@@ -73,10 +79,37 @@ def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_ba
     ids[:, 0] = ids[:, 0].clamp(min=0)
     known = torch.randint(PADDING_ID, 6, (batch, 2), generator=generator) if with_known else None
     loss = contrastive_loss(
-        queries, passages, temperature=0.7, use_inbatch_neg=in_batch, passage_ids=ids, known_ids=known
+        queries,
+        passages,
+        temperature=0.7,
+        use_inbatch_neg=in_batch,
+        passage_ids=ids,
+        known_ids=known,
+        false_negative_margin=margin,
     )
-    expected = reference_loss(queries, passages, 0.7, in_batch, ids, known)
+    expected = reference_loss(queries, passages, 0.7, in_batch, ids, known, margin)
     assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_passage_far_above_the_positive_is_no_negative_worked_by_hand():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # Query 0 scores its positive 0.5, its own negative 0.9, the others' passages 0.7 and 0.55.
+    passages = torch.tensor([[[0.5, 0.1], [0.9, 0.2]], [[0.7, 0.8], [0.55, 0.3]]])
+    others_of_first = {None: [0.9, 0.7, 0.55], 0.1: [0.9, 0.55], 0.01: [0.9]}
+    for margin, others in others_of_first.items():
+        first = math.log(1 + sum(math.exp(score - 0.5) for score in others))
+        second = math.log(1 + sum(math.exp(score - 0.8) for score in (0.3, 0.1, 0.2)))
+        loss = contrastive_loss(queries, passages, temperature=1.0, false_negative_margin=margin)
+        assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_an_infinite_margin_is_the_plain_loss_to_the_bit():
+    queries, passages = torch.randn(7, 5), torch.randn(7, 3, 5)
+    plain, infinite = (
+        contrastive_loss(queries, passages, temperature=0.02, false_negative_margin=margin)
+        for margin in (None, math.inf)
+    )
+    assert torch.equal(plain, infinite)
 
 
 def test_distillation_is_the_divergence_from_the_teachers_softmax_by_hand():

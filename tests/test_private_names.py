@@ -31,7 +31,14 @@ CACHED_FILE = {
     "_raise_exceptions_for_gated_repo",
     "_raise_exceptions_for_missing_entries",
 }
-DOORS = {"encoding_kernels.py", "training_kernels.py", "attention.py", "checkpoint.py", "trainer.py"}
+DOORS = {
+    "encoding_kernels.py",
+    "training_kernels.py",
+    "attention.py",
+    "checkpoint.py",
+    "checkpointing.py",
+    "trainer.py",
+}
 
 
 @pytest.mark.parametrize(("place", "names"), ATTRIBUTES.items(), ids=ATTRIBUTES)

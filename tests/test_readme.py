@@ -18,6 +18,7 @@ import finetune
 import mine_hard_neg
 from embedding_finetune import files
 from embedding_finetune.data import records
+from embedding_finetune.mining.arguments import CHOICE_FLAGS
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 
 README = REPOSITORY / "README.md"
@@ -250,7 +251,8 @@ def test_the_flags_of_mine_and_evaluate_that_are_listed_are_those_there_are(scri
 def test_every_flag_of_finetune_that_is_listed_exists_and_every_own_one_is_listed(capsys):
     listed = flags_under("finetune.py")
     assert listed <= set(re.findall(r"(--\w+)", help_of("finetune.py", capsys)))
-    own = {field.name for kind in (ModelArguments, DataArguments, RetrieverTrainingArguments) for field in fields(kind)}
+    kinds = (ModelArguments, DataArguments, RetrieverTrainingArguments)
+    own = {*(field.name for kind in kinds for field in fields(kind) if field.init), *CHOICE_FLAGS}
     own -= {field.name for field in fields(TrainingArguments)}
     assert listed >= {f"--{name}" for name in own}
 
@@ -272,7 +274,8 @@ def test_the_defaults_that_are_listed_are_those_of_the_parsers(parse):
     queries = "--index_file_jsonl_path candidate_context.jsonl --query_file_jsonl_path example.jsonl"
     evaluation = parse(f"python evaluate.py --model_name m {queries}")
     training = parse("python finetune.py --model_name_or_path m --train_data example.jsonl --output_dir no_such_folder")
-    finetuning = Namespace(**{name: value for part in training for name, value in vars(part).items()})
+    flags = {name: value for part in training for name, value in vars(part).items()}
+    finetuning = Namespace(**vars(flags["selection"]) | flags)
     checked = 0
     for heading, args in (
         ("mine_hard_neg.py", mine), ("evaluate.py", evaluation), ("Both of these", mine),

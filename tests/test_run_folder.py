@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
-from helpers.running import wait_until
 from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -409,56 +408,6 @@ def test_texts_that_are_cut_are_counted_in_the_first_epoch(tiny_bert, tmp_path, 
         "4 of 8 query texts of the first epoch were cut to --query_max_len 4",
         "4 of 16 passage texts of the first epoch were cut to --passage_max_len 9",
     ]
-
-
-def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing_half_written(tiny_bert, mined, tmp_path):
-    folder = tmp_path / "out"
-    argv = flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2)
-    limit = (tiny_bert / "model.safetensors").stat().st_size + 10_000  # too little for the optimizer's state
-    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    result = run_python(f"{limited}; import finetune; finetune.main({argv!r})")
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    assert "checkpoint-2: cannot be written" in result.stderr.splitlines()[-1]
-    assert os.listdir(folder) == ["training_run.json"]
-
-
-def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoints(tiny_bert, mined, tmp_path):
-    folder, scratch = tmp_path / "out", tmp_path / "scratch"
-    scratch.mkdir()
-    argv = flags(tiny_bert, mined, folder, max_steps=100_000, save_strategy="steps", save_steps=3, save_total_limit=2)
-    with subprocess.Popen(
-        [sys.executable, REPOSITORY / "finetune.py", *argv],
-        env={**os.environ, "TMPDIR": str(scratch)},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        wait_until(lambda: last_checkpoint(folder) is not None, process)
-        assert any(scratch.iterdir())
-        process.send_signal(signal.SIGTERM)
-        error = process.stderr.read()
-    assert process.returncode == 143, error
-    assert error.rstrip().endswith("finetune.py: terminated")
-    assert "Traceback" not in error
-    assert not list(scratch.glob("embedding_finetune_*"))
-    checkpoints = list(folder.glob("checkpoint-*"))
-    assert checkpoints
-    for checkpoint in checkpoints:
-        assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        assert weights(checkpoint)
-
-
-def test_a_signal_after_a_checkpoint_was_finished_leaves_it(tiny_bert, mined, tmp_path, monkeypatch):
-    """Old checkpoints are removed after the new one is whole; a run may be ended there too."""
-
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(flags(tiny_bert, mined, tmp_path / "out", save_strategy="steps", save_steps=2))
-    assert stop.value.code == 130
-    assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
 
 
 def test_an_adapter_that_lay_in_the_folder_changes_no_measure(tiny_bert, mined, candidates, tmp_path):

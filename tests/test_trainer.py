@@ -324,7 +324,9 @@ def test_evaluating_while_training_changes_neither_weights_nor_mode(make_trainer
 
 def test_the_best_weights_are_loaded_and_patience_stops_the_run(make_trainer, monkeypatch):
     scores = iter([0.1, 0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr("embedding_finetune.training.trainer.measure", lambda *_, **__: {"MRR@10": next(scores)})
+    monkeypatch.setattr(
+        "embedding_finetune.training.trainer.measure", lambda *_, **__: {"MRR@10": np.array([next(scores)])}
+    )
     trainer = make_trainer(
         evaluate=True,
         max_steps=20,

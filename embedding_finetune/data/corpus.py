@@ -63,6 +63,12 @@ class Corpus:
         """A hash of all texts, whatever their order."""
         return hashlib.blake2b(self._digests.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
 
+    def digest_in_order(self) -> str:
+        """A hash of all texts and of their positions."""
+        digests = np.empty_like(self._digests)
+        digests[self._positions] = self._digests
+        return hashlib.blake2b(digests.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+
     def positions(self, texts: Sequence[str]) -> np.ndarray:
         """The position of each text, -1 for a text that is not here: (len(texts),) int64."""
         wanted = np.array([text_digest(text) for text in texts], dtype="S16")

@@ -64,11 +64,11 @@ def _neighbours(keys: Keys) -> tuple[np.ndarray, np.ndarray]:
     return rows[:-1][same], rows[1:][same]
 
 
-def places(groups: np.ndarray, members: Keys, *, seed: int) -> np.ndarray:
-    """Where each group stands in the order in which they are drawn: (G,) float64 in [0, 1).
+def places(groups: np.ndarray, members: Keys, *, seed: int | str) -> np.ndarray:
+    """Where each group that has members stands in the order in which they are drawn: (G,) float64 in [0, 1).
 
     It is a hash of the seed and of the group's smallest member. groups: (R,), as tie gives them. members: what groups
-    are known by; every group has at least one.
+    are known by.
     """
     owners = groups[members.rows]
     order = np.lexsort((members.numbers, owners))
@@ -85,6 +85,20 @@ def how_many(asked: float, queries: int) -> int:
     """How many of the queries are asked for: by a share below 1, or by a number from 1 on."""
     # 0.29 * 100 is 28.999999999999996 in floating point.
     return math.floor(asked * queries + 1e-9) if asked < 1 else int(asked)
+
+
+def halve(sizes: np.ndarray, groups: np.ndarray, members: Keys, *, seed: int) -> np.ndarray:
+    """Which groups make up the first of two halves, of about as many queries: (G,) bool.
+
+    sizes: (G,) int64, queries of each group that is to be halved, else 0. groups, members: as for `places`. The hash is
+    not that by which groups are held out: those that are have small ones.
+    """
+    there = sizes > 0
+    within = there[groups[members.rows]]
+    order = places(groups, Keys(members.rows[within], members.numbers[within]), seed=f"{seed}:half")
+    half = np.zeros(len(sizes), dtype=bool)
+    half[there] = draw(sizes[there], order, 0.5)
+    return half
 
 
 def draw(sizes: np.ndarray, order: np.ndarray, asked: float) -> np.ndarray:

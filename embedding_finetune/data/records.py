@@ -19,11 +19,11 @@ from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_BY = "held_out_by"
-"""The field of a held-out query that says what is new about it, see hold_out.py."""
+HELD_OUT_BY, HELD_OUT_PART = "held_out_by", "held_out_part"
+"""Fields of a held-out query: what is new about it, see hold_out.py; whether it chose weights or judges them."""
 SCORE_FIELDS = ("pos_scores", "neg_scores")
 _PLAIN_FIELDS = {"query", "pos", "neg"}
-_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction", HELD_OUT_BY)
+_QUERY_FIELDS = ("query", "pos", "id", "group", "instruction", HELD_OUT_BY, HELD_OUT_PART)
 
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 """Scores are held as float32."""
@@ -98,9 +98,9 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
 
     They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number).
     Either all rows have an `id` or none has, and no two are the same. null is the same as missing. A log line counts
-    other fields. `held_out_by` says how finetune.py chose a query.
+    other fields. `held_out_by` says how finetune.py chose a query, `held_out_part` what it did with it.
     """
-    used = {"query", "pos", "id", "group", "instruction", HELD_OUT_BY}
+    used = {"query", "pos", "id", "group", "instruction", HELD_OUT_BY, HELD_OUT_PART}
     others: Counter[str] = Counter()
     places_of: dict[str, str] = {}
     without_id = instructed = 0

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+SIGNIFICANT = 0.05
+"""Below this p-value a difference of two models counts as more than luck."""
 _LARGEST_CUTOFF = 10**300
 """Larger cutoffs count as this one, which still fits into a float."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from embedding_finetune.data.corpus import Documents, RetrievalTask
-from embedding_finetune.evaluation.metrics import judged_of, means, per_query, relevance_of
+from embedding_finetune.evaluation.metrics import judged_of, per_query, relevance_of
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.shared_search import encode_own_passages, encode_queries, merge_rankings
 from embedding_finetune.retrieval.top_k import Ranking, TopK
@@ -64,6 +64,6 @@ def values_per_query(
 
 def measure(
     encoder: Encoder, task: RetrievalTask, *, measures: Sequence[str], cutoffs: Sequence[int]
-) -> dict[str, float]:
-    """Rank, and return `{"MRR@1": ..., "Hit@1": ..., ...}`, means over all queries of the task."""
-    return means(values_per_query(rank_corpus(encoder, task, max(cutoffs)), task, measures, cutoffs))
+) -> dict[str, np.ndarray]:
+    """Rank, and return `{"MRR@1": (Q,), "Hit@1": (Q,), ...}`."""
+    return values_per_query(rank_corpus(encoder, task, max(cutoffs)), task, measures, cutoffs)

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import get_args
 
 from embedding_finetune import files
@@ -53,16 +53,28 @@ class SelectionOptions:
         return ScoreFilters(self.max_score, self.min_score, self.absolute_margin, self.relative_margin)
 
 
+CHOICE_FLAGS = tuple(
+    name.name for name in fields(SelectionOptions) if name.name not in ("keep_existing_negatives", "seed")
+)
+"""Those that finetune.py --mining_rounds has too."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class MiningOptions(EncodingOptions, SelectionOptions):
-    """All flags of mine_hard_neg.py, by name."""
+class RankingOptions(EncodingOptions, SelectionOptions):
+    """What negatives depend on beside the data: the models, how they encode, and the choice, by the flags' names."""
 
     model_name_or_path: list[str]
+    reranker_name_or_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningOptions(RankingOptions):
+    """All flags of mine_hard_neg.py, by name."""
+
     input_file: str
     output_file: str
     columns: list[str] = field(default_factory=list)
     candidate_pool: str | None = None
-    reranker_name_or_path: str | None = None
     save_scores: bool = False
     drop_rows_without_negatives: bool = False
     report_file: str | None = None
@@ -99,6 +111,13 @@ class MiningOptions(EncodingOptions, SelectionOptions):
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of mine_hard_neg.py about which candidates become negatives."""
     group = parser.add_argument_group("choosing negatives")
+    add_choice_arguments(group)
+    add_switch(group, "--keep_existing_negatives", 'keep the "neg" of the input, and add to it up to the number')
+    group.add_argument("--seed", type=seed, default=SelectionOptions.seed, metavar="N", help="seed of the sampling")
+
+
+def add_choice_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the flags of CHOICE_FLAGS."""
     group.add_argument(
         "--range_for_sampling",
         type=rank_range,
@@ -136,8 +155,6 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="no passages whose embedding has a cosine of at least T to that of a positive",
     )
-    add_switch(group, "--keep_existing_negatives", 'keep the "neg" of the input, and add to it up to the number')
-    group.add_argument("--seed", type=seed, default=SelectionOptions.seed, metavar="N", help="seed of the sampling")
 
 
 def add_mining_output_arguments(parser: argparse.ArgumentParser) -> None:

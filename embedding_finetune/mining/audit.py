@@ -104,13 +104,25 @@ def _warnings(audit: Record, wanted: int) -> list[str]:
             f"warning: {share:.0%} of the negatives were drawn at random, and random negatives are easy: the ranks to "
             "sample from gave too few; widen --range_for_sampling, lower --negative_number or relax the filters"
         )
+    return [*warnings, *_told_of_high_scores(audit)]
+
+
+def _told_of_high_scores(audit: Record) -> list[str]:
+    """A line where many negatives score above their positive: a warning, unless the flags ask for the very top."""
     share = audit["negatives_above_their_positive"]
-    if share is not None and share > _SHARE_ABOVE_TO_WARN:
-        warnings.append(
-            f"warning: {share:.0%} of the negatives score above their positive: many may be answers that nobody "
-            "labelled; --relative_margin 0.05 leaves out what scores too high, and so does a later --range_for_sampling"
-        )
-    return warnings
+    if share is None or share <= _SHARE_ABOVE_TO_WARN:
+        return []
+    settings = audit["settings"]
+    if settings["sampling_strategy"] == "top" and settings["range_for_sampling"][0] == 0:
+        return [
+            f"{share:.0%} of the negatives score above their positive, as the very top does: right for "
+            "--neighbours_in_batch, which only draws rows together; as a row's own negatives many may be answers that "
+            "nobody labelled, and --relative_margin 0.05 leaves out what scores too high"
+        ]
+    return [
+        f"warning: {share:.0%} of the negatives score above their positive: many may be answers that nobody "
+        "labelled; --relative_margin 0.05 leaves out what scores too high, and so does a later --range_for_sampling"
+    ]
 
 
 def examples(rows: Mapping[int, Record]) -> str:

@@ -17,7 +17,7 @@ from embedding_finetune.command_line import scratch_folder
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_gpu, own_share
-from embedding_finetune.mining.arguments import MiningOptions
+from embedding_finetune.mining.arguments import RankingOptions
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.retrieval.encoder import Encoder, load_encoder
 from embedding_finetune.retrieval.reranker import Reranker, load_reranker
@@ -73,7 +73,7 @@ def rank_candidates(
     corpus: Corpus,
     pairs: Pairs,
     positives: np.ndarray,
-    options: MiningOptions,
+    options: RankingOptions,
     stopwatch: Stopwatch,
     instructions: Instructions = None,
 ) -> Candidates:
@@ -106,7 +106,7 @@ def _rank_with_first_model(
     corpus: Corpus,
     pairs: Pairs,
     positives: np.ndarray,
-    options: MiningOptions,
+    options: RankingOptions,
     gpus: Sequence[int],
     stopwatch: Stopwatch,
 ) -> Candidates:
@@ -137,7 +137,7 @@ def _rank_with_first_model(
     )
 
 
-def _scratch(options: MiningOptions) -> str | None:
+def _scratch(options: RankingOptions) -> str | None:
     """A temporary folder for embeddings, where the first model needs some texts twice: it encodes them only once."""
     filters_use_scores = options.reranker_name_or_path is None and options.score_filters.given
     if options.near_duplicate_threshold is None and len(options.model_name_or_path) == 1 and not filters_use_scores:
@@ -150,7 +150,7 @@ def _fuse_with_other_models(
     queries: Sequence[str],
     instructions: Instructions,
     corpus: Corpus,
-    options: MiningOptions,
+    options: RankingOptions,
     gpus: Sequence[int],
     stopwatch: Stopwatch,
 ) -> Candidates:

@@ -17,13 +17,14 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.columns import ALSO_CALLED, COLUMNS_HELP, parse_columns
 from embedding_finetune.data.hold_out import KINDS
+from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
 EVAL_MEASURES, EVAL_CUTOFFS = ("MRR", "Hit"), (1, 5, 10)
 EVAL_METRICS = {f"{measure}@{cutoff}" for measure in EVAL_MEASURES for cutoff in EVAL_CUTOFFS}
 
-_SCHEDULES_BY_MEASURE = ("reduce_lr_on_plateau", "greedy")
+SCHEDULES_BY_MEASURE = ("reduce_lr_on_plateau", "greedy")
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -49,11 +50,24 @@ class DataArguments:
         metadata={"help": "files of training rows, or folders of such files; they are one data set", "metavar": "FILE"}
     )
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
+    recipe: Literal["domain"] | None = _flag(
+        None,
+        "give every flag that is not given the value that suits data and model, and print the command line: `domain`, "
+        "for finding your passages by your questions",
+    )
     train_group_size: int = _flag(8, "passages per query: one positive, the rest negatives")
     neighbours_in_batch: int = _flag(
         0,
         "draw up to this many rows into a row's batch whose positives are among its negatives: hard negatives "
         "that cost nothing to encode",
+    )
+    mining_rounds: int = _flag(
+        0,
+        "cut training into this many rounds of equal length, and before each mine negatives with the model as it "
+        "stands, among all positives and --candidate_pool; each further round has half the learning rate",
+    )
+    embeddings_dir: str | None = _flag(
+        None, "with --mining_rounds: keep embeddings there, and reuse those of earlier runs with the same weights"
     )
     one_file_per_batch: bool = _flag(
         False, "a batch holds rows of one file only, drawn in proportion to the files' rows"
@@ -83,7 +97,8 @@ class DataArguments:
     )
     candidate_pool: str | None = _flag(
         None,
-        "with --hold_out: further passages to search among, beside every positive and negative of the training data",
+        "further passages, beside those of the training data: with --hold_out to search among, with --mining_rounds to "
+        "mine from",
     )
     eval_query_file_jsonl_path: str | None = _flag(
         None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
@@ -94,11 +109,14 @@ class DataArguments:
         "folder's own corpus)",
     )
 
+    selection: SelectionOptions = field(default=SelectionOptions(), init=False)
+    """The flags of mine_hard_neg.py about choosing negatives, for --mining_rounds; training/parser.py sets it."""
+
     def __post_init__(self) -> None:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
-        if self.candidate_pool is not None and self.hold_out is None:
-            raise UserError("--candidate_pool needs --hold_out: its passages are searched, not trained on")
+        if self.candidate_pool is not None and self.hold_out is None and not self.mining_rounds:
+            raise UserError("--candidate_pool needs --hold_out or --mining_rounds: it would do nothing")
         check_numbers(self)
         parse_columns(self.columns)
         if self.hold_out_field in ("query", "pos", "neg"):
@@ -113,6 +131,8 @@ class DataArguments:
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path", "candidate_pool"):
             if getattr(self, flag) is not None:
                 files.require_data(f"--{flag}", getattr(self, flag))
+        if self.embeddings_dir is not None:
+            files.require_folder("--embeddings_dir", self.embeddings_dir)
 
     @property
     def hold_out_field(self) -> str | None:
@@ -138,6 +158,11 @@ class RetrieverTrainingArguments(TrainingArguments):
     )
     negatives_cross_device: bool = _flag(
         False, "under torchrun, the passages of all processes are negatives, not only this one's"
+    )
+    false_negative_margin: float | None = _flag(
+        None,
+        "a passage of another row of the batch that scores above the query's own positive + this is likely an answer "
+        "that nobody labelled, and no negative in that step (default: none is left out)",
     )
     tokens_per_sub_batch: int | None = _flag(
         None,
@@ -219,7 +244,7 @@ def _set_defaults(args: RetrieverTrainingArguments) -> None:
         if args.eval_strategy == "no":
             raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
         args.load_best_model_at_end = True
-    by_measure = args.lr_scheduler_type in _SCHEDULES_BY_MEASURE
+    by_measure = args.lr_scheduler_type in SCHEDULES_BY_MEASURE
     if args.load_best_model_at_end or args.save_strategy == "best" or by_measure:
         args.metric_for_best_model = args.metric_for_best_model or "eval_MRR@10"
     if by_measure:
@@ -230,7 +255,7 @@ def _set_defaults(args: RetrieverTrainingArguments) -> None:
 
 def _check_mode_of_schedule(args: RetrieverTrainingArguments) -> None:
     """Raise UserError for a schedule that would lower the learning rate when the measure rises."""
-    if args.lr_scheduler_type in _SCHEDULES_BY_MEASURE and args.lr_scheduler_kwargs["mode"] != "max":
+    if args.lr_scheduler_type in SCHEDULES_BY_MEASURE and args.lr_scheduler_kwargs["mode"] != "max":
         raise UserError('--lr_scheduler_kwargs {"mode": ...}: every measure is better when it is greater')
 
 

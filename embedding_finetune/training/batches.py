@@ -81,12 +81,14 @@ class TrainDataset(Dataset[TrainExample | None]):
     """Rows as training examples; an item is asked for by (epoch, index), see EpochSampler and Key.
 
     files: (R,), the number of each row's file. `group_size` is that of the longest group that the rows can fill, where
-    this is smaller: no batch is wider than it needs to be.
+    this is smaller: no batch is wider than it needs to be. negatives: the most that a row will have, where `rows` is to
+    be replaced by the same rows with other negatives.
     """
 
-    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int) -> None:
+    def __init__(self, rows: datasets.Dataset, *, group_size: int, seed: int, negatives: int | None = None) -> None:
         self.rows = rows
-        self.group_size = min(group_size, 1 + int(list_lengths(rows, "neg").max()))
+        most = int(list_lengths(rows, "neg").max()) if negatives is None else negatives
+        self.group_size = min(group_size, 1 + most)
         self.seed = seed
         self.files = read_column(rows, "file")
         self.known_positives = KnownPositives(rows)

@@ -38,10 +38,10 @@ def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
 
 
 def flags_not_at_default(*arguments: Any) -> dict[str, object]:
-    """flag -> value of every field of these dataclasses that is not at its default."""
+    """flag -> value of every flag of these dataclasses that is not at its default."""
     changed = {}
     for group in arguments:
-        for field in fields(group):
+        for field in (field for field in fields(group) if field.init):
             value = getattr(group, field.name)
             default = field.default_factory() if field.default_factory is not MISSING else field.default
             if value != default:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.mining.arguments import CHOICE_FLAGS
 from embedding_finetune.parser import LARGEST_COUNT, LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ _RULES: tuple[_Rule, ...] = (
         "at least 1",
     ),
     (
-        "neighbours_in_batch dataloader_num_workers distillation_weight weight_decay max_grad_norm warmup_steps "
-        "eval_delay",
+        "neighbours_in_batch mining_rounds dataloader_num_workers distillation_weight weight_decay max_grad_norm "
+        "warmup_steps eval_delay",
         lambda n: n >= 0,
         "at least 0",
     ),
@@ -212,6 +213,7 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "do_eval": (has_queries, _QUERIES),
         "eval_on_start": (has_queries, _QUERIES),
         "hold_out_by": (holds_out, "--hold_out"),
+        **dict.fromkeys(["embeddings_dir", *CHOICE_FLAGS], (data.mining_rounds > 0, "--mining_rounds")),
         "activation_checkpointing_kwargs": (args.activation_checkpointing, "--activation_checkpointing True"),
         "gradient_checkpointing_kwargs": (args.activation_checkpointing, "--gradient_checkpointing True"),
         "dataloader_prefetch_factor": (has_workers, "--dataloader_num_workers"),

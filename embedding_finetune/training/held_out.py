@@ -22,13 +22,14 @@ import numpy as np
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.corpus import Corpus, Documents, RetrievalTask, make_task
-from embedding_finetune.data.hold_out import Keys, draw, how_many, places, tie, what_is_new
+from embedding_finetune.data.hold_out import Keys, draw, halve, how_many, places, tie, what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import HELD_OUT_BY, read_passages
 from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.files import AnyPath
 from embedding_finetune.training.arguments import DataArguments
+from embedding_finetune.training.choosing import CHOOSING, JUDGING, part_of, with_parts
 from embedding_finetune.training.row_columns import flatten_column, read_column
 from embedding_finetune.training.rows import all_passages, keep_rows, stored_rows
 
@@ -43,10 +44,11 @@ class Split(NamedTuple):
     """Which rows are held out. rows: (R,) bool. groups: how many groups that are. all_groups: of all rows.
 
     largest_group: its rows. tied_by: where they are more than half of all rows, the text that most of them have, and
-    how many have it.
+    how many have it. choosing: (R,) bool, which of them may choose weights, see choosing.py.
     """
 
     rows: np.ndarray
+    choosing: np.ndarray
     groups: int
     all_groups: int
     largest_group: int
@@ -57,19 +59,28 @@ class HeldOut(NamedTuple):
     """Queries that were kept out of training, as a retrieval task, and what the summary says about them.
 
     records: the rows of QUERIES_FILE. task: the same among the passages of CANDIDATES_FILE. digest: a hash of both.
+    judging: where queries choose weights, those that judge them; task then has those that choose.
     """
 
     records: list[Record]
     task: RetrievalTask
     facts: Record
     digest: str
+    judging: RetrievalTask | None = None
+
+    def count_queries_among(self, ids: np.ndarray) -> int:
+        """How many queries have their text_id in ids (any,)."""
+        return sum(part.count_queries_among(ids) for part in (self.task, self.judging) if part is not None)
 
 
-def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> tuple[datasets.Dataset, HeldOut | None]:
+def hold_out(
+    rows: datasets.Dataset, data_args: DataArguments, *, seed: int, chosen_by: str | None = None
+) -> tuple[datasets.Dataset, HeldOut | None]:
     """The rows to train on, and those that --hold_out keeps back; all rows and None without it.
 
-    rows: as rows.load_rows gives them. The same rows, flags and seed give the same split in every process and run.
-    Raises UserError where nothing could be held out, or nothing would be left to train on.
+    rows: as rows.load_rows gives them. chosen_by: what choosing.flag_that_chooses gave. The same rows, flags and seed
+    give the same split in every process and run. Raises UserError where nothing could be held out, nothing would be
+    left to train on, or too few queries are held out for some of them to choose.
     """
     asked = data_args.hold_out
     if asked is None:
@@ -77,7 +88,8 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
     by = data_args.hold_out_by
     split = once_per_machine(lambda: split_rows(rows, asked=asked, by=by, field=data_args.hold_out_field, seed=seed))
     held = keep_rows(rows, split.rows)
-    records = _with_usable_ids(_queries(held, by, data_args.hold_out_field))
+    records, choosing = _queries(held, split.choosing[split.rows], by, data_args.hold_out_field)
+    records = _with_usable_ids(records)
     pool = () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns)
     corpus = Corpus(itertools.chain(all_passages(rows), pool))
     kept = keep_rows(rows, ~split.rows)
@@ -95,9 +107,15 @@ def hold_out(rows: datasets.Dataset, data_args: DataArguments, *, seed: int) -> 
         "largest_group": split.largest_group,
         "tied_by": None if split.tied_by is None else split.tied_by[0],
     }
+    if chosen_by is not None:
+        records = with_parts(records, choosing, flag=chosen_by)
+        facts["queries_that_choose"] = sum(choosing)
     _tell(facts, split, how_many(asked, len(np.unique(read_column(rows, "query_id")))))
     digest = hashlib.blake2b(json.dumps([records, corpus.digest()]).encode(), digest_size=16).hexdigest()
-    return kept, HeldOut(records, make_task(records, corpus), facts, digest)
+    if chosen_by is None:
+        return kept, HeldOut(records, make_task(records, corpus), facts, digest)
+    tasks = [make_task(part_of(records, part), corpus) for part in (CHOOSING, JUDGING)]
+    return kept, HeldOut(records, tasks[0], facts, digest, judging=tasks[1])
 
 
 def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | None, seed: int) -> Split:
@@ -115,7 +133,8 @@ def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | No
     _, first = np.unique(read_column(rows, "query_id"), return_index=True)
     sizes = np.bincount(groups[first], minlength=groups.max() + 1)  # (G,), in queries; a query is in one group
     # What a group is known by is what stays when it gets a new question: its passages, or the value of its field.
-    order = places(groups, list(ties.values())[-1], seed=seed)
+    known_by = list(ties.values())[-1]
+    order = places(groups, known_by, seed=seed)
     count = how_many(asked, len(first))
     if not 0 < count < len(first):
         raise UserError(_no_such_number(asked, count, len(first)))
@@ -127,6 +146,7 @@ def split_rows(rows: datasets.Dataset, *, asked: float, by: str, field: str | No
     dominates = 2 * members[largest] > len(rows)
     return Split(
         rows=taken[groups],
+        choosing=halve(np.where(taken, sizes, 0), groups, known_by, seed=seed)[groups],
         groups=int(taken.sum()),
         all_groups=len(members),
         largest_group=int(members[largest]),
@@ -183,6 +203,11 @@ def _tell(facts: Record, split: Split, wanted: int) -> None:
         *(facts["by"], facts["queries"], facts["rows"], split.groups, split.all_groups, facts["what_is_new"]),
         *(facts["answers_trained"], facts["answers"], facts["rows_trained"], split.largest_group),
     )
+    if "queries_that_choose" in facts:
+        logger.info(
+            "%d of the held-out queries choose weights, and the other %d judge",
+            *(facts["queries_that_choose"], facts["queries"] - facts["queries_that_choose"]),
+        )
     if split.tied_by is not None:
         text, count = split.tied_by
         logger.warning(
@@ -197,23 +222,28 @@ def _tell(facts: Record, split: Split, wanted: int) -> None:
         )
 
 
-def _queries(held: datasets.Dataset, by: str, field: str | None) -> list[Record]:
+def _queries(
+    held: datasets.Dataset, choosing: np.ndarray, by: str, field: str | None
+) -> tuple[list[Record], list[bool]]:
     """The rows of QUERIES_FILE: each query once, with the positives of all its rows, and what the first says of it.
 
-    That is its id, group and instruction, and its value of the field that rows were held out by.
+    That is its id, group and instruction, and its value of the field that rows were held out by. choosing: for each
+    row, whether it is of a group that may choose weights; the same is given for each query.
     """
+    chooses: dict[tuple[int, str | None], bool] = {}
     found: dict[tuple[int, str | None], Record] = {}
     answers: dict[tuple[int, str | None], dict[int, str]] = {}
-    for row in stored_rows(held):
+    for row, may_choose in zip(stored_rows(held), choosing.tolist(), strict=True):
         fields = json.loads(row["evaluation_fields"])
         if field is not None:
             fields.setdefault(field, row["field"])
         key = (row["query_id"], row["instruction"])
         found.setdefault(key, {"query": row["query"], "pos": [], **_usable(fields), HELD_OUT_BY: by})
+        chooses.setdefault(key, may_choose)
         of_query = answers.setdefault(key, {})
         for number, text in zip(row["pos_ids"], row["pos"]):
             of_query.setdefault(number, text)
-    return [{**record, "pos": list(answers[key].values())} for key, record in found.items()]
+    return [{**record, "pos": list(answers[key].values())} for key, record in found.items()], list(chooses.values())
 
 
 def _usable(fields: Record) -> Record:

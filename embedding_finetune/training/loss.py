@@ -29,12 +29,14 @@ def contrastive_loss(
     passage_ids: Tensor | None = None,
     known_ids: Tensor | None = None,
     first_group: int = 0,
+    false_negative_margin: float | None = None,
 ) -> Tensor:
     """Mean over queries of the temperature-scaled softmax cross entropy (InfoNCE, arXiv:1807.03748).
 
     queries: (B, H). passages: (C, G, H); query b's own group is number `first_group + b`, so that
     groups gathered from other ranks can stand before and after. passage_ids: (C, G) text ids, to
     mask columns with; known_ids: (B, P), see `masked_columns`. Without passage_ids nothing is masked.
+    false_negative_margin: see `false_negatives`; None to mask none.
 
     Scores and loss are float32 whatever the inputs and autocast say: cosines near 1 are 0.004 apart
     in bfloat16, which a temperature of 0.02 turns into 0.2 in the logit.
@@ -43,7 +45,11 @@ def contrastive_loss(
         queries, passages = queries.float(), passages.float()
         groups = first_group + torch.arange(len(queries), device=queries.device)  # (B,), each query's own
         if use_inbatch_neg:
-            scores = queries @ passages.flatten(0, 1).T / temperature  # (B, C*G)
+            similarities = queries @ passages.flatten(0, 1).T  # (B, C*G)
+            scores = similarities / temperature
+            if false_negative_margin is not None:
+                likely = false_negatives(similarities, groups, passages.shape[1], false_negative_margin)
+                scores = scores.masked_fill(likely, float("-inf"))
             columns = None if passage_ids is None else passage_ids.reshape(1, -1)  # (1, C*G)
             targets = groups * passages.shape[1]  # (B,)
         else:
@@ -53,6 +59,18 @@ def contrastive_loss(
         if columns is not None:
             scores = scores.masked_fill(masked_columns(columns, targets, known_ids), float("-inf"))
         return F.cross_entropy(scores, targets)
+
+
+def false_negatives(similarities: Tensor, groups: Tensor, group_size: int, margin: float) -> Tensor:
+    """Which columns of other queries' groups score above the query's own positive + margin: (B, N) bool.
+
+    Such a passage is likely an answer that nobody labelled (Qwen3-Embedding, arXiv:2506.05176). similarities: (B, N),
+    before the temperature. groups: (B,), each query's own. The query's own negatives are never among them.
+    """
+    similarities = similarities.detach()
+    positives = similarities.gather(1, (groups * group_size)[:, None])  # (B, 1)
+    group_of_column = torch.arange(similarities.shape[1], device=groups.device) // group_size  # (N,)
+    return (similarities > positives + margin) & (group_of_column != groups[:, None])
 
 
 def distillation_loss(
@@ -109,6 +127,7 @@ class LossOptions:
     use_inbatch_neg: bool = True
     mask_known_positives: bool = True
     negatives_cross_device: bool = False
+    false_negative_margin: float | None = None
     matryoshka: Mapping[int, float] | None = None
     distillation_weight: float = 0.0
     teacher_temperature: float = 1.0
@@ -189,6 +208,7 @@ class RetrievalLoss(nn.Module):
                 first_group=first_group,
                 temperature=options.temperature,
                 use_inbatch_neg=options.use_inbatch_neg,
+                false_negative_margin=options.false_negative_margin,
                 passage_ids=passage_ids,
                 known_ids=known_ids if options.mask_known_positives else None,
             )

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import HfArgumentParser, IntervalStrategy
 
+from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.mining.arguments import SelectionOptions, add_choice_arguments
 from embedding_finetune.parser import DocstringAndDefaults, OneLineErrorParser
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.flag_errors import errors_name_their_flag
@@ -17,9 +19,13 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
+    "recipe": "recipe",
     "data": "train_data columns train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
-    "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device matryoshka_dims "
+    "mining before each round": "mining_rounds range_for_sampling negative_number sampling_strategy max_score "
+    "min_score absolute_margin relative_margin near_duplicate_threshold embeddings_dir",
+    "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device "
+    "false_negative_margin matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
     "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
     "evaluation during training": "hold_out hold_out_by candidate_pool eval_query_file_jsonl_path "
@@ -46,6 +52,7 @@ class Parser(HfArgumentParser, OneLineErrorParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        add_choice_arguments(self)
         for action in self._actions:
             if f"--no_{action.dest}" in action.option_strings:
                 action.help = f"the same as --{action.dest} False"
@@ -92,9 +99,11 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
     try:
         with errors_name_their_flag(parser.given):
             # A file finetune.args beside the script would else be read as flags.
-            model_args, data_args, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            *parsed, choice = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, ImportError) as error:
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
+    model_args, data_args, args = parsed
+    data_args.selection = SelectionOptions(**vars(choice), seed=args.seed)
     check_together(parser.given, model_args, data_args, args)
     return model_args, data_args, args
 
@@ -110,8 +119,15 @@ def check_together(
     check_optimizer_takes(given, args)
     check_output_dir(model_args, data_args, args)
     _check_negatives(data_args, args)
+    if args.false_negative_margin is not None and not args.rows_share_negatives:
+        raise UserError(
+            f"--false_negative_margin {args.false_negative_margin:g}: no passage of another row is a negative; give "
+            "--use_inbatch_neg True and a --per_device_train_batch_size of at least 2, or leave it out"
+        )
     if data_args.neighbours_in_batch:
         _check_neighbours(args)
+    if data_args.mining_rounds:
+        _check_rounds(data_args, args)
     if data_args.one_file_per_batch:
         _check_one_file(args)
     has_queries = data_args.hold_out is not None or data_args.eval_query_file_jsonl_path is not None
@@ -136,6 +152,24 @@ def _check_neighbours(args: RetrieverTrainingArguments) -> None:
         raise UserError("--neighbours_in_batch needs a --per_device_train_batch_size of at least 2")
     if args.train_sampling_strategy != "random":
         raise UserError(f"--neighbours_in_batch is not for --train_sampling_strategy {args.train_sampling_strategy}")
+
+
+def _check_rounds(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError for what mining while training cannot do, or would make no use of."""
+    what = f"--mining_rounds {data_args.mining_rounds}"
+    if data_args.train_group_size == 1 and not data_args.neighbours_in_batch:
+        raise UserError(f"{what} needs a --train_group_size of at least 2, or --neighbours_in_batch: for its negatives")
+    if args.distillation_weight > 0:
+        raise UserError(f"{what}: mined negatives have no teacher's scores; leave --distillation_weight out")
+    if args.dataloader_persistent_workers:
+        raise UserError(
+            f"{what}: persistent workers keep the first negatives; leave --dataloader_persistent_workers out"
+        )
+    if data_args.embeddings_dir is not None:
+        folders: dict[str, str | None] = {"--output_dir": args.output_dir, "--embeddings_dir": data_args.embeddings_dir}
+        for path in data_args.train_data:
+            files.require_apart({"--train_data": path}, folders)
+        files.require_apart({"--candidate_pool": data_args.candidate_pool}, folders)
 
 
 def _check_one_file(args: RetrieverTrainingArguments) -> None:

@@ -226,10 +226,30 @@ def _held_out_columns(row: Record, field: str | None) -> Record:
     }
 
 
+def replace_negatives(rows: datasets.Dataset, negatives: Iterator[list[str]]) -> datasets.Dataset:
+    """The rows with other negatives, in a file of their own. Scores are left out: they belong to the old ones.
+
+    negatives: those of each row. One process of each machine writes them.
+    """
+    records = (
+        {**row, "neg": texts, "pos_scores": [], "neg_scores": []} for row, texts in zip(stored_rows(rows), negatives)
+    )
+    return _mapped(once_per_machine(lambda: [_write_rows(records)]))
+
+
 def all_passages(rows: datasets.Dataset) -> Iterator[str]:
     """Every positive and negative of rows of load_rows."""
+    return _texts(rows, ("pos", "neg"))
+
+
+def all_positives(rows: datasets.Dataset) -> Iterator[str]:
+    """Every positive of rows of load_rows."""
+    return _texts(rows, ("pos",))
+
+
+def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
     for batch in itertools.chain.from_iterable(map(_stored_batches, _files_of(rows))):
-        for column in ("pos", "neg"):
+        for column in columns:
             yield from batch[column].flatten().to_pylist()
 
 

@@ -50,7 +50,7 @@ _DECIDES_NOTHING = re.compile(
     r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
-    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool"
+    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool|embeddings_dir"
 )
 """Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _EARLIER = "earlier-checkpoint-"
@@ -231,17 +231,21 @@ def what_decides(
     args: "RetrieverTrainingArguments",
     rows: datasets.Dataset,
     held_out: HeldOut | None = None,
+    mined_among: str | None = None,
 ) -> Run:
     """What the result of a run depends on, as JSON takes it: flags, rows, and what held-out rows measure.
 
-    given: flag -> value, of the flags that are not at their default. How long a run is may change when it is resumed,
-    and so may how many processes share a batch.
+    given: flag -> value, of the flags that are not at their default. mined_among: a hash of the passages that are mined
+    among, if any are. How long a run is may change when it is resumed, unless it has rounds, and so may how many
+    processes share a batch.
     """
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
     if held_out is not None:
         described["held_out_digest"] = held_out.digest
+    if mined_among is not None:
+        described |= {"mined_among": mined_among, "length": [args.num_train_epochs, args.max_steps]}
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.
         described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
@@ -261,7 +265,9 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
             what = {
                 "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
                 "rows_digest": "other training rows",
-                "held_out_digest": "other held-out rows or candidates",
+                "held_out_digest": "other held-out rows or candidates, or others of them that choose weights",
+                "mined_among": "other passages to mine from",
+                "length": "rounds of another length, by --num_train_epochs or --max_steps,",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
                 "rows_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",

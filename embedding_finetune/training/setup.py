@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
+from functools import partial
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.beir import is_beir
 from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task, make_task, read_corpus
-from embedding_finetune.data.records import read_queries
+from embedding_finetune.data.records import read_passages, read_queries
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
@@ -33,6 +34,7 @@ from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.row_columns import instructions_of
 from embedding_finetune.training.rows import training_files
 from embedding_finetune.training.trainer import RetrievalTrainer
@@ -78,10 +80,13 @@ def make_trainer(
     dataset: TrainDataset,
     task: RetrievalTask | None,
     held_out: HeldOut | None = None,
+    rounds: Rounds | None = None,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
-    most, one_file = data_args.neighbours_in_batch, has_one_file_per_batch(data_args, dataset, args)
-    neighbours = Neighbours(dataset.rows, most=most, files=dataset.files if one_file else None) if most else None
+    one_file = has_one_file_per_batch(data_args, dataset, args)
+    most, files = data_args.neighbours_in_batch, dataset.files if one_file else None
+    neighbours_in = partial(Neighbours, most=most, files=files) if most else None
+    neighbours = None if neighbours_in is None or rounds is not None else neighbours_in(dataset.rows)
     backbone, tokenizer, config = load_base(model_args)
     length_to_save = check_lengths(backbone, tokenizer, config, data_args)
     limit = length_limit(backbone, tokenizer)
@@ -103,7 +108,7 @@ def make_trainer(
     )
     collator.query.check_instructions(tokenizer, first_rows(instructions_of(dataset.rows)))
     trained_before = read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
-    if held_out is not None and (known := held_out.task.count_queries_among(trained_before)):
+    if held_out is not None and (known := held_out.count_queries_among(trained_before)):
         logger.warning(
             "warning: %d of %d held-out queries are in the training data of %s: it was trained on their answers",
             *(known, len(held_out.records), model_args.model_name_or_path),
@@ -116,9 +121,25 @@ def make_trainer(
         saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
         trained_before=trained_before,
         neighbours=neighbours,
+        rounds=rounds,
+        neighbours_in=neighbours_in,
         one_file_per_batch=one_file,
         task=task,
         held_out=held_out,
+    )
+
+
+def make_rounds(model_args: ModelArguments, data_args: DataArguments, rows: datasets.Dataset) -> Rounds | None:
+    """What mines before each round of training; None where --mining_rounds asks for none."""
+    if not data_args.mining_rounds:
+        return None
+    return Rounds(
+        rows,
+        () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns),
+        count=data_args.mining_rounds,
+        selection=data_args.selection,
+        embeddings_dir=data_args.embeddings_dir,
+        trust_remote_code=model_args.trust_remote_code,
     )
 
 
@@ -209,6 +230,7 @@ def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> Retrie
         use_inbatch_neg=args.use_inbatch_neg,
         mask_known_positives=args.mask_known_positives,
         negatives_cross_device=args.negatives_cross_device,
+        false_negative_margin=args.false_negative_margin,
         matryoshka=matryoshka_weights(bi_encoder.dimensions, args),
         distillation_weight=args.distillation_weight,
         teacher_temperature=args.teacher_temperature,

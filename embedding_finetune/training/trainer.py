@@ -1,65 +1,63 @@
 """transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
 import logging
-import re
-import shutil
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from embedding_finetune import __version__
-from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import gather_objects
+from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure
-from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
-from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
-from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.loading import load_projection
-from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
+from embedding_finetune.training.checkpointing import CheckpointingTrainer
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.one_file import OneFileSampler
-from embedding_finetune.training.run_folder import Run, is_finished, write_run
-from embedding_finetune.training.weights import saved_weights, trained_weight_hashes
+from embedding_finetune.training.rounds import Rounds, RoundSampler, schedule_of_rounds, steps_in_round
+from embedding_finetune.training.weights import trained_weight_hashes
 
 logger = logging.getLogger(__name__)
 
 _JUDGED = "judged"
-"""The prefix of measures on the user's queries, where held-out ones choose the best weights."""
-_TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
-"""What torch.save says, as a RuntimeError, when the disk is full."""
+"""The prefix of measures on queries that judge, where held-out ones choose the best weights."""
+VERDICT_MEASURE = "MRR@10"
+BEFORE_TRAINING = "before_training"
+"""The key in the log of [text_id, VERDICT_MEASURE] of each query that judges: resumed runs find them there."""
 
 
-class RetrievalTrainer(Trainer):
+class RetrievalTrainer(CheckpointingTrainer):
     """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
-    With a task and held-out queries, these choose the best weights, and the task judges before and after training.
+    With held-out queries that choose the best weights, others of them, or the task, judge before and after training.
 
     What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
-    the weights that training starts from. neighbours: the rows that are to share a batch with each row.
+    the weights that training starts from. neighbours: the rows that are to share a batch with each row. rounds: what
+    mines before each round, if training has rounds; neighbours_in: what finds the neighbours in the rows of a round.
     one_file_per_batch: whether only rows of one file share a batch. `run`: what checkpoints say about the run, see
     run_folder.py.
     """
 
-    run: Run | None = None
-    _sampler: EpochSampler
+    _sampler: EpochSampler | RoundSampler
 
     def __init__(
         self,
@@ -71,6 +69,8 @@ class RetrievalTrainer(Trainer):
         saved_config: EmbeddingConfig,
         trained_before: np.ndarray,
         neighbours: Neighbours | None = None,
+        rounds: Rounds | None = None,
+        neighbours_in: Callable[[Dataset], Neighbours] | None = None,
         one_file_per_batch: bool = False,
         task: RetrievalTask | None = None,
         held_out: HeldOut | None = None,
@@ -87,9 +87,12 @@ class RetrievalTrainer(Trainer):
             raise UserError(f"FSDP or DeepSpeed: {SHARDED}")  # a launcher may have asked for it
         self.bi_encoder = model.bi_encoder
         self.neighbours = neighbours
+        self.rounds, self.neighbours_in = rounds, neighbours_in
         self.one_file_per_batch = one_file_per_batch
         self.held_out = held_out
-        self.judge = None if held_out is None else task
+        self.judge = None if held_out is None else held_out.judging if task is None else task
+        self.base_kept = False  # whether the weights are those from before the first step again
+        self.latest: dict[str, tuple[int, np.ndarray]] = {}  # prefix -> step, (Q,) of the last VERDICT_MEASURE
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         # Measured as evaluate.py will measure the finished model.
@@ -133,13 +136,34 @@ class RetrievalTrainer(Trainer):
             return result
         raise UserError(f"nothing was learned, and no model is saved: {reason}")
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, resume_from_checkpoint: str | None, **kwargs: Any) -> None:
         # In a resumed run of several processes neither transformers nor accelerate would reach it.
         self._sampler.set_epoch(epoch)
         if self.state.global_step >= self.state.max_steps:  # resumed from its last step, in the middle of an epoch
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        if self.rounds is not None:
+            checkpoint = resume_from_checkpoint if epoch == kwargs["epochs_trained"] else None
+            self._begin_round(checkpoint, is_new=checkpoint is None or not kwargs["steps_trained_in_current_epoch"])
+        super()._run_epoch(*args, epoch=epoch, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _begin_round(self, checkpoint: str | None, *, is_new: bool) -> None:
+        """Give the rows the negatives of a round: newly mined, or kept with the checkpoint that is resumed from."""
+        assert self.rounds is not None
+        assert isinstance(self._sampler, RoundSampler)
+        if checkpoint is not None:
+            self.rounds.read(checkpoint)
+        rows = self.rounds.mine(self.write_model) if is_new else self.rounds.rows_with_negatives()
+        self.train_dataset.rows = rows
+        if self.neighbours_in is not None:
+            try:
+                self._sampler.epochs.neighbours = self.neighbours_in(rows)
+            except UserError as error:
+                if len(self.rounds.audits) == 1:
+                    raise
+                # What was trained so far is worth more than the rest of the recipe.
+                logger.warning("warning: this round's batches are drawn at random: %s", error)
+                self._sampler.epochs.neighbours = None
 
     def compute_loss(
         self,
@@ -175,20 +199,30 @@ class RetrievalTrainer(Trainer):
         There is one task: what transformers may give as eval_dataset and ignore_keys is not used.
         """
         if self.judge is not None and self.state.global_step == 0:
-            self.log(self._measure(self.judge, _JUDGED))
-        metrics = self._measure(self.eval_dataset, metric_key_prefix)
+            self.log(self.measure(self.judge, _JUDGED))
+        metrics = self.measure(self.eval_dataset, metric_key_prefix)
         self.log(metrics)
+        if self.state.global_step == 0 and self.held_out is not None:
+            task, prefix = self.judges()
+            first = zip(map(text_id, task.queries), self.latest[prefix][1].tolist(), strict=True)
+            self.state.log_history.append({"step": 0, BEFORE_TRAINING: list(map(list, first))})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
-    def _measure(self, task: RetrievalTask, prefix: str) -> dict[str, float]:
+    def judges(self) -> tuple[RetrievalTask, str]:
+        """The queries that judge the finished model, and the prefix of measures on them."""
+        return (self.eval_dataset, "eval") if self.judge is None else (self.judge, _JUDGED)
+
+    def measure(self, task: RetrievalTask, prefix: str) -> dict[str, float]:
+        """Means of all measures over the queries of a task, `{"<prefix>_MRR@10": ...}`, and how long it took."""
         began, was_training = time.monotonic(), self.model.training
         self.model.eval()
         try:
             values = measure(self.encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
         finally:
             self.model.train(was_training)
-        metrics = {f"{prefix}_{name}": value for name, value in values.items()}
+        self.latest[prefix] = self.state.global_step, values[VERDICT_MEASURE]
+        metrics = {f"{prefix}_{name}": value for name, value in means(values).items()}
         metrics[f"{prefix}_runtime"] = time.monotonic() - began
         return metrics
 
@@ -199,40 +233,53 @@ class RetrievalTrainer(Trainer):
                 return {name.removeprefix(f"{prefix}_"): entry[name] for name in entry if "@" in name}
         return None
 
+    def best_step(self) -> int | None:
+        """The step whose weights measured best while training; None where no step was chosen."""
+        return self.state.best_global_step if self.args.load_best_model_at_end else None
+
     def summary(self, train_metrics: dict[str, float]) -> Record:
         """What the run did, for people and for training_summary.json; evaluates the final weights if need be.
 
         train_metrics: those of train()'s result; time and rate are of this process, also in a resumed run.
         """
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        final = best or self.state.global_step
+        best = 0 if self.base_kept else self.best_step()
+        final = self.state.global_step if best is None else best
         if self.eval_dataset is not None and self.metrics_at(final) is None:
             self.evaluate()
         before, after = self.metrics_at(0), self.metrics_at(final)
         held_out = None if self.held_out is None else self.held_out.facts | _before_and_after(before, after)
         if self.judge is not None:
-            self.log(judged := self._measure(self.judge, _JUDGED))
+            self.log(judged := self.measure(self.judge, _JUDGED))
             before = self.metrics_at(0, _JUDGED)
             after = {name.removeprefix(f"{_JUDGED}_"): value for name, value in judged.items() if "@" in name}
         return {
             "rows": len(self.train_dataset),
             "steps": self.state.global_step,
-            "epochs": self.state.epoch,
+            "epochs": self.epochs_made(),
             "seconds": train_metrics["train_runtime"],
             "samples_per_second": train_metrics["train_samples_per_second"],
             "best_step": best,
             **_before_and_after(before, after),
             "hold_out": held_out,
+            "mining_rounds": None if self.rounds is None else self.rounds.audits,
             "checkpoint": self.args.output_dir,
             "version": __version__,
         }
 
-    def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler:
+    def epochs_made(self) -> float:
+        """How often training has gone through the rows. In a run in rounds, state.epoch counts these."""
+        if self.rounds is None:
+            return self.state.epoch
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.state.global_step * batch / len(self.train_dataset)
+
+    def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler | RoundSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffle = self.args.train_sampling_strategy == "random"
         order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "neighbours": self.neighbours}
         if self.one_file_per_batch:
-            self._sampler = OneFileSampler(
+            epochs: EpochSampler = OneFileSampler(
                 self.train_dataset.files,
                 per_process=self.args.per_device_train_batch_size,
                 processes=self.args.world_size,
@@ -240,69 +287,37 @@ class RetrievalTrainer(Trainer):
                 **order,
             )
         else:
-            self._sampler = EpochSampler(len(self.train_dataset), **order)
+            epochs = EpochSampler(len(self.train_dataset), **order)
+        self._sampler = epochs if self.rounds is None else self._sampler_of_rounds(epochs, self.rounds)
         return self._sampler
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder, model = output_dir or self.args.output_dir, self.bi_encoder
-        with model_replaced(folder) as staging:
-            if self.args.lora_rank is not None:
-                save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
-            if not self.args.save_adapter_only:
-                backbone = merged(model.backbone)
-                save_checkpoint(staging, backbone, self.processing_class, self.saved_config, model.projection)
-                write_training_queries(staging, self.training_queries)
-            if self.run is not None:
-                write_run(staging, self.run)
+    def _sampler_of_rounds(self, epochs: EpochSampler, rounds: Rounds) -> RoundSampler:
+        args = self.args
+        batch = args.per_device_train_batch_size * args.world_size
+        batches = len(epochs) // batch if args.dataloader_drop_last else math.ceil(len(epochs) / batch)
+        steps = args.max_steps
+        if steps < 0:
+            steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+        length = steps_in_round(steps, rounds.count)
+        return RoundSampler(epochs, length=length * args.gradient_accumulation_steps * batch)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException as error:
-            if self.args.should_save and not is_finished(folder):
-                shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk
-            if isinstance(error, OSError) or _TORCH_CANNOT_WRITE.search(str(error)):
-                raise UserError(f"{folder}: cannot be written: {first_line(error)}") from error
-            raise
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[int, ...]:
+        """As transformers does it; of a run in rounds each round is an epoch."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self.rounds is None:
+            return values
+        _, steps, examples, _, batch, batches, _ = values
+        rounds = self.rounds.count
+        return rounds, steps, examples, rounds * steps * batch, batch, batches, rounds * steps
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            if self.args.lora_rank is not None:
-                load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
-            else:
-                self.bi_encoder.backbone.load_state_dict(saved_weights(resume_from_checkpoint))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
-            ) from error
-        if self.saved_config.dense:
-            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
-            self.bi_encoder.projection.load_state_dict(saved.state_dict())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _damage_named(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _damage_named(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As transformers does it; of a run in rounds each round has a schedule of its own."""
+        if self.rounds is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = num_training_steps // self.rounds.count
+        self.lr_scheduler = schedule = schedule_of_rounds(super().create_scheduler(steps, optimizer), steps)
+        return schedule
 
 
 def _before_and_after(before: dict[str, float] | None, after: dict[str, float] | None) -> Record:
     return {"metrics_before": before, "metrics_after": after}
-
-
-@contextmanager
-def _damage_named(checkpoint: str | None) -> Iterator[None]:
-    """Raise UserError for whatever torch raises for a file of a checkpoint that is cut short or none of its own."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{checkpoint}: a file of it is damaged: {first_line(error)}; give another one") from error

@@ -1,0 +1,115 @@
+"""transformers' Trainer whose checkpoints are models that any tool loads, and that takes back only its own.
+
+A run that is killed while it saves leaves no half checkpoint. What is damaged is named in one line.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
+from embedding_finetune.model.folder import model_replaced
+from embedding_finetune.model.loading import load_projection
+from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.training.rounds import Rounds
+from embedding_finetune.training.run_folder import Run, is_finished, write_run
+from embedding_finetune.training.weights import saved_weights
+
+logger = logging.getLogger(__name__)
+
+_TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
+"""What torch.save says, as a RuntimeError, when the disk is full."""
+
+
+class CheckpointingTrainer(Trainer):
+    """Saves and loads the BiEncoder that is trained, which its subclass sets.
+
+    saved_config: how the model embeds, as checkpoints say it. training_queries: ids of the queries that it has seen.
+    rounds: what mines before each round, if training has rounds; checkpoints keep its negatives. run: what checkpoints
+    say about the run, see run_folder.py.
+    """
+
+    bi_encoder: BiEncoder
+    saved_config: EmbeddingConfig
+    training_queries: np.ndarray
+    rounds: Rounds | None = None
+    run: Run | None = None
+
+    def write_model(self, folder: Path) -> None:
+        """Write the model as it stands, with what its adapters learned, into an empty folder."""
+        backbone, projection = merged(self.bi_encoder.backbone), self.bi_encoder.projection
+        save_checkpoint(folder, backbone, self.processing_class, self.saved_config, projection)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder, model = output_dir or self.args.output_dir, self.bi_encoder
+        with model_replaced(folder) as staging:
+            if self.args.lora_rank is not None:
+                save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
+            if not self.args.save_adapter_only:
+                self.write_model(staging)
+                write_training_queries(staging, self.training_queries)
+            if self.rounds is not None and Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+                self.rounds.write(staging)
+            if self.run is not None:
+                write_run(staging, self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            if self.args.should_save and not is_finished(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk
+            if isinstance(error, OSError) or _TORCH_CANNOT_WRITE.search(str(error)):
+                raise UserError(f"{folder}: cannot be written: {first_line(error)}") from error
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            if self.args.lora_rank is not None:
+                load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
+            else:
+                self.bi_encoder.backbone.load_state_dict(saved_weights(resume_from_checkpoint))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
+            ) from error
+        if self.saved_config.dense:
+            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
+            self.bi_encoder.projection.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _damage_named(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("the best weights are those of %s", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _damage_named(checkpoint: str | None) -> Iterator[None]:
+    """Raise UserError for whatever torch raises for a file of a checkpoint that is cut short or none of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{checkpoint}: a file of it is damaged: {first_line(error)}; give another one") from error

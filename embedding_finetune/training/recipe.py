@@ -1,0 +1,170 @@
+"""`--recipe domain`: the flags that suit the data and the model, where the user gave none. docs/recipes.md has reasons.
+
+What is looked at is measured in `look_at`; what follows from it is decided in `domain`, which reads nothing.
+"""
+
+import itertools
+import logging
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.mining.arguments import CHOICE_FLAGS
+from embedding_finetune.model.encoding_kernels import choose_dtype
+from embedding_finetune.model.limits import length_limit
+from embedding_finetune.training.all_rows import by_flag
+from embedding_finetune.training.arguments import DataArguments, ModelArguments
+from embedding_finetune.training.row_columns import read_column
+from embedding_finetune.training.setup import load_base
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_LOOKED_AT = 2000
+_QUANTILE = 0.99
+"""Of the texts' lengths in tokens: that of almost all of them."""
+_LENGTHS_ARE_MULTIPLES_OF = 16
+
+_FEWEST_ROWS_TO_HOLD_OUT = 100
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 2000
+_FEWEST_HELD_OUT_TO_CHOOSE = 200
+"""Half of them choose, see choosing.py."""
+_MANY_ROWS = 5000
+"""From here on a batch of 128 is a small part of the rows."""
+_EPOCHS_TIMES_ROOT_OF_ROWS = 200
+"""8 epochs of 600 rows, 1.2 of 26,000: the number of steps grows with the root of the number of rows."""
+_MOST_EPOCHS = 20
+
+
+class Looked(NamedTuple):
+    """What the recipe depends on.
+
+    rows, queries: numbers of training rows, and of distinct queries. query_tokens, passage_tokens: the lengths of
+    almost all texts, with their special tokens. longest: what the model takes. parameters: of the model. bfloat16:
+    whether the hardware computes in it natively.
+    """
+
+    rows: int
+    queries: int
+    query_tokens: int
+    passage_tokens: int
+    longest: int
+    parameters: int
+    bfloat16: bool
+
+
+def look_at(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments) -> Looked:
+    """Measure rows, as rows.load_rows gives them, and the model that training starts from."""
+    backbone, tokenizer, config = load_base(model_args)
+    numbers = np.unique(np.linspace(0, len(rows) - 1, _TEXTS_LOOKED_AT).astype(int))
+    sample = rows.select_columns(["query", "pos"])[numbers]
+    instructions = (
+        (given if given is not None else saved)
+        for given, saved in (
+            (data_args.query_instruction_for_retrieval, config.query_instruction),
+            (data_args.passage_instruction_for_retrieval, config.passage_instruction),
+        )
+    )
+    query_tokens, passage_tokens = (
+        _length_of_most(tokenizer, instruction, texts)
+        for instruction, texts in zip(instructions, (sample["query"], itertools.chain(*sample["pos"])))
+    )
+    limit = length_limit(backbone, tokenizer)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Looked(
+        rows=len(rows),
+        queries=len(np.unique(read_column(rows, "query_id"))),
+        query_tokens=query_tokens,
+        passage_tokens=passage_tokens,
+        longest=min(config.max_seq_length or limit, limit),
+        parameters=sum(parameter.numel() for parameter in backbone.parameters()),
+        bfloat16=choose_dtype("auto", device) == torch.bfloat16,
+    )
+
+
+def _length_of_most(tokenizer: PreTrainedTokenizerBase, instruction: str, texts: Iterable[str]) -> int:
+    ids = tokenizer([instruction + text for text in texts], verbose=False)["input_ids"]
+    return int(np.quantile([len(tokens) for tokens in ids], _QUANTILE, method="higher"))
+
+
+def domain(looked: Looked) -> Record:
+    """flag -> value of the recipe for data and model like these."""
+    many = looked.rows >= _MANY_ROWS
+    flags: Record = {
+        **_held_out(looked),
+        "mining_rounds": 2,
+        "range_for_sampling": "0-10",
+        "negative_number": 10,
+        "sampling_strategy": "top",
+        "train_group_size": 1,
+        "neighbours_in_batch": 7,
+        "per_device_train_batch_size": 128 if many else 32,
+        "num_train_epochs": round(min(_EPOCHS_TIMES_ROOT_OF_ROWS / looked.rows**0.5, _MOST_EPOCHS), 1),
+        "learning_rate": _learning_rate(looked.parameters),
+        "warmup_steps": 0.1,
+        "temperature": 0.05,
+        "query_max_len": _padded(looked.query_tokens, looked.longest),
+        "passage_max_len": _padded(looked.passage_tokens, looked.longest),
+    }
+    return flags | ({"bf16": True} if looked.bfloat16 else {})
+
+
+def _held_out(looked: Looked) -> Record:
+    if looked.rows < _FEWEST_ROWS_TO_HOLD_OUT:
+        return {}
+    count = min(_HELD_OUT_SHARE * looked.queries, _MOST_HELD_OUT)
+    flags: Record = {"hold_out": _HELD_OUT_SHARE if count < _MOST_HELD_OUT else _MOST_HELD_OUT}
+    if count >= _FEWEST_HELD_OUT_TO_CHOOSE:
+        flags |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    return flags | {"hold_out_by": "question"}
+
+
+def _learning_rate(parameters: int) -> float:
+    """Larger models are finetuned at smaller rates."""
+    for most, rate in ((50_000_000, 1e-4), (200_000_000, 5e-5)):
+        if parameters <= most:
+            return rate
+    return 2e-5
+
+
+def _padded(tokens: int, longest: int) -> int:
+    multiple = _LENGTHS_ARE_MULTIPLES_OF
+    return min(-(-tokens // multiple) * multiple, longest)
+
+
+def with_recipe(
+    argv: Sequence[str], rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments
+) -> list[str]:
+    """A command line's flags without --recipe, and with those of the recipe that are not given; logs them."""
+    looked = look_at(rows, model_args, data_args)
+    flags = completed(argv, domain(looked))
+    logger.info(
+        "recipe: %d rows, %d queries; 99%% of the queries have at most %d tokens, of the passages %d; %d parameters",
+        *(looked.rows, looked.queries, looked.query_tokens, looked.passage_tokens, looked.parameters),
+    )
+    if looked.rows < _FEWEST_ROWS_TO_HOLD_OUT:
+        logger.info("recipe: nothing is held out: %d rows are too few to judge a model by", looked.rows)
+    logger.info("recipe: python finetune.py %s", shlex.join(flags))
+    return flags
+
+
+def completed(argv: Sequence[str], recipe: Mapping[str, object]) -> list[str]:
+    """A command line's flags without --recipe, and with those of the recipe that it has not.
+
+    What a given flag makes useless is left out: all about mining beside `--mining_rounds 0`, and held-out rows beside
+    a file of queries.
+    """
+    given = dict(by_flag(argv))
+    useless = set()
+    if given.get("mining_rounds", [])[-1:] == ["0"]:
+        useless = {*CHOICE_FLAGS, "neighbours_in_batch"}
+    if "eval_query_file_jsonl_path" in given:
+        useless |= {"hold_out", "hold_out_by"}
+    kept = [word for name, words in given.items() if name != "recipe" for word in words]
+    added = {flag: value for flag, value in recipe.items() if flag not in given and flag not in useless}
+    return [*kept, *(word for flag, value in added.items() for word in (f"--{flag}", str(value)))]

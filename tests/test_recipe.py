@@ -1,0 +1,88 @@
+"""The recipe: which flags follow from which data and model."""
+
+import pytest
+
+import finetune
+from embedding_finetune.training.all_rows import by_flag
+from embedding_finetune.training.recipe import Looked, completed, domain
+
+SMALL = Looked(
+    rows=593,
+    queries=590,
+    query_tokens=23,
+    passage_tokens=170,
+    longest=256,
+    parameters=22_000_000,
+    bfloat16=True,
+)
+LARGE = SMALL._replace(rows=26_028, queries=26_000, passage_tokens=400)
+
+
+def test_epochs_fall_with_the_root_of_the_number_of_rows():
+    rows = (50, 100, 593, 1000, 5000, 26_028, 1_000_000)
+    assert [domain(SMALL._replace(rows=n))["num_train_epochs"] for n in rows] == [20, 20, 8.2, 6.3, 2.8, 1.2, 0.2]
+
+
+def test_small_data_gets_small_batches_and_lengths_that_hold_almost_all_texts():
+    flags = domain(SMALL)
+    assert (flags["per_device_train_batch_size"], flags["query_max_len"], flags["passage_max_len"]) == (32, 32, 176)
+    assert domain(LARGE)["per_device_train_batch_size"] == 128
+    assert domain(LARGE)["passage_max_len"] == 256  # what the model takes
+
+
+def test_larger_models_get_smaller_rates():
+    rates = [domain(SMALL._replace(parameters=n))["learning_rate"] for n in (22_000_000, 110_000_000, 560_000_000)]
+    assert rates == [1e-4, 5e-5, 2e-5]
+
+
+def test_a_tenth_of_the_queries_is_held_out_and_chooses_only_where_that_is_many():
+    assert domain(SMALL)["hold_out"] == 0.1
+    assert "load_best_model_at_end" not in domain(SMALL)
+    assert domain(LARGE)["hold_out"] == 2000
+    assert domain(LARGE)["load_best_model_at_end"]
+    assert "hold_out" not in domain(SMALL._replace(rows=99))
+
+
+def test_half_precision_is_for_hardware_that_has_it():
+    assert "bf16" not in domain(SMALL._replace(bfloat16=False))
+
+
+def test_what_the_user_gives_stays():
+    argv = ["--train_data", "a", "b", "--recipe", "domain", "--learning_rate=1", "--normalized"]
+    flags = dict(by_flag(completed(argv, domain(SMALL))))
+    assert flags["train_data"] == ["--train_data", "a", "b"]
+    assert (flags["learning_rate"], flags["normalized"]) == (["--learning_rate=1"], ["--normalized"])
+    assert "recipe" not in flags
+    assert flags["temperature"] == ["--temperature", "0.05"]
+
+
+@pytest.mark.parametrize(
+    ("given", "gone"),
+    [
+        (
+            ["--mining_rounds", "0"],
+            {"range_for_sampling", "negative_number", "sampling_strategy", "neighbours_in_batch"},
+        ),
+        (["--eval_query_file_jsonl_path", "q"], {"hold_out", "hold_out_by"}),
+    ],
+)
+def test_what_a_given_flag_makes_useless_is_left_out(given, gone):
+    whole, flags = (dict(by_flag(completed(argv, domain(SMALL)))) for argv in ([], given))
+    assert whole.keys() - flags.keys() == gone
+
+
+def test_one_command_trains_and_judges_and_its_printed_flags_give_the_same_model(
+    tiny_bert, pairs, tmp_path, caplog, capsys
+):
+    argv = ["--model_name_or_path", tiny_bert, "--train_data", pairs, "--disable_tqdm", "True", "--hold_out", "6"]
+    argv = [*map(str, argv), "--hold_out_by", "question"]
+    finetune.main([*argv, "--recipe", "domain", "--output_dir", str(tmp_path / "one")])
+    assert capsys.readouterr().out.startswith(("better: ", "no difference: ", "worse: "))
+    [line] = [line for line in caplog.messages if line.startswith("recipe: python finetune.py")]
+    printed = line.removeprefix("recipe: python finetune.py ").split()
+    assert "--mining_rounds" in printed
+    assert "--recipe" not in printed
+    printed[printed.index("--output_dir") + 1] = str(tmp_path / "two")
+    finetune.main(printed)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two

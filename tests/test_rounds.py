@@ -1,0 +1,206 @@
+"""Training in rounds: what is mined, how long a round is, at which rate it learns, and how it is resumed."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import get_linear_schedule_with_warmup
+
+import finetune
+import mine_hard_neg
+from embedding_finetune.command_line import UserError
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.training.batches import EpochSampler
+from embedding_finetune.training.one_file import OneFileSampler
+from embedding_finetune.training.rounds import MINED_FILE, RoundSampler, schedule_of_rounds, steps_in_round
+
+CHOICE = ["--range_for_sampling", "1-5", "--negative_number", "3"]
+
+
+@pytest.fixture
+def pool(tmp_path):
+    others = [passage_about(topic).replace("red", "old") for topic in TOPICS]
+    return write_jsonl(tmp_path / "pool.jsonl", [{"text": text} for text in others])
+
+
+def flags(model, data, pool, folder, **changes):
+    given = {
+        "model_name_or_path": model,
+        "train_data": data,
+        "candidate_pool": pool,
+        "output_dir": folder,
+        "train_group_size": 3,
+        "neighbours_in_batch": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "mining_rounds": 2,
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 9,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), *CHOICE]
+
+
+def kept_with(checkpoint):
+    """The positions of each row's negatives, as a checkpoint keeps them."""
+    with np.load(checkpoint / MINED_FILE) as saved:
+        return np.split(saved["positions"], np.cumsum(saved["lengths"])[:-1])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_each_rounds_negatives_are_those_that_mine_hard_neg_gives_for_the_model_saved_there(
+    tiny_bert, pairs, pool, tmp_path
+):
+    folder = tmp_path / "out"
+    finetune.main(flags(tiny_bert, pairs, pool, folder))
+    rows, candidates = read_jsonl(pairs), tmp_path / "union.jsonl"
+    texts = [*(text for row in rows for text in row["pos"]), *(row["text"] for row in read_jsonl(pool))]
+    write_jsonl(candidates, [{"text": text} for text in texts])
+    corpus = Corpus(texts)
+    mined = {}
+    for model, checkpoint in ((tiny_bert, "checkpoint-2"), (folder / "checkpoint-4", "checkpoint-8")):
+        argv = ["--model_name_or_path", model, "--input_file", pairs, "--output_file", tmp_path / "mined.jsonl"]
+        mine_hard_neg.main(list(map(str, [*argv, "--candidate_pool", candidates, *CHOICE])))
+        expected = [corpus.positions(row["neg"]).tolist() for row in read_jsonl(tmp_path / "mined.jsonl")]
+        mined[checkpoint] = [positions.tolist() for positions in kept_with(folder / checkpoint)]
+        assert mined[checkpoint] == expected
+    assert mined["checkpoint-2"] != mined["checkpoint-8"]
+    assert any(position >= len(TOPICS) for positions in mined["checkpoint-2"] for position in positions)  # of the pool
+
+
+def test_the_audits_of_all_rounds_are_told_and_in_the_summary(tiny_bert, pairs, pool, tmp_path, caplog):
+    pytest.importorskip("peft")
+    finetune.main(flags(tiny_bert, pairs, pool, tmp_path / "out", lora_rank=2, save_adapter_only=True))
+    audits = json.loads((tmp_path / "out" / "training_summary.json").read_text())["mining_rounds"]
+    assert [audit["round"] for audit in audits] == [1, 2]
+    assert all(audit["candidates"] == 20 and audit["negatives"] == 90 for audit in audits)
+    assert audits[0]["weights_sha256"] != audits[1]["weights_sha256"]
+    assert caplog.text.count("negatives above their positive") == 2
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_run_that_is_killed_in_any_round_resumes_to_the_same_bits(tiny_bert, pairs, pool, tmp_path, step):
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    finetune.main(flags(tiny_bert, pairs, pool, whole))
+    argv = flags(tiny_bert, pairs, pool, folder)
+    program = f"""
+import os, signal, finetune
+from embedding_finetune.training import trainer
+save = trainer.RetrievalTrainer._save_checkpoint
+def save_and_die(self, *args):
+    save(self, *args)
+    if self.state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer.RetrievalTrainer._save_checkpoint = save_and_die
+finetune.main({argv!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    finetune.main([*argv, "--resume_from_checkpoint", "True"])
+    one, other = weights(whole), weights(folder)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    summaries = [json.loads((path / "training_summary.json").read_text()) for path in (whole, folder)]
+    audits = [[{**audit, "seconds": None} for audit in summary["mining_rounds"]] for summary in summaries]
+    assert audits[0] == audits[1]
+
+
+def test_a_run_goes_on_only_with_its_own_candidates_and_length(tiny_bert, pairs, pool, tmp_path, capsys):
+    folder = tmp_path / "out"
+    finetune.main(flags(tiny_bert, pairs, pool, folder, max_steps=4))
+    turned = write_jsonl(tmp_path / "turned.jsonl", read_jsonl(pool)[::-1])
+    for changes, said in (
+        ({"candidate_pool": turned}, "other passages to mine from"),
+        ({"max_steps": 8}, "rounds of another length"),
+        ({"mining_rounds": 4}, "--mining_rounds 4, where it had 2"),
+        ({"absolute_margin": 0.1}, "--absolute_margin 0.1, where it had the default"),
+    ):
+        given = {"max_steps": 4, "resume_from_checkpoint": True, **changes}
+        with pytest.raises(SystemExit):
+            finetune.main(flags(tiny_bert, pairs, pool, folder, **given))
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_negatives_that_are_damaged_are_one_line(tiny_bert, pairs, pool, tmp_path, capsys):
+    folder = tmp_path / "out"
+    finetune.main(flags(tiny_bert, pairs, pool, folder))
+    path = folder / "checkpoint-6" / MINED_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        finetune.main(flags(tiny_bert, pairs, pool, folder, resume_from_checkpoint=path.parent))
+    assert f"{path}: is missing or damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_group_size": 1, "neighbours_in_batch": 0}, "needs a --train_group_size of at least 2"),
+        ({"distillation_weight": 1}, "leave --distillation_weight out"),
+        ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, "leave --dataloader_persistent_workers"),
+        ({"mining_rounds": 0}, "--range_for_sampling needs --mining_rounds"),
+        ({"mining_rounds": 9}, "the run has 8 steps; give fewer rounds"),
+    ],
+)
+def test_what_rounds_cannot_do_is_refused_in_one_line(tiny_bert, pairs, pool, tmp_path, capsys, changes, said):
+    argv = flags(tiny_bert, pairs, pool, tmp_path / "out", hold_out=3, **changes)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(argv)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+# Lengths, order, rates
+
+
+def test_a_round_goes_through_the_rows_in_epochs_of_its_own():
+    sampler = RoundSampler(EpochSampler(5, seed=0), length=8)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert [epoch for epoch, _ in first] == [0] * 5 + [1] * 3
+    assert [epoch for epoch, _ in second] == [2] * 5 + [3] * 3
+    assert sorted(row for _, row in first[:5]) == sorted(row for _, row in second[:5]) == list(range(5))
+
+
+def test_rounds_of_one_file_a_batch_mix_no_files():
+    files = np.array([0] * 5 + [1] * 3)
+    sampler = RoundSampler(OneFileSampler(files, per_process=2, processes=1, seed=0), length=14)
+    keys = list(sampler)
+    batches = [[key for key in keys[start : start + 2] if key is not None] for start in range(0, 14, 2)]
+    assert all(len({files[key.row] for key in batch}) == 1 for batch in batches)
+
+
+def test_rounds_are_of_equal_length():
+    assert steps_in_round(200, 2) == 100
+    assert steps_in_round(200, 3) == 66
+    with pytest.raises(UserError, match="--mining_rounds 3: the run has 2 steps"):
+        steps_in_round(2, 3)
+
+
+def test_each_round_warms_up_and_ends_at_zero_the_second_at_half_the_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = schedule_of_rounds(get_linear_schedule_with_warmup(optimizer, 2, 4), steps=4)
+    rates = []
+    for _ in range(12):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0, 0.5, 1, 0.5, 0, 0.25, 0.5, 0.25, 0, 0.125, 0.25, 0.125]
+    assert isinstance(schedule, LambdaLR)
+
+
+def test_a_schedule_that_follows_a_measure_is_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(UserError, match="--lr_scheduler_type"):
+        schedule_of_rounds(ReduceLROnPlateau(optimizer), steps=4)
