@@ -60,9 +60,10 @@ def test_what_the_user_gives_stays():
     ("given", "gone"),
     [
         (
-            ["--mining_rounds", "0"],
+            ["--mining_rounds=0"],
             {"range_for_sampling", "negative_number", "sampling_strategy", "neighbours_in_batch"},
         ),
+        (["--max_steps", "9"], {"num_train_epochs"}),
         (["--eval_query_file_jsonl_path", "q"], {"hold_out", "hold_out_by"}),
     ],
 )

@@ -115,7 +115,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
-        if self.candidate_pool is not None and self.hold_out is None and not self.mining_rounds:
+        if self.candidate_pool is not None and self.hold_out is None and not self.mining_rounds and self.recipe is None:
             raise UserError("--candidate_pool needs --hold_out or --mining_rounds: it would do nothing")
         check_numbers(self)
         parse_columns(self.columns)

@@ -199,6 +199,7 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
     Steps beside a strategy that was turned off by `no` are let pass: that is how a fixed command is varied.
     """
     holds_out = data.hold_out is not None
+    by_recipe = data.recipe is not None  # the flags that it adds are checked when they are there
     has_queries = data.eval_query_file_jsonl_path is not None or holds_out
     evaluates = args.eval_strategy != "no"
     schedule = args.lr_scheduler_type.value
@@ -212,8 +213,8 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "load_best_model_at_end": (evaluates, "--eval_strategy steps or epoch"),
         "do_eval": (has_queries, _QUERIES),
         "eval_on_start": (has_queries, _QUERIES),
-        "hold_out_by": (holds_out, "--hold_out"),
-        **dict.fromkeys(["embeddings_dir", *CHOICE_FLAGS], (data.mining_rounds > 0, "--mining_rounds")),
+        "hold_out_by": (holds_out or by_recipe, "--hold_out"),
+        **dict.fromkeys(["embeddings_dir", *CHOICE_FLAGS], (data.mining_rounds > 0 or by_recipe, "--mining_rounds")),
         "activation_checkpointing_kwargs": (args.activation_checkpointing, "--activation_checkpointing True"),
         "gradient_checkpointing_kwargs": (args.activation_checkpointing, "--gradient_checkpointing True"),
         "dataloader_prefetch_factor": (has_workers, "--dataloader_num_workers"),

@@ -156,13 +156,15 @@ def with_recipe(
 def completed(argv: Sequence[str], recipe: Mapping[str, object]) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that it has not.
 
-    What a given flag makes useless is left out: all about mining beside `--mining_rounds 0`, and held-out rows beside
-    a file of queries.
+    What a given flag makes useless is left out: all about mining beside `--mining_rounds 0`, epochs beside
+    `--max_steps`, and held-out rows beside a file of queries.
     """
     given = dict(by_flag(argv))
     useless = set()
-    if given.get("mining_rounds", [])[-1:] == ["0"]:
+    if given.get("mining_rounds", [""])[-1].rpartition("=")[2] == "0":
         useless = {*CHOICE_FLAGS, "neighbours_in_batch"}
+    if "max_steps" in given:
+        useless |= {"num_train_epochs"}
     if "eval_query_file_jsonl_path" in given:
         useless |= {"hold_out", "hold_out_by"}
     kept = [word for name, words in given.items() if name != "recipe" for word in words]
