@@ -58,12 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.training.recipe import with_recipe
         from embedding_finetune.training.rows import load_rows
         from embedding_finetune.training.run_folder import (
-            check_same_run,
             remove_earlier_runs,
             resume_point,
             run_in,
-            what_decides,
         )
+        from embedding_finetune.training.same_run import check_same_run, what_decides
         from embedding_finetune.training.setup import load_evaluation, make_rounds, make_trainer
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
         from embedding_finetune.training.weights import weights_hash

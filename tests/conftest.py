@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.data import DEMO_MODEL, TOPICS, passage_about, write_jsonl
+from helpers.data import DEMO_MODEL, TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from hypothesis import settings
 
@@ -61,3 +61,11 @@ def pairs(tmp_path) -> Path:
 @pytest.fixture
 def candidates(tmp_path) -> Path:
     return write_jsonl(tmp_path / "candidates.jsonl", [{"context": [passage_about(topic)]} for topic in TOPICS])
+
+
+@pytest.fixture
+def mined(pairs, tmp_path) -> Path:
+    """The rows of `pairs`, each with four negatives: positives of other rows."""
+    rows = read_jsonl(pairs)
+    others = [[other["pos"][0] for other in rows if other["pos"] != row["pos"]] for row in rows]
+    return write_jsonl(tmp_path / "mined.jsonl", [{**row, "neg": own[:4]} for row, own in zip(rows, others)])

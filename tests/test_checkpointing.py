@@ -7,40 +7,18 @@ import subprocess
 import sys
 
 import pytest
-from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY
 from helpers.running import wait_until
+from helpers.training import flags
 from safetensors.torch import load_file
 
 import finetune
 from embedding_finetune.training.run_folder import last_checkpoint
 
 
-@pytest.fixture
-def mined(pairs, tmp_path):
-    rows = read_jsonl(pairs)
-    others = [[other["pos"][0] for other in rows if other["pos"] != row["pos"]] for row in rows]
-    return write_jsonl(tmp_path / "mined.jsonl", [{**row, "neg": own[:4]} for row, own in zip(rows, others)])
-
-
-def flags(model, data, folder, **changes):
-    given = {
-        "model_name_or_path": model,
-        "train_data": data,
-        "output_dir": folder,
-        "train_group_size": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "save_strategy": "steps",
-        "max_steps": 4,
-        **changes,
-    }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
 def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing_half_written(tiny_bert, mined, tmp_path):
     folder = tmp_path / "out"
-    argv = flags(tiny_bert, mined, folder, save_steps=2)
+    argv = flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2)
     limit = (tiny_bert / "model.safetensors").stat().st_size + 10_000  # too little for the optimizer's state
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     program = f"{limited}; import finetune; finetune.main({argv!r})"
@@ -55,7 +33,7 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing_half_written(ti
 def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoints(tiny_bert, mined, tmp_path):
     folder, scratch = tmp_path / "out", tmp_path / "scratch"
     scratch.mkdir()
-    argv = flags(tiny_bert, mined, folder, max_steps=100_000, save_steps=3, save_total_limit=2)
+    argv = flags(tiny_bert, mined, folder, save_strategy="steps", max_steps=100_000, save_steps=3, save_total_limit=2)
     with subprocess.Popen(
         [sys.executable, REPOSITORY / "finetune.py", *argv],
         env={**os.environ, "TMPDIR": str(scratch)},
@@ -85,6 +63,6 @@ def test_a_signal_after_a_checkpoint_was_finished_leaves_it(tiny_bert, mined, tm
 
     monkeypatch.setattr("transformers.trainer.rotate_checkpoints", interrupted)
     with pytest.raises(SystemExit) as stop:
-        finetune.main(flags(tiny_bert, mined, tmp_path / "out", save_steps=2))
+        finetune.main(flags(tiny_bert, mined, tmp_path / "out", save_strategy="steps", save_steps=2))
     assert stop.value.code == 130
     assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")

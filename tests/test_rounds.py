@@ -1,14 +1,12 @@
 """Training in rounds: what is mined, how long a round is, at which rate it learns, and how it is resumed."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
-from safetensors.torch import load_file
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.training import equal, flags, kill_after_checkpoint, weights
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_linear_schedule_with_warmup
 
@@ -29,25 +27,20 @@ def pool(tmp_path):
     return write_jsonl(tmp_path / "pool.jsonl", [{"text": text} for text in others])
 
 
-def flags(model, data, pool, folder, **changes):
+def rounds(model, data, pool, folder, **changes):
     given = {
-        "model_name_or_path": model,
-        "train_data": data,
         "candidate_pool": pool,
-        "output_dir": folder,
         "train_group_size": 3,
         "neighbours_in_batch": 2,
-        "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
         "mining_rounds": 2,
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 9,
-        "disable_tqdm": True,
         **changes,
     }
-    return [*(part for name, value in given.items() for part in (f"--{name}", str(value))), *CHOICE]
+    return [*flags(model, data, folder, **given), *CHOICE]
 
 
 def kept_with(checkpoint):
@@ -56,15 +49,11 @@ def kept_with(checkpoint):
         return np.split(saved["positions"], np.cumsum(saved["lengths"])[:-1])
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def test_each_rounds_negatives_are_those_that_mine_hard_neg_gives_for_the_model_saved_there(
     tiny_bert, pairs, pool, tmp_path
 ):
     folder = tmp_path / "out"
-    finetune.main(flags(tiny_bert, pairs, pool, folder))
+    finetune.main(rounds(tiny_bert, pairs, pool, folder))
     rows, candidates = read_jsonl(pairs), tmp_path / "union.jsonl"
     texts = [*(text for row in rows for text in row["pos"]), *(row["text"] for row in read_jsonl(pool))]
     write_jsonl(candidates, [{"text": text} for text in texts])
@@ -82,7 +71,7 @@ def test_each_rounds_negatives_are_those_that_mine_hard_neg_gives_for_the_model_
 
 def test_the_audits_of_all_rounds_are_told_and_in_the_summary(tiny_bert, pairs, pool, tmp_path, caplog):
     pytest.importorskip("peft")
-    finetune.main(flags(tiny_bert, pairs, pool, tmp_path / "out", lora_rank=2, save_adapter_only=True))
+    finetune.main(rounds(tiny_bert, pairs, pool, tmp_path / "out", lora_rank=2, save_adapter_only=True))
     audits = json.loads((tmp_path / "out" / "training_summary.json").read_text())["mining_rounds"]
     assert [audit["round"] for audit in audits] == [1, 2]
     assert all(audit["candidates"] == 20 and audit["negatives"] == 90 for audit in audits)
@@ -93,24 +82,11 @@ def test_the_audits_of_all_rounds_are_told_and_in_the_summary(tiny_bert, pairs, 
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_a_run_that_is_killed_in_any_round_resumes_to_the_same_bits(tiny_bert, pairs, pool, tmp_path, step):
     whole, folder = tmp_path / "whole", tmp_path / "out"
-    finetune.main(flags(tiny_bert, pairs, pool, whole))
-    argv = flags(tiny_bert, pairs, pool, folder)
-    program = f"""
-import os, signal, finetune
-from embedding_finetune.training import trainer
-save = trainer.RetrievalTrainer._save_checkpoint
-def save_and_die(self, *args):
-    save(self, *args)
-    if self.state.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.RetrievalTrainer._save_checkpoint = save_and_die
-finetune.main({argv!r})
-"""
-    killed = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    finetune.main(rounds(tiny_bert, pairs, pool, whole))
+    argv = rounds(tiny_bert, pairs, pool, folder)
+    kill_after_checkpoint(argv, step)
     finetune.main([*argv, "--resume_from_checkpoint", "True"])
-    one, other = weights(whole), weights(folder)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert equal(weights(whole), weights(folder))
     summaries = [json.loads((path / "training_summary.json").read_text()) for path in (whole, folder)]
     audits = [[{**audit, "seconds": None} for audit in summary["mining_rounds"]] for summary in summaries]
     assert audits[0] == audits[1]
@@ -118,7 +94,7 @@ finetune.main({argv!r})
 
 def test_a_run_goes_on_only_with_its_own_candidates_and_length(tiny_bert, pairs, pool, tmp_path, capsys):
     folder = tmp_path / "out"
-    finetune.main(flags(tiny_bert, pairs, pool, folder, max_steps=4))
+    finetune.main(rounds(tiny_bert, pairs, pool, folder, max_steps=4))
     turned = write_jsonl(tmp_path / "turned.jsonl", read_jsonl(pool)[::-1])
     for changes, said in (
         ({"candidate_pool": turned}, "other passages to mine from"),
@@ -128,17 +104,17 @@ def test_a_run_goes_on_only_with_its_own_candidates_and_length(tiny_bert, pairs,
     ):
         given = {"max_steps": 4, "resume_from_checkpoint": True, **changes}
         with pytest.raises(SystemExit):
-            finetune.main(flags(tiny_bert, pairs, pool, folder, **given))
+            finetune.main(rounds(tiny_bert, pairs, pool, folder, **given))
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_negatives_that_are_damaged_are_one_line(tiny_bert, pairs, pool, tmp_path, capsys):
     folder = tmp_path / "out"
-    finetune.main(flags(tiny_bert, pairs, pool, folder))
+    finetune.main(rounds(tiny_bert, pairs, pool, folder))
     path = folder / "checkpoint-6" / MINED_FILE
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SystemExit):
-        finetune.main(flags(tiny_bert, pairs, pool, folder, resume_from_checkpoint=path.parent))
+        finetune.main(rounds(tiny_bert, pairs, pool, folder, resume_from_checkpoint=path.parent))
     assert f"{path}: is missing or damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -153,7 +129,7 @@ def test_negatives_that_are_damaged_are_one_line(tiny_bert, pairs, pool, tmp_pat
     ],
 )
 def test_what_rounds_cannot_do_is_refused_in_one_line(tiny_bert, pairs, pool, tmp_path, capsys, changes, said):
-    argv = flags(tiny_bert, pairs, pool, tmp_path / "out", hold_out=3, **changes)
+    argv = rounds(tiny_bert, pairs, pool, tmp_path / "out", hold_out=3, **changes)
     with pytest.raises(SystemExit) as stop:
         finetune.main(argv)
     assert stop.value.code == 2

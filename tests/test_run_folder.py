@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -12,73 +11,12 @@ import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert
-from safetensors.torch import load_file
+from helpers.training import equal, flags, kill_after_checkpoint, refusal, weights
 from transformers import AutoModel
 
 import evaluate
 import finetune
 from embedding_finetune.training.run_folder import last_checkpoint, run_in, run_of
-
-
-@pytest.fixture
-def mined(pairs, tmp_path):
-    rows = read_jsonl(pairs)
-    others = [[other["pos"][0] for other in rows if other["pos"] != row["pos"]] for row in rows]
-    return write_jsonl(tmp_path / "mined.jsonl", [{**row, "neg": own[:4]} for row, own in zip(rows, others)])
-
-
-def flags(model, data, folder, **changes):
-    given = {
-        "model_name_or_path": model,
-        "train_data": data,
-        "output_dir": folder,
-        "train_group_size": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 4,
-        **changes,
-    }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
-def refusal(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(argv)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-def run_python(program):
-    return subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-
-
-def kill_after_checkpoint(argv, step):
-    """Run finetune.py, and kill -9 it once checkpoint-`step` is written."""
-    program = f"""
-import os, signal, finetune
-from embedding_finetune.training import trainer
-save = trainer.RetrievalTrainer._save_checkpoint
-def save_and_die(self, *args):
-    save(self, *args)
-    if self.state.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.RetrievalTrainer._save_checkpoint = save_and_die
-finetune.main({argv!r})
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_full_run_over_an_adapter_alone_leaves_no_adapter_to_be_applied(tiny_bert, mined, tmp_path):
@@ -326,53 +264,6 @@ def test_gradient_checkpointing_and_accumulation_resume_to_the_same_bits(tiny_be
     kill_after_checkpoint(flags(tiny_bert, mined, tmp_path / "parts", **given), 3)
     finetune.main(flags(tiny_bert, mined, tmp_path / "parts", resume_from_checkpoint=True, **given))
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"learning_rate": 5e-3}, "--learning_rate 0.005, where it had 0.001"),
-        ({"temperature": 0.5}, "--temperature 0.5, where it had the default"),
-        ({"per_device_train_batch_size": 4}, "batches of 4, where it had 8"),
-        ({"train_data": "fewer"}, "8 training rows, where it had 30"),
-        ({"train_data": "others"}, "other training rows"),
-        ({"train_data": "mined anew"}, "other training rows"),
-        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
-        ({"logging_steps": 1, "dataloader_num_workers": 1, "tokens_per_sub_batch": 100, "max_steps": 6}, None),
-    ],
-)
-def test_a_run_goes_on_with_the_rows_and_flags_it_was_started_with(
-    tiny_bert, mined, tmp_path, capsys, changes, complaint
-):
-    folder, rows = tmp_path / "out", read_jsonl(mined)
-    finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2))
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    data = {
-        "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:8]),
-        "mined anew": write_jsonl(
-            tmp_path / "anew.jsonl", [{**rows[0], "neg": ["another"] * len(rows[0]["neg"])}, *rows[1:]]
-        ),
-        "others": write_jsonl(tmp_path / "others.jsonl", [*rows[1:], rows[0]]),
-    }
-    changes = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2, **changes}
-    changes["train_data"] = data.get(changes.get("train_data"), mined)
-    argv = flags(tiny_bert, changes.pop("train_data"), folder, **changes)
-    if complaint is None:
-        finetune.main(argv)
-    else:
-        assert complaint in refusal(argv, capsys)
-        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-
-
-def test_an_adapter_is_not_trained_on_with_another_base(tiny_bert, mined, tmp_path, capsys):
-    pytest.importorskip("peft")
-    given = {"lora_rank": 2, "save_strategy": "steps", "save_steps": 2}
-    finetune.main(flags(tiny_bert, mined, tmp_path / "out", **given))
-    other = make_tiny_bert(tmp_path / "other", seed=5)
-    argv = flags(other, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given)
-    assert "go on with another --model_name_or_path" in refusal(argv, capsys)
-    moved = shutil.copytree(tiny_bert, tmp_path / "moved")
-    finetune.main(flags(moved, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given))
 
 
 def test_a_finished_run_makes_no_step_beyond_its_last(tiny_bert, mined, tmp_path):

@@ -13,13 +13,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-import datasets
-import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.formats import data_files
@@ -27,8 +24,7 @@ from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, requ
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.folder import remove_unfinished
 from embedding_finetune.training.held_out import FILES as HELD_OUT_FILES
-from embedding_finetune.training.held_out import HeldOut, check_held_out_files
-from embedding_finetune.training.row_columns import read_column, rows_digest
+from embedding_finetune.training.held_out import check_held_out_files
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -43,16 +39,6 @@ _STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """Transformers' names of the files of a checkpoint that a run goes on with, beside its weights."""
 _RUN_FILE = "training_run.json"
 _LOCK_FILE = ".running"
-_DECIDES_NOTHING = re.compile(
-    r"(log|logging|save|eval|dataloader(?!_drop_last)|ddp|gradient_checkpointing|activation_checkpointing)_\w+"
-    r"|(gradient|activation)_checkpointing|per_device_train_batch_size|gradient_accumulation_steps|world_size"
-    r"|model_name_or_path|config_name|tokenizer_name|cache_dir|trust_remote_code|train_data|columns|output_dir"
-    r"|overwrite_output_dir|resume_from_checkpoint|num_train_epochs|max_steps|tokens_per_sub_batch"
-    r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
-    r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
-    r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool|embeddings_dir"
-)
-"""Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _EARLIER = "earlier-checkpoint-"
 
 
@@ -185,7 +171,7 @@ def _take(lock: IO[bytes], output_dir: str) -> None:
 
 
 def _start_run(folder: Path, checkpoint: str | None, decided_by: Run) -> Run | None:
-    run = {"run": secrets.token_hex(16), **decided_by} if checkpoint is None else _read_run(Path(checkpoint))
+    run = {"run": secrets.token_hex(16), **decided_by} if checkpoint is None else read_run(Path(checkpoint))
     token = None if run is None else run["run"]
     step = 0 if checkpoint is None else (_state(Path(checkpoint)) or {}).get("global_step", 0)
     remove_unfinished(folder)
@@ -208,11 +194,12 @@ def remove_earlier_runs(output_dir: str) -> None:
 
 def run_of(folder: AnyPath) -> str | None:
     """The token of the run that a folder belongs to; None where it has none."""
-    run = _read_run(Path(folder))
+    run = read_run(Path(folder))
     return None if run is None else str(run["run"])
 
 
-def _read_run(folder: Path) -> Run | None:
+def read_run(folder: Path) -> Run | None:
+    """What a folder says about its run; None where it says nothing."""
     try:
         run = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -224,63 +211,6 @@ def write_run(folder: AnyPath, run: Run) -> None:
     """Say which run a folder belongs to."""
     with atomic_writer(Path(folder) / _RUN_FILE) as file:
         file.write(json.dumps(run, indent=2).encode() + b"\n")
-
-
-def what_decides(
-    given: Mapping[str, object],
-    args: "RetrieverTrainingArguments",
-    rows: datasets.Dataset,
-    held_out: HeldOut | None = None,
-    mined_among: str | None = None,
-) -> Run:
-    """What the result of a run depends on, as JSON takes it: flags, rows, and what held-out rows measure.
-
-    given: flag -> value, of the flags that are not at their default. mined_among: a hash of the passages that are mined
-    among, if any are. How long a run is may change when it is resumed, unless it has rounds, and so may how many
-    processes share a batch.
-    """
-    flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
-    if held_out is not None:
-        described["held_out_digest"] = held_out.digest
-    if mined_among is not None:
-        described |= {"mined_among": mined_among, "length": [args.num_train_epochs, args.max_steps]}
-    if flags.get("one_file_per_batch"):
-        # Micro-batches end where files end. So their rows depend on files and sizes.
-        described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
-        described["rows_of_files"] = np.bincount(read_column(rows, "file")).tolist()
-    return json.loads(json.dumps({"decided_by": described}, default=str))
-
-
-def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
-    """Raise UserError where a run would go on otherwise than it began: with other rows or flags."""
-    began = None if checkpoint is None else _read_run(Path(checkpoint))
-    if began is None or "decided_by" not in began:
-        return
-    before, now = began["decided_by"], decided_by["decided_by"]
-    names = before.keys() | now.keys() if "base_weights" in now else (before.keys() | now.keys()) - {"base_weights"}
-    for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
-        if before.get(name) != now.get(name):
-            what = {
-                "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
-                "rows_digest": "other training rows",
-                "held_out_digest": "other held-out rows or candidates, or others of them that choose weights",
-                "mined_among": "other passages to mine from",
-                "length": "rounds of another length, by --num_train_epochs or --max_steps,",
-                "base_weights": "another --model_name_or_path",
-                "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
-                "rows_of_one_file": f"batches of {now.get(name)} rows of one file, where it had {before.get(name)}",
-                "rows_of_files": "the rows in other files",
-            }.get(name, f"--{name} {_shown(now.get(name))}, where it had {_shown(before.get(name))}")
-            raise UserError(
-                f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "
-                "with, or train on from its weights with --model_name_or_path"
-            )
-
-
-def _shown(value: object) -> str:
-    return "the default" if value is None else str(value)
 
 
 def last_checkpoint(output_dir: str) -> str | None:

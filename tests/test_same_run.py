@@ -1,0 +1,57 @@
+"""A run that is resumed goes on as it began, or not at all."""
+
+import shutil
+
+import pytest
+from helpers.data import read_jsonl, write_jsonl
+from helpers.tiny import make_tiny_bert
+from helpers.training import flags, refusal
+
+import finetune
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"learning_rate": 5e-3}, "--learning_rate 0.005, where it had 0.001"),
+        ({"temperature": 0.5}, "--temperature 0.5, where it had the default"),
+        ({"per_device_train_batch_size": 4}, "batches of 4, where it had 8"),
+        ({"train_data": "fewer"}, "8 training rows, where it had 30"),
+        ({"train_data": "others"}, "other training rows"),
+        ({"train_data": "mined anew"}, "other training rows"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
+        ({"logging_steps": 1, "dataloader_num_workers": 1, "tokens_per_sub_batch": 100, "max_steps": 6}, None),
+    ],
+)
+def test_a_run_goes_on_with_the_rows_and_flags_it_was_started_with(
+    tiny_bert, mined, tmp_path, capsys, changes, complaint
+):
+    folder, rows = tmp_path / "out", read_jsonl(mined)
+    finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    data = {
+        "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:8]),
+        "mined anew": write_jsonl(
+            tmp_path / "anew.jsonl", [{**rows[0], "neg": ["another"] * len(rows[0]["neg"])}, *rows[1:]]
+        ),
+        "others": write_jsonl(tmp_path / "others.jsonl", [*rows[1:], rows[0]]),
+    }
+    changes = {"resume_from_checkpoint": True, "save_strategy": "steps", "save_steps": 2, **changes}
+    changes["train_data"] = data.get(changes.get("train_data"), mined)
+    argv = flags(tiny_bert, changes.pop("train_data"), folder, **changes)
+    if complaint is None:
+        finetune.main(argv)
+    else:
+        assert complaint in refusal(argv, capsys)
+        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_an_adapter_is_not_trained_on_with_another_base(tiny_bert, mined, tmp_path, capsys):
+    pytest.importorskip("peft")
+    given = {"lora_rank": 2, "save_strategy": "steps", "save_steps": 2}
+    finetune.main(flags(tiny_bert, mined, tmp_path / "out", **given))
+    other = make_tiny_bert(tmp_path / "other", seed=5)
+    argv = flags(other, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given)
+    assert "go on with another --model_name_or_path" in refusal(argv, capsys)
+    moved = shutil.copytree(tiny_bert, tmp_path / "moved")
+    finetune.main(flags(moved, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given))
