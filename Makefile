@@ -1,4 +1,4 @@
-# make demo   the whole path on the sample data, ending in a before/after table
+# make demo   the whole path on the sample data by --recipe domain, ending in a before/after table
 # make demo DATA=my.csv   the same on pairs of your own, a tenth of whose questions are held out; if their columns have
 #             other names than query and pos: DATA_COLUMNS="query=question pos=answer"
 # make test   lint, then every test, and the coverage of lines and branches
@@ -15,38 +15,24 @@ DEMO_SHA256 := 53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 
 .PHONY: demo test test-models lint clean
 
+# The questions and passages to measure with: those of the sample data, or what is held out of one's own.
 ifeq ($(DATA),)
-demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
-	mkdir -p .demo
-	$(BIN)/python mine_hard_neg.py --model_name_or_path $(MODEL) \
-	  --input_file example.jsonl --output_file .demo/augmented_example.jsonl \
-	  --range_for_sampling 2-10 --negative_number 5
-	$(BIN)/python finetune.py --model_name_or_path $(MODEL) --output_dir .demo/finetuned \
-	  --overwrite_output_dir True --train_data .demo/augmented_example.jsonl \
-	  --num_train_epochs 2 --per_device_train_batch_size 32 --train_group_size 2 --learning_rate 5e-5 \
-	  --temperature 0.05 --query_max_len 64 --passage_max_len 256 --logging_steps 10 --save_strategy no
-	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned \
-	  --index_file_jsonl_path candidate_context.jsonl --query_file_jsonl_path example_heldout.jsonl \
-	  --output_dir .demo/evaluation > .demo/evaluation.txt
-	@echo; echo "Held-out questions, before and after:"; sed '$$d' .demo/evaluation.txt
-	@echo; echo "Query by query: .demo/evaluation/report.html"
+DEMO_ROWS := --train_data example.jsonl
+DEMO_QUERIES := --index_file_jsonl_path candidate_context.jsonl --query_file_jsonl_path example_heldout.jsonl
 else
+DEMO_ROWS := --train_data "$(DATA)" --hold_out 0.1 $(if $(DATA_COLUMNS),--columns $(DATA_COLUMNS))
+DEMO_QUERIES := --index_file_jsonl_path .demo/finetuned/held_out_candidates.jsonl \
+  --query_file_jsonl_path .demo/finetuned/held_out.jsonl
+endif
+
 demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	mkdir -p .demo
-	$(BIN)/python mine_hard_neg.py --model_name_or_path $(MODEL) \
-	  --input_file "$(DATA)" --output_file .demo/mined.jsonl $(if $(DATA_COLUMNS),--columns $(DATA_COLUMNS)) \
-	  --range_for_sampling 2-10 --negative_number 5
-	$(BIN)/python finetune.py --model_name_or_path $(MODEL) --output_dir .demo/finetuned \
-	  --overwrite_output_dir True --train_data .demo/mined.jsonl --hold_out 0.1 \
-	  --num_train_epochs 2 --per_device_train_batch_size 32 --train_group_size 2 --learning_rate 5e-5 \
-	  --temperature 0.05 --query_max_len 64 --passage_max_len 256 --logging_steps 10 --save_strategy no
-	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned \
-	  --index_file_jsonl_path .demo/finetuned/held_out_candidates.jsonl \
-	  --query_file_jsonl_path .demo/finetuned/held_out.jsonl \
+	$(BIN)/python finetune.py --recipe domain --model_name_or_path $(MODEL) $(DEMO_ROWS) \
+	  --output_dir .demo/finetuned --overwrite_output_dir True
+	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned $(DEMO_QUERIES) \
 	  --output_dir .demo/evaluation > .demo/evaluation.txt
 	@echo; echo "Held-out questions, before and after:"; sed '$$d' .demo/evaluation.txt
 	@echo; echo "Query by query: .demo/evaluation/report.html; the model: .demo/finetuned"
-endif
 
 # A process for each core, with one thread: most of the time goes into starting processes that use one.
 # The floor is a little under the coverage that there is.

@@ -196,8 +196,16 @@ def test_the_commands_of_the_original_example_work_as_printed(demo_model, tmp_pa
 @pytest.mark.slow
 def test_the_recipe_that_mines_twice_works_as_printed(demo_model, tmp_path):
     commands = commands_of("recipes.md", "## Hard negatives in each batch, mined twice")
-    assert run_as_printed(commands, tmp_path) == [""] * 4
-    assert (tmp_path / "stage2" / "model.safetensors").exists()
+    assert run_as_printed(commands, tmp_path) == [""] * 5
+    for name in ("stage2", "mined_twice"):
+        assert (tmp_path / name / "model.safetensors").exists()
+
+
+@pytest.mark.demo_model
+@pytest.mark.slow
+def test_the_one_command_of_the_recipes_works_as_printed(demo_model, tmp_path):
+    [command] = commands_of("recipes.md", "## One command")
+    assert run_as_printed([f"{command} --hold_out 4 --max_steps 4"], tmp_path)[0].startswith(("better", "no", "worse"))
 
 
 def commands_of(page, heading):
@@ -263,7 +271,7 @@ ORIGINAL_COMMANDS = [
 def test_make_demo_goes_the_whole_way_with_a_file_of_ones_own(demo_model, tmp_path):
     lines = [f'"{words}, {topic}?",{passage_about(topic)}' for topic in TOPICS for words in ("reset", "open", "my")]
     (tmp_path / "my.csv").write_text("question,answer\n" + "\n".join(lines) + "\n")
-    for name in ("mine_hard_neg.py", "finetune.py", "evaluate.py", "Makefile"):
+    for name in ("finetune.py", "evaluate.py", "Makefile"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     given = ["DATA=my.csv", f"MODEL={demo_model}", f"BIN={os.path.dirname(sys.executable)}"]
     given.append("DATA_COLUMNS=query=question pos=answer")
@@ -273,6 +281,7 @@ def test_make_demo_goes_the_whole_way_with_a_file_of_ones_own(demo_model, tmp_pa
     assert result.returncode == 0, result.stderr
     shown = result.stdout[result.stdout.index("Held-out questions, before and after:") :]
     assert "3 queries, held out by passage: questions about passages that no training row answers with" in shown
+    assert re.search(r"^(better|no difference|worse): MRR@10 .* on 3 questions about", result.stdout, re.MULTILINE)
     assert re.search(rf"^{demo_model} +\d\.\d{{4}} .*\n\.demo/finetuned +\d\.\d{{4}} ", shown, re.MULTILINE)
     assert "held out by passage" in (tmp_path / ".demo" / "evaluation" / "report.html").read_text()
     assert "are in the training data of" not in result.stderr

@@ -109,13 +109,12 @@ def test_every_other_command_of_the_documents_installs_what_is_there():
         assert "torch==2.13.0" in text_of(REPOSITORY / name).splitlines()
 
 
-def test_the_commands_of_the_readme_train_as_make_demo_does(parse):
+def test_the_one_command_of_the_readme_trains_as_make_demo_does(parse):
     makefile = text_of(REPOSITORY / "Makefile").replace("\\\n", " ").replace("$(MODEL)", "model")
-    for script in ("mine_hard_neg.py", "finetune.py"):
-        demo = re.search(rf"\$\(BIN\)/(python {script}.*)", makefile)[1]
-        [shown] = [command for path, command in SCRIPT_COMMANDS if path == README and f" {script} " in command]
-        settings = [settings_of(parse(command)) for command in (demo.replace(".demo/augmented", "augmented"), shown)]
-        assert settings[0] == settings[1]
+    rows = re.search(r"DEMO_ROWS := (--train_data example.*)", makefile)[1]
+    demo = re.search(r"\$\(BIN\)/(python finetune.py.*)", makefile)[1].replace("$(DEMO_ROWS)", rows)
+    [shown] = [command for command in indented_commands(README) if " finetune.py --recipe " in command]
+    assert settings_of(parse(demo)) == settings_of(parse(shown))
 
 
 def settings_of(parsed: object) -> dict:

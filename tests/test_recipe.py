@@ -15,6 +15,7 @@ SMALL = Looked(
     parameters=22_000_000,
     bfloat16=True,
 )
+HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
 LARGE = SMALL._replace(rows=26_028, queries=26_000, passage_tokens=400)
 
 
@@ -64,11 +65,12 @@ def test_what_the_user_gives_stays():
             {"range_for_sampling", "negative_number", "sampling_strategy", "neighbours_in_batch"},
         ),
         (["--max_steps", "9"], {"num_train_epochs"}),
-        (["--eval_query_file_jsonl_path", "q"], {"hold_out", "hold_out_by"}),
+        (["--eval_query_file_jsonl_path", "q"], HELD_OUT),
+        (["--hold_out", "20"], HELD_OUT - {"hold_out"}),
     ],
 )
 def test_what_a_given_flag_makes_useless_is_left_out(given, gone):
-    whole, flags = (dict(by_flag(completed(argv, domain(SMALL)))) for argv in ([], given))
+    whole, flags = (dict(by_flag(completed(argv, domain(LARGE)))) for argv in ([], given))
     assert whole.keys() - flags.keys() == gone
 
 

@@ -34,6 +34,7 @@ _FEWEST_ROWS_TO_HOLD_OUT = 100
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 2000
 _FEWEST_HELD_OUT_TO_CHOOSE = 200
 """Half of them choose, see choosing.py."""
+_ABOUT_HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
 _MANY_ROWS = 5000
 """From here on a batch of 128 is a small part of the rows."""
 _EPOCHS_TIMES_ROOT_OF_ROWS = 200
@@ -157,7 +158,7 @@ def completed(argv: Sequence[str], recipe: Mapping[str, object]) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that it has not.
 
     What a given flag makes useless is left out: all about mining beside `--mining_rounds 0`, epochs beside
-    `--max_steps`, and held-out rows beside a file of queries.
+    `--max_steps`, and all about held-out rows beside a `--hold_out` or a file of queries of the user's own.
     """
     given = dict(by_flag(argv))
     useless = set()
@@ -165,8 +166,8 @@ def completed(argv: Sequence[str], recipe: Mapping[str, object]) -> list[str]:
         useless = {*CHOICE_FLAGS, "neighbours_in_batch"}
     if "max_steps" in given:
         useless |= {"num_train_epochs"}
-    if "eval_query_file_jsonl_path" in given:
-        useless |= {"hold_out", "hold_out_by"}
+    if given.keys() & {"hold_out", "eval_query_file_jsonl_path"}:
+        useless |= _ABOUT_HELD_OUT
     kept = [word for name, words in given.items() if name != "recipe" for word in words]
     added = {flag: value for flag, value in recipe.items() if flag not in given and flag not in useless}
     return [*kept, *(word for flag, value in added.items() for word in (f"--{flag}", str(value)))]
