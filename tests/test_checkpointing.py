@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers.data import REPOSITORY
 from helpers.running import wait_until
-from helpers.training import flags
+from helpers.tiny_runs import flags
 from safetensors.torch import load_file
 
 import finetune

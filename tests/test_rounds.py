@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.training import equal, flags, kill_after_checkpoint, weights
+from helpers.tiny_runs import equal, flags, kill_after_checkpoint, weights
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_linear_schedule_with_warmup
 

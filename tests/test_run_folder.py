@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert
-from helpers.training import equal, flags, kill_after_checkpoint, refusal, weights
+from helpers.tiny_runs import equal, flags, kill_after_checkpoint, refusal, weights
 from transformers import AutoModel
 
 import evaluate

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from helpers.data import read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert
-from helpers.training import flags, refusal
+from helpers.tiny_runs import flags, refusal
 
 import finetune
 

@@ -1,62 +1,36 @@
-"""Command lines of finetune.py for tiny runs, and what they leave."""
+"""Short runs of finetune.py on ten rows."""
 
-import signal
-import subprocess
-import sys
+from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
+import numpy as np
 
-import finetune
-from helpers.data import REPOSITORY
+from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.running import encoder_for
+
+TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "red green blue " * 30]
 
 
-def flags(model, data, folder, **changes):
-    given = {
-        "model_name_or_path": model,
-        "train_data": data,
-        "output_dir": folder,
-        "train_group_size": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 4,
-        **changes,
-    }
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
-
-
-def refusal(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(argv)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-def kill_after_checkpoint(argv, step):
-    """Run finetune.py, and kill -9 it once checkpoint-`step` is written."""
-    program = f"""
-import os, signal, finetune
-from embedding_finetune.training import trainer
-save = trainer.RetrievalTrainer._save_checkpoint
-def save_and_die(self, *args):
-    save(self, *args)
-    if self.state.global_step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer.RetrievalTrainer._save_checkpoint = save_and_die
-finetune.main({argv!r})
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+def write_rows(folder: Path) -> Path:
+    """Ten rows with two negatives each."""
+    texts = [passage_about(topic) for topic in TOPICS]
+    return write_jsonl(
+        folder / "rows.jsonl",
+        [
+            {"query": f"how do i reset the {topic}?", "pos": [texts[n]], "neg": [texts[n - 1], texts[n - 2]]}
+            for n, topic in enumerate(TOPICS)
+        ],
     )
-    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+def train(model, rows, output, *flags, steps=4):
+    import finetune
+
+    argv = ["--model_name_or_path", model, "--train_data", rows, "--output_dir", output, "--max_steps", steps]
+    argv += ["--per_device_train_batch_size", 5, "--train_group_size", 3, "--learning_rate", 1e-2, "--temperature", 0.1]
+    finetune.main([str(part) for part in (*argv, "--save_steps", 2, *flags)])
+    return output
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def embeddings(folder, *flags) -> np.ndarray:
+    """Of TEXTS as queries, in float32: (3, H)."""
+    return encoder_for(folder, "--dtype", "float32", *flags).encode_queries(TEXTS)
