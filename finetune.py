@@ -17,9 +17,13 @@
         --query_instruction_for_retrieval "" \\
         --bf16 True
 
-The output folder is a checkpoint that transformers and sentence-transformers load too. With --hold_out the last line
-on stdout says whether the model is better, and how sure that is. transformers' TrainingArguments are flags here;
-docs/flags.md says which have no meaning and are refused.
+Or with flags that it picks by your data and model, and prints:
+
+    python finetune.py --recipe domain --model_name_or_path MODEL --train_data pairs.jsonl --output_dir tuned
+
+The output folder is a checkpoint that transformers and sentence-transformers load too. With --hold_out, which the
+recipe sets, the last line on stdout says whether the model is better, and how sure that is. transformers'
+TrainingArguments are flags here; docs/flags.md says which have no meaning and are refused.
 """
 
 import json
@@ -57,11 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.training.held_out import hold_out, write_held_out
         from embedding_finetune.training.recipe import with_recipe
         from embedding_finetune.training.rows import load_rows
-        from embedding_finetune.training.run_folder import (
-            remove_earlier_runs,
-            resume_point,
-            run_in,
-        )
+        from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
         from embedding_finetune.training.same_run import check_same_run, what_decides
         from embedding_finetune.training.setup import load_evaluation, make_rounds, make_trainer
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps

@@ -20,8 +20,9 @@ LARGE = SMALL._replace(rows=26_028, queries=26_000, passage_tokens=400)
 
 
 def test_epochs_fall_with_the_root_of_the_number_of_rows():
-    rows = (50, 100, 593, 1000, 5000, 26_028, 1_000_000)
-    assert [domain(SMALL._replace(rows=n))["num_train_epochs"] for n in rows] == [20, 20, 8.2, 6.3, 2.8, 1.2, 0.2]
+    rows = (50, 100, 593, 1000, 5000, 26_028, 1_000_000, 10**8)
+    epochs = [domain(SMALL._replace(rows=n))["num_train_epochs"] for n in rows]
+    assert epochs == [20, 20, 8.2, 6.3, 2.8, 1.2, 0.2, 0.02]
 
 
 def test_small_data_gets_small_batches_and_lengths_that_hold_almost_all_texts():
@@ -44,6 +45,12 @@ def test_a_tenth_of_the_queries_is_held_out_and_chooses_only_where_that_is_many(
     assert "hold_out" not in domain(SMALL._replace(rows=99))
 
 
+def test_several_processes_share_the_batch_of_one():
+    flags = domain(SMALL._replace(processes=4))
+    assert (flags["per_device_train_batch_size"], flags["negatives_cross_device"]) == (8, True)
+    assert "negatives_cross_device" not in domain(SMALL)
+
+
 def test_half_precision_is_for_hardware_that_has_it():
     assert "bf16" not in domain(SMALL._replace(bfloat16=False))
 
@@ -57,6 +64,11 @@ def test_what_the_user_gives_stays():
     assert flags["temperature"] == ["--temperature", "0.05"]
 
 
+def test_a_flag_that_is_given_twice_keeps_all_its_values():
+    words = completed(["--train_data", "a", "b", "--recipe", "domain", "--train_data", "c"], {})
+    assert words == ["--train_data", "a", "b", "--train_data", "c"]
+
+
 @pytest.mark.parametrize(
     ("given", "gone"),
     [
@@ -65,6 +77,8 @@ def test_what_the_user_gives_stays():
             {"range_for_sampling", "negative_number", "sampling_strategy", "neighbours_in_batch"},
         ),
         (["--max_steps", "9"], {"num_train_epochs"}),
+        (["--fp16", "True"], {"bf16"}),
+        (["--lr_scheduler_type", "constant"], {"warmup_steps"}),
         (["--eval_query_file_jsonl_path", "q"], HELD_OUT),
         (["--hold_out", "20"], HELD_OUT - {"hold_out"}),
     ],

@@ -63,7 +63,7 @@ class CheckpointingTrainer(Trainer):
             if not self.args.save_adapter_only:
                 self.write_model(staging)
                 write_training_queries(staging, self.training_queries)
-            if self.rounds is not None and Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            if self.rounds is not None and folder != self.args.output_dir:  # a checkpoint, to go on from
                 self.rounds.write(staging)
             if self.run is not None:
                 write_run(staging, self.run)

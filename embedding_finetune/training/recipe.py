@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.distributed import world_size
 from embedding_finetune.mining.arguments import CHOICE_FLAGS
 from embedding_finetune.model.encoding_kernels import choose_dtype
 from embedding_finetune.model.limits import length_limit
@@ -35,6 +36,14 @@ _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 2000
 _FEWEST_HELD_OUT_TO_CHOOSE = 200
 """Half of them choose, see choosing.py."""
 _ABOUT_HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
+_USELESS_BESIDE = {
+    "max_steps": {"num_train_epochs"},
+    "fp16": {"bf16"},
+    "lr_scheduler_type": {"warmup_steps"},
+    "hold_out": _ABOUT_HELD_OUT,
+    "eval_query_file_jsonl_path": _ABOUT_HELD_OUT,
+}
+"""A flag that a user gives -> flags of the recipe that it replaces, or that go with those that it replaces."""
 _MANY_ROWS = 5000
 """From here on a batch of 128 is a small part of the rows."""
 _EPOCHS_TIMES_ROOT_OF_ROWS = 200
@@ -47,7 +56,7 @@ class Looked(NamedTuple):
 
     rows, queries: numbers of training rows, and of distinct queries. query_tokens, passage_tokens: the lengths of
     almost all texts, with their special tokens. longest: what the model takes. parameters: of the model. bfloat16:
-    whether the hardware computes in it natively.
+    whether the hardware computes in it natively. processes: that share a batch.
     """
 
     rows: int
@@ -57,6 +66,7 @@ class Looked(NamedTuple):
     longest: int
     parameters: int
     bfloat16: bool
+    processes: int = 1
 
 
 def look_at(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments) -> Looked:
@@ -85,6 +95,7 @@ def look_at(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataA
         longest=min(config.max_seq_length or limit, limit),
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         bfloat16=choose_dtype("auto", device) == torch.bfloat16,
+        processes=world_size(),
     )
 
 
@@ -95,7 +106,7 @@ def _length_of_most(tokenizer: PreTrainedTokenizerBase, instruction: str, texts:
 
 def domain(looked: Looked) -> Record:
     """flag -> value of the recipe for data and model like these."""
-    many = looked.rows >= _MANY_ROWS
+    batch = 128 if looked.rows >= _MANY_ROWS else 32
     flags: Record = {
         **_held_out(looked),
         "mining_rounds": 2,
@@ -104,14 +115,16 @@ def domain(looked: Looked) -> Record:
         "sampling_strategy": "top",
         "train_group_size": 1,
         "neighbours_in_batch": 7,
-        "per_device_train_batch_size": 128 if many else 32,
-        "num_train_epochs": round(min(_EPOCHS_TIMES_ROOT_OF_ROWS / looked.rows**0.5, _MOST_EPOCHS), 1),
+        "per_device_train_batch_size": max(batch // looked.processes, 1),
+        "num_train_epochs": float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / looked.rows**0.5, _MOST_EPOCHS):.2g}"),
         "learning_rate": _learning_rate(looked.parameters),
         "warmup_steps": 0.1,
         "temperature": 0.05,
         "query_max_len": _padded(looked.query_tokens, looked.longest),
         "passage_max_len": _padded(looked.passage_tokens, looked.longest),
     }
+    if looked.processes > 1:
+        flags["negatives_cross_device"] = True  # then they train as one process does
     return flags | ({"bf16": True} if looked.bfloat16 else {})
 
 
@@ -155,19 +168,10 @@ def with_recipe(
 
 
 def completed(argv: Sequence[str], recipe: Mapping[str, object]) -> list[str]:
-    """A command line's flags without --recipe, and with those of the recipe that it has not.
-
-    What a given flag makes useless is left out: all about mining beside `--mining_rounds 0`, epochs beside
-    `--max_steps`, and all about held-out rows beside a `--hold_out` or a file of queries of the user's own.
-    """
-    given = dict(by_flag(argv))
-    useless = set()
-    if given.get("mining_rounds", [""])[-1].rpartition("=")[2] == "0":
-        useless = {*CHOICE_FLAGS, "neighbours_in_batch"}
-    if "max_steps" in given:
-        useless |= {"num_train_epochs"}
-    if given.keys() & {"hold_out", "eval_query_file_jsonl_path"}:
-        useless |= _ABOUT_HELD_OUT
-    kept = [word for name, words in given.items() if name != "recipe" for word in words]
-    added = {flag: value for flag, value in recipe.items() if flag not in given and flag not in useless}
-    return [*kept, *(word for flag, value in added.items() for word in (f"--{flag}", str(value)))]
+    """A command line's flags without --recipe, and with those of the recipe that it neither has nor makes useless."""
+    given = list(by_flag(argv))
+    left_out = {name for name, _ in given}.union(*(_USELESS_BESIDE.get(name, ()) for name, _ in given))
+    if any(name == "mining_rounds" and words[-1].rpartition("=")[2] == "0" for name, words in given):
+        left_out |= {*CHOICE_FLAGS, "neighbours_in_batch"}
+    kept = [word for name, words in given if name != "recipe" for word in words]
+    return [*kept, *(word for flag in recipe if flag not in left_out for word in (f"--{flag}", str(recipe[flag])))]

@@ -1,7 +1,6 @@
 """transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +31,8 @@ from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.one_file import OneFileSampler
-from embedding_finetune.training.rounds import Rounds, RoundSampler, schedule_of_rounds, steps_in_round
+from embedding_finetune.training.rounds import Rounds, RoundSampler, schedule_of_rounds
+from embedding_finetune.training.sampling import make_sampler
 from embedding_finetune.training.weights import trained_weight_hashes
 
 logger = logging.getLogger(__name__)
@@ -275,31 +274,12 @@ class RetrievalTrainer(CheckpointingTrainer):
         return self.state.global_step * batch / len(self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler | RoundSampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        shuffle = self.args.train_sampling_strategy == "random"
-        order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "neighbours": self.neighbours}
-        if self.one_file_per_batch:
-            epochs: EpochSampler = OneFileSampler(
-                self.train_dataset.files,
-                per_process=self.args.per_device_train_batch_size,
-                processes=self.args.world_size,
-                drop_last=self.args.dataloader_drop_last,
-                **order,
-            )
-        else:
-            epochs = EpochSampler(len(self.train_dataset), **order)
-        self._sampler = epochs if self.rounds is None else self._sampler_of_rounds(epochs, self.rounds)
+        files = self.train_dataset.files
+        rounds = None if self.rounds is None else self.rounds.count
+        self._sampler = make_sampler(
+            self.args, files, neighbours=self.neighbours, one_file_per_batch=self.one_file_per_batch, rounds=rounds
+        )
         return self._sampler
-
-    def _sampler_of_rounds(self, epochs: EpochSampler, rounds: Rounds) -> RoundSampler:
-        args = self.args
-        batch = args.per_device_train_batch_size * args.world_size
-        batches = len(epochs) // batch if args.dataloader_drop_last else math.ceil(len(epochs) / batch)
-        steps = args.max_steps
-        if steps < 0:
-            steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-        length = steps_in_round(steps, rounds.count)
-        return RoundSampler(epochs, length=length * args.gradient_accumulation_steps * batch)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[int, ...]:
         """As transformers does it; of a run in rounds each round is an epoch."""
