@@ -17,7 +17,7 @@
         --query_instruction_for_retrieval "" \\
         --bf16 True
 
-Or with flags that it picks by your data and model, and prints:
+Or with one flag, which picks the others by your data and model, and prints them.
 
     python finetune.py --recipe domain --model_name_or_path MODEL --train_data pairs.jsonl --output_dir tuned
 
