@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         may_be_held_out=data_args.hold_out is not None or data_args.recipe is not None,
         hold_out_field=data_args.hold_out_field,
     )
+    tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:
         argv = with_recipe(argv, rows, model_args, data_args)
         model_args, data_args, args = parse_arguments(argv)
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
         trainer = make_trainer(model_args, data_args, args, dataset, task, held_out, rounds)
+    trainer.tells_costs = tells_costs
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:

@@ -60,6 +60,12 @@ class Progress:
                 dynamic_ncols=True,
             )
 
+    def expect(self, total: int) -> None:
+        """Count to another total from here on."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def skip(self, count: int) -> None:
         """Count items that needed no work."""
         self.done += count

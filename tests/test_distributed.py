@@ -75,6 +75,26 @@ VARIANTS = {
 }
 
 
+def test_processes_whose_clocks_differ_agree_on_the_number_of_steps(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    cross = ("--negatives_cross_device", "True")
+    for processes in (1, 2):
+        argv = training_flags(model, data, tmp_path / f"out_{processes}", processes, *cross)
+        argv[argv.index("--max_steps") : argv.index("--max_steps") + 2] = ["--minutes", "5"]
+        program = f"""
+import os, finetune
+from embedding_finetune.training import pacing
+pacing.steps_within = lambda *_: 3 + 4 * int(os.environ["RANK"])
+finetune.main({argv!r})
+"""
+        result = launch(program, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / f"out_{processes}" / "training_summary.json").read_text())["steps"] == 3
+    one, two = (load_file(tmp_path / f"out_{processes}" / "model.safetensors") for processes in (1, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_train_as_one_with_the_twofold_batch(data, tmp_path):
     model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
     for processes in (1, 2):

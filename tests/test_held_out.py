@@ -281,7 +281,7 @@ def flags(model, data, output, **more):
 def measured(model, folder, capsys):
     """What evaluate.py gives for the held-out files, and what it prints."""
     argv = ["--model_name", str(model), "--index_file_jsonl_path", str(folder / "held_out_candidates.jsonl")]
-    argv += ["--query_file_jsonl_path", str(folder / "held_out.jsonl"), "--dtype", "float32"]
+    argv += ["--query_file_jsonl_path", str(folder / "held_out.jsonl")]
     return evaluate.main(argv), capsys.readouterr().out
 
 
@@ -310,7 +310,7 @@ def test_the_users_queries_judge_and_the_held_out_ones_choose(tiny_bert, pairs, 
     given |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_MRR@10"}
     finetune.main(flags(tiny_bert, pairs, output, **given))
     summary = json.loads((output / "training_summary.json").read_text())
-    argv = ["--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs), "--dtype", "float32"]
+    argv = ["--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs)]
     assert summary["metrics_before"] == evaluate.main(["--model_name", str(tiny_bert), *argv])
     assert summary["metrics_after"] == evaluate.main(["--model_name", str(output), *argv])
     chosen = summary["hold_out"]["metrics_after"]

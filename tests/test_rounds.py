@@ -1,22 +1,24 @@
 """Training in rounds: what is mined, how long a round is, at which rate it learns, and how it is resumed."""
 
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
-from helpers.tiny_runs import equal, flags, kill_after_checkpoint, weights
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from transformers import get_linear_schedule_with_warmup
+from helpers.tiny_runs import equal, flags, kill_after_checkpoint, refusal, weights
 
 import finetune
 import mine_hard_neg
-from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.mining.choice import Selection
+from embedding_finetune.mining.negatives import mine_negatives
+from embedding_finetune.training import rounds as rounds_module
 from embedding_finetune.training.batches import EpochSampler
 from embedding_finetune.training.one_file import OneFileSampler
-from embedding_finetune.training.rounds import MINED_FILE, RoundSampler, schedule_of_rounds, steps_in_round
+from embedding_finetune.training.rounds import MINED_FILE, RoundSampler
+from embedding_finetune.training.stages import Stages
 
 CHOICE = ["--range_for_sampling", "1-5", "--negative_number", "3"]
 
@@ -92,6 +94,30 @@ def test_a_run_that_is_killed_in_any_round_resumes_to_the_same_bits(tiny_bert, p
     assert audits[0] == audits[1]
 
 
+def test_a_later_round_without_negatives_goes_on_and_the_first_is_refused(
+    tiny_bert, pairs, pool, tmp_path, monkeypatch, caplog, capsys
+):
+    def mine_for(*rounds_with_negatives):
+        number = itertools.count(1)
+
+        def mine(*args, **scratch):
+            mined = mine_negatives(*args, **scratch)
+            if next(number) not in rounds_with_negatives:
+                empty = [Selection([], [], kept=0, random_fills=0, dropped=Counter()) for _ in mined.selections]
+                mined = mined._replace(selections=empty)
+            return mined
+
+        monkeypatch.setattr(rounds_module, "mine_negatives", mine)
+
+    mine_for(1)
+    finetune.main(rounds(tiny_bert, pairs, pool, tmp_path / "out"))
+    assert "this round's batches are drawn at random" in caplog.text
+    audits = json.loads((tmp_path / "out" / "training_summary.json").read_text())["mining_rounds"]
+    assert [audit["negatives"] for audit in audits] == [90, 0]
+    mine_for(2)
+    assert "no row has a negative: widen" in refusal(rounds(tiny_bert, pairs, pool, tmp_path / "other"), capsys)
+
+
 def test_a_run_goes_on_only_with_its_own_candidates_and_length(tiny_bert, pairs, pool, tmp_path, capsys):
     folder = tmp_path / "out"
     finetune.main(rounds(tiny_bert, pairs, pool, folder, max_steps=4))
@@ -136,47 +162,23 @@ def test_what_rounds_cannot_do_is_refused_in_one_line(tiny_bert, pairs, pool, tm
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-# Lengths, order, rates
+# The order of rows
 
 
 def test_a_round_goes_through_the_rows_in_epochs_of_its_own():
-    sampler = RoundSampler(EpochSampler(5, seed=0), length=8)
+    sampler = RoundSampler(EpochSampler(5, seed=0), Stages([4, 2]), keys_per_step=2)
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
     assert [epoch for epoch, _ in first] == [0] * 5 + [1] * 3
-    assert [epoch for epoch, _ in second] == [2] * 5 + [3] * 3
-    assert sorted(row for _, row in first[:5]) == sorted(row for _, row in second[:5]) == list(range(5))
+    assert [epoch for epoch, _ in second] == [2] * 4
+    assert sorted(row for _, row in first[:5]) == list(range(5))
+    assert (len(first), len(second)) == (8, len(sampler))
 
 
 def test_rounds_of_one_file_a_batch_mix_no_files():
     files = np.array([0] * 5 + [1] * 3)
-    sampler = RoundSampler(OneFileSampler(files, per_process=2, processes=1, seed=0), length=14)
+    sampler = RoundSampler(OneFileSampler(files, per_process=2, processes=1, seed=0), Stages([7]), keys_per_step=2)
     keys = list(sampler)
     batches = [[key for key in keys[start : start + 2] if key is not None] for start in range(0, 14, 2)]
     assert all(len({files[key.row] for key in batch}) == 1 for batch in batches)
-
-
-def test_rounds_are_of_equal_length():
-    assert steps_in_round(200, 2) == 100
-    assert steps_in_round(200, 3) == 66
-    with pytest.raises(UserError, match="--mining_rounds 3: the run has 2 steps"):
-        steps_in_round(2, 3)
-
-
-def test_each_round_warms_up_and_ends_at_zero_the_second_at_half_the_rate():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = schedule_of_rounds(get_linear_schedule_with_warmup(optimizer, 2, 4), steps=4)
-    rates = []
-    for _ in range(12):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates == [0, 0.5, 1, 0.5, 0, 0.25, 0.5, 0.25, 0, 0.125, 0.25, 0.125]
-    assert isinstance(schedule, LambdaLR)
-
-
-def test_a_schedule_that_follows_a_measure_is_refused():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(UserError, match="--lr_scheduler_type"):
-        schedule_of_rounds(ReduceLROnPlateau(optimizer), steps=4)

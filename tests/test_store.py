@@ -197,9 +197,12 @@ def test_a_scratch_store_never_speaks_of_a_flag_that_nobody_gave(tmp_path, caplo
     store.refresh()
     assert f"warning: TMPDIR: {path} is damaged" in caplog.text
     path.mkdir()
-    with pytest.raises(UserError, match=r"TMPDIR: .* cannot be written") as error:
+    for _ in range(2):  # on a full disk it is of no use, and does no harm
         store.put(["x"], np.ones((1, 2), np.float32))
-    assert "embeddings_dir" not in caplog.text + str(error.value)
+    assert caplog.text.count("embeddings are not kept") == 1
+    assert "warning: TMPDIR: " in caplog.text
+    assert "embeddings_dir" not in caplog.text
+    assert store.get(["x"])[1].tolist() == [False]
 
 
 def test_a_query_with_two_instructions_is_two_embeddings_of_which_each_is_found_again(tiny_bert, tmp_path, encoded):

@@ -93,7 +93,7 @@ def test_a_rows_instruction_is_trained_like_a_query_that_has_it_written_out(tiny
     for when in ("metrics_before", "metrics_after"):
         assert summaries["instructed"][when] == summaries["written"][when]
     pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    argv = ["--model_name", tmp_path / "instructed" / "out", "--index_file_jsonl_path", pool, "--dtype", "float32"]
+    argv = ["--model_name", tmp_path / "instructed" / "out", "--index_file_jsonl_path", pool]
     measured = evaluate.main([str(part) for part in (*argv, "--query_file_jsonl_path", queries)])
     assert measured == summaries["instructed"]["metrics_after"]
 
@@ -370,7 +370,7 @@ def test_the_metrics_of_training_are_those_of_evaluate_and_stand_in_the_summary(
             )
         )
     summary = json.loads((output / "training_summary.json").read_text())
-    flags = ("--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs), "--dtype", "float32")
+    flags = ("--index_file_jsonl_path", str(candidates), "--query_file_jsonl_path", str(pairs))
     assert summary["metrics_after"] == evaluate.main(["--model_name", str(output), *flags])
     instruction = ("--query_instruction_for_retrieval", "how: ")
     assert summary["metrics_before"] == evaluate.main(["--model_name", str(tiny_bert), *flags, *instruction])

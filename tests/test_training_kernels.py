@@ -1,6 +1,8 @@
 import pytest
 import torch
+from helpers.kinds import make_config
 from torch import nn
+from transformers import AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from embedding_finetune.model import training_kernels as dropout_module
@@ -9,6 +11,7 @@ from embedding_finetune.model.training_kernels import (
     CheapDropout,
     attention_with_cheap_dropout,
     scaled_keep_mask,
+    set_dropout,
     use_cheap_dropout,
 )
 
@@ -21,6 +24,26 @@ def test_the_mask_drops_with_the_probability_and_keeps_the_mean(probability):
     assert (mask == 0).double().mean().item() == pytest.approx(probability, abs=0.002)
     assert mask.max().item() == pytest.approx(1 / (1 - probability), rel=1e-3)
     assert mask.double().mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "roberta", "modernbert", "qwen2"])
+def test_the_probability_of_dropout_is_set_everywhere_but_in_the_config(kind, tmp_path):
+    config = make_config(kind)
+    for name in vars(config):
+        if "drop" in name and isinstance(getattr(config, name), int | float):
+            setattr(config, name, 0.25)
+    backbone = AutoModel.from_config(config, attn_implementation="sdpa" if kind != "mpnet" else "eager").train()
+    ids = torch.arange(40).reshape(2, 20)
+
+    def differs():
+        first, second = (backbone(input_ids=ids).last_hidden_state for _ in range(2))
+        return not torch.equal(first, second)
+
+    for probability, expected in ((0.0, False), (0.5, True), (0.0, False)):
+        set_dropout(backbone, probability)
+        use_cheap_dropout(backbone)
+        assert differs() == expected
+    assert backbone.config.to_dict() == config.to_dict()
 
 
 def test_neighbours_rows_and_successive_masks_are_independent():

@@ -43,6 +43,11 @@ def test_four_queries_that_all_get_better_are_no_difference_and_six_are():
     assert verdict([0.5] * 6, [1.0] * 6).outcome == "better"
 
 
+def test_the_line_says_so_where_interval_and_test_differ():
+    line = verdict([0.5] * 4, [0.6, 0.7, 0.8, 0.9]).line
+    assert line == f"no difference: MRR@10 0.50 -> 0.75 (+0.25, 95% +0.15 .. +0.35, but p = 0.12) on 4 {NEW}"
+
+
 def test_small_differences_have_digits_to_be_seen_and_one_query_is_a_question():
     assert verdict([0.5] * 9, [0.504] * 9).line.startswith("better: MRR@10 0.5000 -> 0.5040 (+0.0040, 95% +0.0040 ..")
     assert verdict([0.5], [1.0]).line.endswith("on 1 new question about passages that training may know")
@@ -103,7 +108,7 @@ def summary_of(folder):
 
 def per_query(model, queries, candidates, output):
     """What evaluate.py writes for a model, the whole document."""
-    argv = {"index_file_jsonl_path": candidates, "query_file_jsonl_path": queries, "dtype": "float32"}
+    argv = {"index_file_jsonl_path": candidates, "query_file_jsonl_path": queries}
     evaluate.main(["--model_name", *map(str, model), *argv_of(**argv), "--output_dir", str(output)])
     return json.loads((output / "metrics.json").read_text())
 

@@ -51,10 +51,18 @@ class Mined(NamedTuple):
         }
 
 
-def mine_negatives(rows: Sequence[Record], corpus: Corpus, options: RankingOptions, stopwatch: Stopwatch) -> Mined:
+def mine_negatives(
+    rows: Sequence[Record],
+    corpus: Corpus,
+    options: RankingOptions,
+    stopwatch: Stopwatch,
+    *,
+    scratch: str | None = None,
+) -> Mined:
     """Rank the corpus for every row, and choose its negatives, as the flags say.
 
-    rows: training rows. corpus: the candidates, and beyond them the other texts of the rows.
+    rows: training rows. corpus: the candidates, and beyond them the other texts of the rows. scratch: as in
+    rank_candidates.
     """
     pairs = positive_pairs(rows, corpus)
     candidates = rank_candidates(
@@ -65,6 +73,7 @@ def mine_negatives(rows: Sequence[Record], corpus: Corpus, options: RankingOptio
         options,
         stopwatch,
         [row.get("instruction") for row in rows],
+        scratch=scratch,
     )
     lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
     selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch)

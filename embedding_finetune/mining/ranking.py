@@ -76,19 +76,25 @@ def rank_candidates(
     options: RankingOptions,
     stopwatch: Stopwatch,
     instructions: Instructions = None,
+    *,
+    scratch: str | None = None,
 ) -> Candidates:
     """Rank the corpus for every query and score `pairs`, as mine_hard_neg.py's flags say.
 
     positives: positions of the texts whose near-duplicates are wanted. instructions: those of queries for the models; a
     reranker reads the query alone. With several models the ranking is their
     reciprocal-rank fusion; scores and near-duplicates come from the first. A reranker scores the window and the pairs
-    again, and sorts the window by its scores. A ranking is at most as long as the corpus.
+    again, and sorts the window by its scores. A ranking is at most as long as the corpus. scratch: a temporary folder
+    that may hold embeddings of the first model, and may keep more; None where there is none.
     Laps of the stopwatch are "load", "encode", "search" and "rescore".
     """
     start, stop = options.range_for_sampling
     options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
     gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
-    candidates = _rank_with_first_model(queries, instructions, corpus, pairs, positives, options, gpus, stopwatch)
+    scratch = scratch or _scratch(options)
+    candidates = _rank_with_first_model(
+        queries, instructions, corpus, pairs, positives, options, gpus, stopwatch, scratch
+    )
     if len(options.model_name_or_path) > 1:
         candidates = _fuse_with_other_models(candidates, queries, instructions, corpus, options, gpus, stopwatch)
     if options.reranker_name_or_path is not None:
@@ -109,9 +115,10 @@ def _rank_with_first_model(
     options: RankingOptions,
     gpus: Sequence[int],
     stopwatch: Stopwatch,
+    scratch: str | None,
 ) -> Candidates:
     name = options.model_name_or_path[0]
-    encoder = load_encoder(name, options, flag=_FLAG, scratch=_scratch(options))
+    encoder = load_encoder(name, options, flag=_FLAG, scratch=scratch)
     stopwatch.lap("load")
     top = TopK(encode_queries(encoder, queries, instructions), options.range_for_sampling[1], gpus=gpus)
     pair_scores = PairScores(top.queries, *pairs)

@@ -35,6 +35,19 @@ class CheapDropout(nn.Dropout):
         return input * scaled_keep_mask(input, self.p)
 
 
+def set_dropout(backbone: PreTrainedModel, probability: float) -> None:
+    """Let every dropout of a backbone have this probability: its modules', and those that its attentions pass on.
+
+    Its config, which is saved with it, stays as it is.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+
+
 def use_cheap_dropout(backbone: PreTrainedModel) -> None:
     """Replace every nn.Dropout of a backbone, and sdpa attention with its dropout."""
     for module in list(backbone.modules()):

@@ -51,6 +51,7 @@ class EmbeddingStore:
         self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.dimensions = dimensions
         self.is_scratch = is_scratch
+        self._is_full = False
         self._name = "TMPDIR" if is_scratch else "--embeddings_dir"  # what the user has to change after an error
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,11 @@ class EmbeddingStore:
         return embeddings, is_stored
 
     def put(self, texts: Sequence[str], embeddings: np.ndarray, instructions: Instructions = None) -> None:
-        """Keep the embeddings (n, H) of texts as one segment. Raises UserError when they cannot be written."""
-        if not len(texts):
+        """Keep the embeddings (n, H) of texts as one segment.
+
+        Raises UserError when they cannot be written; into a temporary folder nothing more is written then.
+        """
+        if not len(texts) or self._is_full:
             return
         digests = raw_digests(texts, instructions).tobytes()
         sizes = _SIZES.pack(len(texts), embeddings.shape[1])
@@ -98,7 +102,11 @@ class EmbeddingStore:
                 for part in (_CHECKSUM.pack(checksum), sizes, digests, vectors):
                     file.write(part)
         except UserError as error:
-            raise UserError(f"{self._name}: {error}") from error
+            if not self.is_scratch:
+                raise UserError(f"--embeddings_dir: {error}") from error
+            # They are encoded again where they are needed again.
+            logger.warning("warning: TMPDIR: %s: embeddings are not kept", error)
+            self._is_full = True
 
     def _is_complete(self, path: Path) -> bool:
         """Whether a segment has the size that its header says; any other is removed."""

@@ -164,6 +164,9 @@ class RetrieverTrainingArguments(TrainingArguments):
         "a passage of another row of the batch that scores above the query's own positive + this is likely an answer "
         "that nobody labelled, and no negative in that step (default: none is left out)",
     )
+    dropout: float | None = _flag(
+        None, "the probability of dropout while training, 0 for none; the saved model keeps its own (default: its own)"
+    )
     tokens_per_sub_batch: int | None = _flag(
         None,
         "padded tokens that go through the model at once, sorted by length; changes speed and memory, "
@@ -173,6 +176,11 @@ class RetrieverTrainingArguments(TrainingArguments):
         False,
         "keep no activations of a sub-batch, compute them again for the backward pass: memory that does "
         "not grow with the batch, for about a third more time",
+    )
+    minutes: float | None = _flag(
+        None,
+        "train for so long instead of --num_train_epochs; the first evaluation and mining are part of it, the last "
+        "evaluation is not. Steps are timed, and the learning rate ends where the time does",
     )
     early_stopping_patience: int | None = _flag(
         None, "stop after this many evaluations without a better --metric_for_best_model"

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback
+from transformers import IntervalStrategy, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.distributed import gather_objects
 from embedding_finetune.progress import Progress, write_line
+from embedding_finetune.training.minutes import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,11 @@ class StderrProgress(ProgressCallback):
         if state.is_world_process_zero:
             self.training_bar = Progress(state.max_steps, "Training", "step", disable=self.disabled)
             self.training_bar.show()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show as many steps as the run has by now."""
+        if state.is_world_process_zero:
+            self.training_bar.expect(state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the values as one line."""
@@ -61,6 +68,25 @@ class CutTexts(TrainerCallback):
                 logger.info(
                     "%d of %d %s texts of the first epoch were cut to --%s_max_len %d", cut, texts, kind, kind, length
                 )
+
+
+class EndOfMinutes(TrainerCallback):
+    """Ends a run when its minutes are over, though it has not made the steps that they were to be enough for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop training as its last step does, in all processes."""
+        if state.global_step >= state.max_steps or not gather_objects(self._clock.is_over)[0]:
+            return
+        logger.warning(
+            "warning: --minutes %g are over at step %d of %d: steps became slower",
+            *(args.minutes, state.global_step, state.max_steps),
+        )
+        control.should_training_stop = True
+        control.should_save |= args.save_strategy == SaveStrategy.STEPS
+        control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
 
 
 class RunLength(TrainerCallback):

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from embedding_finetune.model.loading import load_projection
 from embedding_finetune.model.training_queries import write_training_queries
 from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
+from embedding_finetune.training.snapshot import Snapshot, Snapshots
 from embedding_finetune.training.weights import saved_weights
 
 logger = logging.getLogger(__name__)
@@ -48,10 +50,26 @@ class CheckpointingTrainer(Trainer):
     rounds: Rounds | None = None
     run: Run | None = None
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._snapshots = Snapshots(self.write_model)
+
     def write_model(self, folder: Path) -> None:
         """Write the model as it stands, with what its adapters learned, into an empty folder."""
         backbone, projection = merged(self.bi_encoder.backbone), self.bi_encoder.projection
         save_checkpoint(folder, backbone, self.processing_class, self.saved_config, projection)
+
+    def snapshot(self) -> Snapshot:
+        """The model as it stands, to be loaded for mining and measuring. All processes call this together."""
+        return self._snapshots.of(self.state.global_step)
+
+    def forget_snapshot(self) -> None:
+        """To be called where weights change without a step."""
+        self._snapshots.forget()
+
+    def facts_of_run(self, run: Run) -> Run:
+        """What a checkpoint says about the run, and how far it is."""
+        return run
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -66,7 +84,7 @@ class CheckpointingTrainer(Trainer):
             if self.rounds is not None and folder != self.args.output_dir:  # a checkpoint, to go on from
                 self.rounds.write(staging)
             if self.run is not None:
-                write_run(staging, self.run)
+                write_run(staging, self.facts_of_run(self.run))
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -80,6 +98,7 @@ class CheckpointingTrainer(Trainer):
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.forget_snapshot()
         try:
             if self.args.lora_rank is not None:
                 load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)

@@ -35,8 +35,8 @@ REFUSED = {
     "eval_accumulation_steps": _MEASURED,
     "include_for_metrics": _MEASURED,
     "batch_eval_metrics": _MEASURED,
-    "bf16_full_eval": "measures during training are float32; evaluate.py --dtype bfloat16 measures the finished model",
-    "fp16_full_eval": "measures during training are float32; evaluate.py --dtype float16 measures the finished model",
+    "bf16_full_eval": "measures during training are evaluate.py's, in its precision; its --dtype bfloat16 is another",
+    "fp16_full_eval": "measures during training are evaluate.py's, in its precision; its --dtype float16 is another",
     "greater_is_better": "every measure is better when it is greater; leave it out",
     "label_smoothing_factor": "it has no meaning for the contrastive loss; leave it out",
     "label_names": _TEXTS,
@@ -107,7 +107,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     (
         "temperature teacher_temperature matryoshka_weights learning_rate adam_epsilon num_train_epochs "
-        "neftune_noise_alpha logging_steps save_steps eval_steps",
+        "neftune_noise_alpha logging_steps save_steps eval_steps minutes",
         lambda n: n > 0,
         "greater than 0",
     ),
@@ -118,6 +118,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     ("dataloader_num_workers dataloader_prefetch_factor", lambda n: n <= 1024, "at most 1024"),
     ("learning_rate", lambda n: n <= 1, "at most 1"),
+    ("dropout", lambda n: 0 <= n < 1, "at least 0 and below 1"),
     ("adam_beta1 adam_beta2", lambda n: 0 <= n < 1, "at least 0 and below 1"),
     ("merge_with_base", lambda n: 0 < n < 1, "between 0 and 1"),
     (

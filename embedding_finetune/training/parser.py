@@ -10,7 +10,12 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.mining.arguments import SelectionOptions, add_choice_arguments
 from embedding_finetune.parser import DocstringAndDefaults, OneLineErrorParser
-from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
+from embedding_finetune.training.arguments import (
+    SCHEDULES_BY_MEASURE,
+    DataArguments,
+    ModelArguments,
+    RetrieverTrainingArguments,
+)
 from embedding_finetune.training.flag_errors import errors_name_their_flag
 from embedding_finetune.training.flags import REFUSED, check_given, check_known, check_needs
 from embedding_finetune.training.optimizer import check_optimizer_takes
@@ -19,7 +24,7 @@ from embedding_finetune.training.run_folder import check_output_dir
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
-    "recipe": "recipe",
+    "recipe and length": "recipe minutes",
     "data": "train_data columns train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
     "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "mining before each round": "mining_rounds range_for_sampling negative_number sampling_strategy max_score "
@@ -27,7 +32,7 @@ GROUPS = {
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device "
     "false_negative_margin matryoshka_dims "
     "matryoshka_weights distillation_weight teacher_temperature",
-    "memory and speed": "tokens_per_sub_batch recompute_sub_batches",
+    "memory and speed": "dropout tokens_per_sub_batch recompute_sub_batches",
     "evaluation during training": "hold_out hold_out_by candidate_pool eval_query_file_jsonl_path "
     "eval_index_file_jsonl_path early_stopping_patience",
     "output": "output_dir overwrite_output_dir resume_from_checkpoint save_adapter_only merge_with_base",
@@ -130,6 +135,8 @@ def check_together(
         _check_rounds(data_args, args)
     if data_args.one_file_per_batch:
         _check_one_file(args)
+    if args.minutes is not None:
+        _check_minutes(given, args)
     has_queries = data_args.hold_out is not None or data_args.eval_query_file_jsonl_path is not None
     if not has_queries and args.eval_strategy != IntervalStrategy.NO:
         raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --hold_out or --eval_query_file_jsonl_path")
@@ -170,6 +177,17 @@ def _check_rounds(data_args: DataArguments, args: RetrieverTrainingArguments) ->
         for path in data_args.train_data:
             files.require_apart({"--train_data": path}, folders)
         files.require_apart({"--candidate_pool": data_args.candidate_pool}, folders)
+
+
+def _check_minutes(given: Mapping[str, object], args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where something else says how long training is, or nothing says it before the end."""
+    for flag in ("max_steps", "num_train_epochs"):
+        if flag in given:
+            raise UserError(f"--minutes {args.minutes:g} and --{flag} {given[flag]}: give one of them")
+    if args.lr_scheduler_type in SCHEDULES_BY_MEASURE:
+        raise UserError(
+            f"--minutes needs an --lr_scheduler_type that depends on the step alone, not {args.lr_scheduler_type.value}"
+        )
 
 
 def _check_one_file(args: RetrieverTrainingArguments) -> None:

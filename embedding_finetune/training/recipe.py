@@ -38,6 +38,7 @@ _FEWEST_HELD_OUT_TO_CHOOSE = 200
 _ABOUT_HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
 _USELESS_BESIDE = {
     "max_steps": {"num_train_epochs"},
+    "minutes": {"num_train_epochs"},
     "fp16": {"bf16"},
     "lr_scheduler_type": {"warmup_steps"},
     "hold_out": _ABOUT_HELD_OUT,

@@ -1,8 +1,8 @@
 """Mining while training: a run in rounds of equal length, before each of which the rows get new negatives.
 
 They are mined with the model as it stands, among the rows' positives and --candidate_pool, by the code of
-mine_hard_neg.py. Each round has a learning-rate schedule of its own. To transformers' Trainer a round is an epoch: it
-ends where its data loader ends, and a run that is resumed finds its round by counting steps.
+mine_hard_neg.py. To transformers' Trainer a round is an epoch: it ends where its data loader ends. How long rounds are,
+and at which rate they learn, is in stages.py.
 
 Shapes: R rows, N negatives of all rows.
 """
@@ -10,9 +10,7 @@ Shapes: R rows, N negatives of all rows.
 import itertools
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -20,13 +18,11 @@ from zipfile import BadZipFile
 import datasets
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
 
-from embedding_finetune.command_line import UserError, scratch_folder
+from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.files import AnyPath
 from embedding_finetune.mining.arguments import RankingOptions, SelectionOptions
 from embedding_finetune.mining.audit import audit_text
@@ -34,13 +30,13 @@ from embedding_finetune.mining.negatives import mine_negatives
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.training.batches import EpochSampler, Key
 from embedding_finetune.training.rows import all_positives, replace_negatives, stored_rows
+from embedding_finetune.training.snapshot import Snapshot
+from embedding_finetune.training.stages import Stages
 
 logger = logging.getLogger(__name__)
 
 MINED_FILE = "mined_negatives.npz"
 """The negatives of the round in which a checkpoint was saved, and the audits so far."""
-_RATE_OF_NEXT_ROUND = 0.5
-"""Each round's learning rate is this share of that of the round before. benchmarks/mining_quality.py measured two."""
 
 
 class Rounds:
@@ -72,28 +68,27 @@ class Rounds:
         }
         self._mined = _Negatives(np.empty(0, np.int64), np.empty(0, np.int64))
 
-    def mine(self, save: Callable[[Path], None]) -> datasets.Dataset:
-        """Mine for the next round; gives the rows with their negatives.
+    def mine(self, snapshot: Snapshot) -> datasets.Dataset:
+        """Mine for the next round with the model as it stands; gives the rows with their negatives.
 
-        save: writes the model as it stands into a folder. All processes call this together, and get the same rows.
-        Leaves the random numbers of training as they are. Raises UserError where no row gets a negative.
+        All processes call this together, and get the same rows.
+        Leaves the random numbers of training as they are. Raises UserError where no row gets a negative in the first
+        round; later, what was trained is worth more than that.
         """
         number, stopwatch = len(self.audits) + 1, Stopwatch()
         logger.info("round %d of %d: mining among %d candidates", number, self.count, len(self.corpus))
         with torch.random.fork_rng():
-            model = once_per_machine(lambda: _saved(save))
-            stopwatch.lap("save")
-            options = RankingOptions(model_name_or_path=[model], **self._options)
-            mined = mine_negatives(list(stored_rows(self.rows)), self.corpus, options, stopwatch)
-        once_per_machine(lambda: shutil.rmtree(model))
+            options = RankingOptions(model_name_or_path=[snapshot.model], **self._options)
+            rows = list(stored_rows(self.rows))
+            mined = mine_negatives(rows, self.corpus, options, stopwatch, scratch=snapshot.scratch)
         positions = [position for selection in mined.selections for position in selection.negatives]
-        if not positions:
+        if not positions and number == 1:
             raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
         lengths = [len(selection.negatives) for selection in mined.selections]
         self._mined = _Negatives(np.array(lengths, np.int64), np.array(positions, np.int64))
         audit = mined.audit(self.corpus, self.selection, stopwatch)
         # By name it would be that of a folder that is gone.
-        self.audits.append({"round": number, **audit, "weights_sha256": mined.weights_digests[model]})
+        self.audits.append({"round": number, **audit, "weights_sha256": mined.weights_digests[snapshot.model]})
         logger.info("%s", audit_text(self.audits[-1], wanted=self.selection.negative_number))
         return self.rows_with_negatives()
 
@@ -126,21 +121,17 @@ class _Negatives(NamedTuple):
     positions: np.ndarray
 
 
-def _saved(save: Callable[[Path], None]) -> str:
-    folder = tempfile.mkdtemp(dir=scratch_folder())
-    save(Path(folder))
-    return folder
-
-
 class RoundSampler(Sampler[Key]):
     """Yields the keys of a round: those of as many epochs as fill it, cut to its length.
 
-    epochs: what orders the rows of one epoch. length: keys in a round. Each round begins with an epoch of its own.
+    epochs: what orders the rows of one epoch. stages: how long the rounds are; read when a round begins. keys_per_step:
+    of all processes. A round begins with an epoch of its own.
     """
 
-    def __init__(self, epochs: EpochSampler, *, length: int) -> None:
+    def __init__(self, epochs: EpochSampler, stages: Stages, *, keys_per_step: int) -> None:
         self.epochs = epochs
-        self.length = length
+        self.stages = stages
+        self.keys_per_step = keys_per_step
         self.round = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -148,37 +139,13 @@ class RoundSampler(Sampler[Key]):
         self.round = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.stages.steps[self.round] * self.keys_per_step
 
     def __iter__(self) -> Iterator[Key]:
-        return itertools.islice(self._keys(), self.length)
+        return itertools.islice(self._keys(), len(self))
 
     def _keys(self) -> Iterator[Key]:
-        epochs_in_round = -(-self.length // len(self.epochs))
-        for epoch in itertools.count(self.round * epochs_in_round):
+        before = self.stages.steps[: self.round]
+        for epoch in itertools.count(sum(-(-steps * self.keys_per_step // len(self.epochs)) for steps in before)):
             self.epochs.set_epoch(epoch)
             yield from self.epochs
-
-
-def steps_in_round(steps: int, rounds: int) -> int:
-    """Steps of each round, where a run of so many steps is cut into rounds of equal length; a rest is left out."""
-    if steps < rounds:
-        raise UserError(f"--mining_rounds {rounds}: the run has {steps} steps; give fewer rounds, or more epochs")
-    if steps % rounds:
-        logger.info("%d of %d steps are made: %d rounds are of equal length", steps - steps % rounds, steps, rounds)
-    return steps // rounds
-
-
-def schedule_of_rounds(schedule: LRScheduler, steps: int) -> LambdaLR:
-    """The schedule of one round repeated at half the rate in each further one. steps: of a round.
-
-    Raises UserError for a schedule that follows a measure, which no step number tells.
-    """
-    if not isinstance(schedule, LambdaLR):
-        raise UserError("--mining_rounds needs an --lr_scheduler_type that depends on the step alone, such as linear")
-    factors = schedule.lr_lambdas
-
-    def of_rounds(factor: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: _RATE_OF_NEXT_ROUND ** (step // steps) * factor(step % steps)
-
-    return LambdaLR(schedule.optimizer, [of_rounds(factor) for factor in factors])

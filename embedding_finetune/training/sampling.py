@@ -1,4 +1,4 @@
-"""In which order a run goes through its rows, by its flags. Shapes: R rows."""
+"""In which order a run goes through its rows, and how many steps that takes, by its flags. Shapes: R rows."""
 
 import math
 from typing import Any
@@ -9,18 +9,16 @@ from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EpochSampler
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.one_file import OneFileSampler
-from embedding_finetune.training.rounds import RoundSampler, steps_in_round
 
 
-def make_sampler(
+def epoch_sampler(
     args: RetrieverTrainingArguments,
     files: np.ndarray,
     *,
     neighbours: Neighbours | None = None,
     one_file_per_batch: bool = False,
-    rounds: int | None = None,
-) -> EpochSampler | RoundSampler:
-    """What yields the rows of an epoch, or with `rounds` those of a round.
+) -> EpochSampler:
+    """What yields the rows of an epoch.
 
     files: (R,), the number of each row's file. neighbours: those that are to share a batch.
     """
@@ -29,24 +27,26 @@ def make_sampler(
         "shuffle": args.train_sampling_strategy == "random",
         "neighbours": neighbours,
     }
-    if one_file_per_batch:
-        epochs: EpochSampler = OneFileSampler(
-            files,
-            per_process=args.per_device_train_batch_size,
-            processes=args.world_size,
-            drop_last=args.dataloader_drop_last,
-            **order,
-        )
-    else:
-        epochs = EpochSampler(len(files), **order)
-    return epochs if rounds is None else RoundSampler(epochs, length=_keys_in_round(args, len(epochs), rounds))
+    if not one_file_per_batch:
+        return EpochSampler(len(files), **order)
+    return OneFileSampler(
+        files,
+        per_process=args.per_device_train_batch_size,
+        processes=args.world_size,
+        drop_last=args.dataloader_drop_last,
+        **order,
+    )
 
 
-def _keys_in_round(args: RetrieverTrainingArguments, keys_in_epoch: int, rounds: int) -> int:
-    """How many rows a round goes through: whole batches of all processes."""
+def keys_per_step(args: RetrieverTrainingArguments) -> int:
+    """How many rows a step takes from the sampler, in all processes."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def steps_of_run(args: RetrieverTrainingArguments, keys_in_epoch: int) -> int:
+    """How many steps the flags ask for."""
+    if args.max_steps > 0:
+        return args.max_steps
     batch = args.per_device_train_batch_size * args.world_size
     batches = keys_in_epoch // batch if args.dataloader_drop_last else math.ceil(keys_in_epoch / batch)
-    steps = args.max_steps
-    if steps < 0:
-        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    return steps_in_round(steps, rounds) * args.gradient_accumulation_steps * batch
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))

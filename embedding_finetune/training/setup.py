@@ -27,8 +27,9 @@ from embedding_finetune.model.limits import (
 )
 from embedding_finetune.model.loading import load_backbone, load_projection
 from embedding_finetune.model.tokens import first_rows
-from embedding_finetune.model.training_kernels import use_cheap_dropout
+from embedding_finetune.model.training_kernels import set_dropout, use_cheap_dropout
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
+from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.held_out import HeldOut
@@ -126,6 +127,9 @@ def make_trainer(
         one_file_per_batch=one_file,
         task=task,
         held_out=held_out,
+        encoding=EncodingOptions(
+            embeddings_dir=data_args.embeddings_dir, trust_remote_code=model_args.trust_remote_code
+        ),
     )
 
 
@@ -203,10 +207,12 @@ def check_lengths(
 def prepare_for_training(
     backbone: PreTrainedModel, config: EmbeddingConfig, args: RetrieverTrainingArguments
 ) -> PreTrainedModel:
-    """The backbone to train: with cheap dropout, frozen where it is to stay, with adapters.
+    """The backbone to train: with the dropout that is wanted, and cheap; frozen where it is to stay; with adapters.
 
     A log line says where a flag has nothing to act on. Raises UserError for adapters that the model cannot have.
     """
+    if args.dropout is not None:
+        set_dropout(backbone, args.dropout)
     use_cheap_dropout(backbone)
     if args.fix_position_embedding:
         freeze_position_embeddings(backbone)

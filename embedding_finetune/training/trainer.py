@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -22,17 +21,18 @@ from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.retrieval.encoder import Encoder
+from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.encoder import load_encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
-from embedding_finetune.training.batches import EmbedCollator, EpochSampler, TrainDataset
+from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
-from embedding_finetune.training.checkpointing import CheckpointingTrainer
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rounds import Rounds, RoundSampler, schedule_of_rounds
-from embedding_finetune.training.sampling import make_sampler
+from embedding_finetune.training.pacing import PacedTrainer
+from embedding_finetune.training.rounds import Rounds
+from embedding_finetune.training.sampling import keys_per_step
 from embedding_finetune.training.weights import trained_weight_hashes
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ BEFORE_TRAINING = "before_training"
 """The key in the log of [text_id, VERDICT_MEASURE] of each query that judges: resumed runs find them there."""
 
 
-class RetrievalTrainer(CheckpointingTrainer):
+class RetrievalTrainer(PacedTrainer):
     """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
 
     With held-out queries that choose the best weights, others of them, or the task, judge before and after training.
@@ -52,11 +52,9 @@ class RetrievalTrainer(CheckpointingTrainer):
     What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
     the weights that training starts from. neighbours: the rows that are to share a batch with each row. rounds: what
     mines before each round, if training has rounds; neighbours_in: what finds the neighbours in the rows of a round.
-    one_file_per_batch: whether only rows of one file share a batch. `run`: what checkpoints say about the run, see
-    run_folder.py.
+    one_file_per_batch: whether only rows of one file share a batch. encoding: how the model is measured. `run`: what
+    checkpoints say about the run, see run_folder.py.
     """
-
-    _sampler: EpochSampler | RoundSampler
 
     def __init__(
         self,
@@ -73,6 +71,7 @@ class RetrievalTrainer(CheckpointingTrainer):
         one_file_per_batch: bool = False,
         task: RetrievalTask | None = None,
         held_out: HeldOut | None = None,
+        encoding: EncodingOptions | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -94,14 +93,7 @@ class RetrievalTrainer(CheckpointingTrainer):
         self.latest: dict[str, tuple[int, np.ndarray]] = {}  # prefix -> step, (Q,) of the last VERDICT_MEASURE
         self.saved_config = saved_config
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
-        # Measured as evaluate.py will measure the finished model.
-        length = saved_config.max_seq_length or max(data_collator.query.max_length, data_collator.passage.max_length)
-        self.encoder = Encoder(
-            model.bi_encoder,
-            data_collator.tokenizer,
-            query_max_len=length,
-            passage_max_len=length,
-        )
+        self.encoding = encoding or EncodingOptions()
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
         self.loss_is_scaled_for_ga = False
         self.cut_texts = CutTexts(query=data_collator.query.max_length, passage=data_collator.passage.max_length)
@@ -123,6 +115,7 @@ class RetrievalTrainer(CheckpointingTrainer):
         """
         self.args.eval_on_start = self.eval_dataset is not None and resume_from_checkpoint is None
         self.args.restore_callback_states_from_checkpoint = resume_from_checkpoint is not None
+        self._start_clock(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint)
         largest_losses = [loss for loss in gather_objects(self.largest_loss) if loss is not None]
         if not self.state.global_step:
@@ -134,35 +127,6 @@ class RetrievalTrainer(CheckpointingTrainer):
         else:
             return result
         raise UserError(f"nothing was learned, and no model is saved: {reason}")
-
-    def _run_epoch(self, *args: Any, epoch: int, resume_from_checkpoint: str | None, **kwargs: Any) -> None:
-        # In a resumed run of several processes neither transformers nor accelerate would reach it.
-        self._sampler.set_epoch(epoch)
-        if self.state.global_step >= self.state.max_steps:  # resumed from its last step, in the middle of an epoch
-            self.control.should_training_stop = True
-            return
-        if self.rounds is not None:
-            checkpoint = resume_from_checkpoint if epoch == kwargs["epochs_trained"] else None
-            self._begin_round(checkpoint, is_new=checkpoint is None or not kwargs["steps_trained_in_current_epoch"])
-        super()._run_epoch(*args, epoch=epoch, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _begin_round(self, checkpoint: str | None, *, is_new: bool) -> None:
-        """Give the rows the negatives of a round: newly mined, or kept with the checkpoint that is resumed from."""
-        assert self.rounds is not None
-        assert isinstance(self._sampler, RoundSampler)
-        if checkpoint is not None:
-            self.rounds.read(checkpoint)
-        rows = self.rounds.mine(self.write_model) if is_new else self.rounds.rows_with_negatives()
-        self.train_dataset.rows = rows
-        if self.neighbours_in is not None:
-            try:
-                self._sampler.epochs.neighbours = self.neighbours_in(rows)
-            except UserError as error:
-                if len(self.rounds.audits) == 1:
-                    raise
-                # What was trained so far is worth more than the rest of the recipe.
-                logger.warning("warning: this round's batches are drawn at random: %s", error)
-                self._sampler.epochs.neighbours = None
 
     def compute_loss(
         self,
@@ -213,16 +177,19 @@ class RetrievalTrainer(CheckpointingTrainer):
         return (self.eval_dataset, "eval") if self.judge is None else (self.judge, _JUDGED)
 
     def measure(self, task: RetrievalTask, prefix: str) -> dict[str, float]:
-        """Means of all measures over the queries of a task, `{"<prefix>_MRR@10": ...}`, and how long it took."""
-        began, was_training = time.monotonic(), self.model.training
-        self.model.eval()
-        try:
-            values = measure(self.encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
-        finally:
-            self.model.train(was_training)
+        """Means of all measures over the queries of a task, `{"<prefix>_MRR@10": ...}`, and how long it took.
+
+        They are those that evaluate.py gives for the weights as they are.
+        """
+        began = time.monotonic()
+        with torch.random.fork_rng():
+            snapshot = self.snapshot()
+            encoder = load_encoder(snapshot.model, self.encoding, flag="--model_name_or_path", scratch=snapshot.scratch)
+            values = measure(encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
         self.latest[prefix] = self.state.global_step, values[VERDICT_MEASURE]
         metrics = {f"{prefix}_{name}": value for name, value in means(values).items()}
-        metrics[f"{prefix}_runtime"] = time.monotonic() - began
+        metrics[f"{prefix}_runtime"] = self.seconds_of_last_measurement = time.monotonic() - began
+        self.seconds_measuring += self.seconds_of_last_measurement
         return metrics
 
     def metrics_at(self, step: int, prefix: str = "eval") -> dict[str, float] | None:
@@ -269,34 +236,7 @@ class RetrievalTrainer(CheckpointingTrainer):
         """How often training has gone through the rows. In a run in rounds, state.epoch counts these."""
         if self.rounds is None:
             return self.state.epoch
-        args = self.args
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return self.state.global_step * batch / len(self.train_dataset)
-
-    def _get_train_sampler(self, train_dataset: TrainDataset | None = None) -> EpochSampler | RoundSampler:
-        files = self.train_dataset.files
-        rounds = None if self.rounds is None else self.rounds.count
-        self._sampler = make_sampler(
-            self.args, files, neighbours=self.neighbours, one_file_per_batch=self.one_file_per_batch, rounds=rounds
-        )
-        return self._sampler
-
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[int, ...]:
-        """As transformers does it; of a run in rounds each round is an epoch."""
-        values = super().set_initial_training_values(args, dataloader)
-        if self.rounds is None:
-            return values
-        _, steps, examples, _, batch, batches, _ = values
-        rounds = self.rounds.count
-        return rounds, steps, examples, rounds * steps * batch, batch, batches, rounds * steps
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As transformers does it; of a run in rounds each round has a schedule of its own."""
-        if self.rounds is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        steps = num_training_steps // self.rounds.count
-        self.lr_scheduler = schedule = schedule_of_rounds(super().create_scheduler(steps, optimizer), steps)
-        return schedule
+        return self.state.global_step * keys_per_step(self.args) / len(self.train_dataset)
 
 
 def _before_and_after(before: dict[str, float] | None, after: dict[str, float] | None) -> Record:

@@ -75,6 +75,7 @@ def keep_base_if_better(trainer: RetrievalTrainer, model_args: ModelArguments) -
     name, cache_dir = model_args.model_name_or_path, model_args.cache_dir
     trainer.bi_encoder.projection.load_state_dict(load_projection(name, config, cache_dir=cache_dir).state_dict())
     trainer.training_queries = read_training_queries(name, cache_dir=cache_dir)
+    trainer.forget_snapshot()
     trainer.base_kept = True
 
 
@@ -152,7 +153,10 @@ def verdict_on(
             f"{base_kept[1]:.4f}; {VERDICT_MEASURE} stays {means[0]:.{digits}f}"
         )
     else:
-        told = f"{VERDICT_MEASURE} {means[0]:.{digits}f} -> {means[1]:.{digits}f} ({mean}, 95% {low} .. {high})"
+        told = f"{VERDICT_MEASURE} {means[0]:.{digits}f} -> {means[1]:.{digits}f} ({mean}, 95% {low} .. {high}"
+        # The interval is a bootstrap's, the outcome is by a permutation test: with few queries they may differ.
+        differ = (difference.low <= 0 <= difference.high) == (outcome != NO_DIFFERENCE)
+        told += f", but p = {difference.p_value:.2g})" if differ else ")"
     counted = f"{len(before)} {what if len(before) > 1 else what.replace('questions', 'question', 1)}"
     return Verdict(
         outcome,

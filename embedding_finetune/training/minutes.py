@@ -1,0 +1,135 @@
+"""How many steps fit into --minutes, and what a run costs in time, memory and disk.
+
+Time counts from the beginning of the training, with the first evaluation and all mining, to the last step. What comes
+after it, the last evaluation and the saving of the model, is not counted.
+"""
+
+import math
+import resource
+import sys
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
+
+_AIM = 0.96
+"""The share of --minutes that is planned for: steps differ, and the machine may get slower."""
+_GIGABYTE = 1e9
+
+
+class Costs(NamedTuple):
+    """Seconds of a step, of mining before a round, and of an evaluation."""
+
+    step: float
+    mining: float = 0.0
+    evaluation: float = 0.0
+
+
+class Work(NamedTuple):
+    """What is done beside a number of steps, from the beginning of a stage on, whose mining is done.
+
+    stages: that are left, of equal length. steps_per_epoch: None where an epoch is a stage.
+    """
+
+    args: RetrieverTrainingArguments
+    stages: int = 1
+    steps_per_epoch: int | None = None
+
+    def seconds(self, steps: int, costs: Costs) -> float:
+        """Until the last of so many steps is made."""
+        mining = (self.stages - 1) * costs.mining
+        return steps * costs.step + mining + self.evaluations(steps) * costs.evaluation
+
+    def evaluations(self, steps: int) -> int:
+        """How often is measured before the last step."""
+        return self._times(steps, self.args.eval_strategy, self.args.eval_steps)
+
+    def checkpoints(self, steps: int) -> int:
+        """How many are kept; at most, where only the best are saved."""
+        strategy, every = self.args.save_strategy, self.args.save_steps
+        if strategy == "best":
+            strategy, every = self.args.eval_strategy, self.args.eval_steps
+        if strategy == "no":
+            return 0
+        count = self._times(steps, strategy, every) + 1  # and at the end
+        return min(count, self.args.save_total_limit or count)
+
+    def _times(self, steps: int, strategy: str, every: float | None) -> int:
+        if strategy == "epoch":
+            every = self.steps_per_epoch or steps // self.stages
+        elif strategy != "steps" or not every:
+            return 0
+        elif every < 1:
+            every = math.ceil(steps * every)
+        return max(steps - 1, 0) // max(int(every), 1)
+
+
+class Clock:
+    """What was spent of --minutes, in this process and in those that a run was resumed from. limit: in seconds."""
+
+    def __init__(self, minutes: float, *, now: Callable[[], float] = time.monotonic) -> None:
+        self.limit = minutes * 60
+        self._now = now
+        self._began = now()
+
+    def start(self, *, spent: float = 0.0) -> None:
+        """Count from here on, after so many seconds."""
+        self._began = self._now() - spent
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return self._now() - self._began
+
+    @property
+    def left(self) -> float:
+        """Seconds that may be planned for."""
+        return _AIM * self.limit - self.spent
+
+    def needed(self, seconds: float) -> float:
+        """Minutes that would leave so many seconds from now on."""
+        return (self.spent + seconds) / _AIM / 60
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last second is spent."""
+        return self.spent >= self.limit
+
+
+def steps_within(seconds: float, costs: Costs, work: Work) -> int:
+    """The most steps that each stage can have within so many seconds; below 1 where nothing fits."""
+    most = max(int(seconds / (costs.step * work.stages)), 0)
+    return bisect_right(range(most + 1), seconds, key=lambda steps: work.seconds(steps * work.stages, costs)) - 1
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far: on its accelerator, or where it has none, of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def bytes_on_disk(model: nn.Module, *, checkpoints: int) -> int:
+    """Of the finished model, and of checkpoints, which hold two numbers of the optimizer's for each that is trained."""
+    parameters = list(model.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in parameters)
+    return weights + checkpoints * (weights + sum(8 * tensor.numel() for tensor in parameters if tensor.requires_grad))
+
+
+def told(seconds: float, steps: int, costs: Costs, *, memory: int, disk: int) -> str:
+    """What a run will take, as one line. seconds: of all of it."""
+    parts = [f"about {_duration(seconds)}, {steps} steps of {costs.step:.2g} s"]
+    if costs.mining:
+        parts.append(f"{_duration(costs.mining)} a mining")
+    if costs.evaluation:
+        parts.append(f"{_duration(costs.evaluation)} an evaluation")
+    return f"{', '.join(parts)}; {memory / _GIGABYTE:.1f} GB of memory, {disk / _GIGABYTE:.1f} GB of disk"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 60 else f"{seconds / 60:.2g} minutes"

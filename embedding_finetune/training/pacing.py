@@ -1,0 +1,212 @@
+"""A trainer in stages: with mining before each of its rounds, and as many steps as fit into --minutes.
+
+To transformers' Trainer a round is an epoch. Here is decided when a round begins, how many steps it has, and where a
+run that is resumed goes on.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from embedding_finetune.command_line import UserError
+from embedding_finetune.distributed import gather_objects
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
+from embedding_finetune.training.batches import EpochSampler, TrainDataset
+from embedding_finetune.training.callbacks import EndOfMinutes
+from embedding_finetune.training.checkpointing import CheckpointingTrainer
+from embedding_finetune.training.minutes import (
+    Clock,
+    Costs,
+    Work,
+    bytes_on_disk,
+    peak_memory,
+    steps_within,
+    told,
+)
+from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.rehearsal import seconds_of_step
+from embedding_finetune.training.rounds import RoundSampler
+from embedding_finetune.training.run_folder import Run, read_run
+from embedding_finetune.training.sampling import epoch_sampler, keys_per_step, steps_of_run
+from embedding_finetune.training.stages import Stages, equal_stages, schedule_factors
+
+logger = logging.getLogger(__name__)
+
+_TIMED_SHARE = 0.02
+"""Steps are timed for this share of --minutes."""
+_NO_LIMIT = 10**9
+"""Epochs of a run that its steps alone end."""
+
+
+class PacedTrainer(CheckpointingTrainer):
+    """Trains in stages, if the run has rounds or minutes; else as long as transformers would.
+
+    Its subclass sets: neighbours, the rows that are to share a batch with each row; neighbours_in, what finds them in
+    the rows of a round; one_file_per_batch, whether only rows of one file share a batch; tells_costs, whether the run
+    says before its first step what it will take.
+    """
+
+    args: RetrieverTrainingArguments
+    train_dataset: TrainDataset
+    neighbours: Neighbours | None = None
+    neighbours_in: Callable[[Dataset], Neighbours] | None = None
+    one_file_per_batch: bool = False
+    tells_costs: bool = False
+
+    _sampler: EpochSampler | RoundSampler
+    _stages: Stages | None = None
+    _clock: Clock | None = None
+    _seconds_of_step: float | None = None
+    seconds_measuring: float = 0.0
+    """That all evaluations in this process took."""
+    seconds_of_last_measurement: float = 0.0
+
+    def _start_clock(self, checkpoint: str | None) -> None:
+        """Count --minutes from now on, and what was spent before a checkpoint."""
+        if self.args.minutes is None:
+            return
+        self._clock, self._stages = Clock(self.args.minutes), Stages([1] * self._count_stages())
+        if checkpoint is not None:
+            kept = (read_run(Path(checkpoint)) or {}).get("minutes")
+            if kept is None:
+                raise UserError(f"{checkpoint}: does not say how many minutes were spent; give an earlier checkpoint")
+            self._stages = Stages(kept["steps"])
+            self._clock.start(spent=kept["seconds"])
+        self.add_callback(EndOfMinutes(self._clock))
+
+    def facts_of_run(self, run: Run) -> Run:
+        """What a checkpoint says about the run: of --minutes too, what was spent and what was settled."""
+        if self._clock is None or self._stages is None:
+            return run
+        return {**run, "minutes": {"seconds": self._clock.spent, "steps": self._stages.steps}}
+
+    def _count_stages(self) -> int:
+        return 1 if self.rounds is None else self.rounds.count
+
+    # Length and rate
+
+    def _get_train_sampler(self, train_dataset: object = None) -> EpochSampler | RoundSampler:
+        files = self.train_dataset.files
+        epochs = epoch_sampler(self.args, files, neighbours=self.neighbours, one_file_per_batch=self.one_file_per_batch)
+        if self.rounds is None:
+            self._sampler = epochs
+        else:
+            if self._stages is None:
+                self._stages = equal_stages(steps_of_run(self.args, len(epochs)), self.rounds.count)
+            self._sampler = RoundSampler(epochs, self._stages, keys_per_step=keys_per_step(self.args))
+        return self._sampler
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[int, ...]:
+        """As transformers does it, with the epochs and steps of a run in stages."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self._stages is None:
+            return values
+        _, steps, examples, samples, batch, batches, _ = values
+        epochs = _NO_LIMIT if self.rounds is None else self.rounds.count
+        return epochs, steps, examples, samples, batch, batches, self._stages.total
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(*args)
+        if self.rounds is None or self._stages is None:
+            return epoch, batches
+        stage, made = self._stages.place(self.state.global_step)
+        return stage, made * self.args.gradient_accumulation_steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As transformers does it; in a run in stages each has a schedule of its own."""
+        if self._stages is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor = self._stages.factor(schedule_factors(self.args))
+        self.lr_scheduler = schedule = LambdaLR(optimizer or self.optimizer, factor)
+        return schedule
+
+    # A round, and how many steps it has
+
+    def _run_epoch(self, model: nn.Module, epoch: int, **kwargs: Any) -> None:
+        # In a resumed run of several processes neither transformers nor accelerate would reach it.
+        self._sampler.set_epoch(epoch)
+        if self.state.global_step >= self.state.max_steps:  # resumed from its last step, in the middle of an epoch
+            self.control.should_training_stop = True
+            return
+        checkpoint = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
+        is_new = checkpoint is None or not kwargs["steps_trained_in_current_epoch"]
+        began = time.monotonic()
+        if self.rounds is not None:
+            self._begin_round(checkpoint, is_new=is_new)
+        if is_new and (self.rounds is not None or epoch == 0):
+            mining = 0.0 if self.rounds is None else time.monotonic() - began
+            self._pace(model, epoch, mining=mining, steps_per_epoch=kwargs["num_update_steps_per_epoch"])
+        if self.control.should_training_stop:
+            return
+        if self.rounds is not None and self._stages is not None:
+            steps = self._stages.steps[epoch]
+            kwargs["num_update_steps_per_epoch"] = steps
+            kwargs["steps_in_epoch"] = steps * self.args.gradient_accumulation_steps
+        first, began, measuring = self.state.global_step, time.monotonic(), self.seconds_measuring
+        super()._run_epoch(model=model, epoch=epoch, **kwargs)
+        if made := self.state.global_step - first:
+            self._seconds_of_step = (time.monotonic() - began - (self.seconds_measuring - measuring)) / made
+
+    def _begin_round(self, checkpoint: str | None, *, is_new: bool) -> None:
+        """Give the rows the negatives of a round: newly mined, or kept with the checkpoint that is resumed from."""
+        assert self.rounds is not None
+        assert isinstance(self._sampler, RoundSampler)
+        if checkpoint is not None:
+            self.rounds.read(checkpoint)
+        rows = self.rounds.mine(self.snapshot()) if is_new else self.rounds.rows_with_negatives()
+        self.train_dataset.rows = rows
+        if self.neighbours_in is not None:
+            try:
+                self._sampler.epochs.neighbours = self.neighbours_in(rows)
+            except UserError as error:
+                if len(self.rounds.audits) == 1:
+                    raise
+                # What was trained so far is worth more than the rest of the recipe.
+                logger.warning("warning: this round's batches are drawn at random: %s", error)
+                self._sampler.epochs.neighbours = None
+
+    def _pace(self, model: nn.Module, stage: int, *, mining: float, steps_per_epoch: int) -> None:
+        """Decide how many steps a stage that begins has; before the first step tell what the run will take."""
+        if self._clock is None and not (self.tells_costs and self.state.global_step == 0):
+            return
+        if self._seconds_of_step is None:
+            wanted = 0.0 if self._clock is None else _TIMED_SHARE * self._clock.limit
+            self._seconds_of_step = seconds_of_step(self, model, self._sampler, wanted=wanted)
+        costs = Costs(self._seconds_of_step, mining, self.seconds_of_last_measurement)
+        work = Work(self.args, self._count_stages() - stage, None if self.rounds is not None else steps_per_epoch)
+        if self._clock is not None:
+            self._settle(stage, gather_objects(steps_within(self._clock.left, costs, work))[0], costs)
+        if self.state.global_step == 0:
+            steps = self.state.max_steps
+            disk = bytes_on_disk(self.bi_encoder, checkpoints=work.checkpoints(steps))
+            seconds = work.seconds(steps, costs) + costs.evaluation  # the last one too
+            logger.info("from here on: %s", told(seconds, steps, costs, memory=peak_memory(), disk=disk))
+
+    def _settle(self, stage: int, steps: int, costs: Costs) -> None:
+        """Let a stage that begins have so many steps, or as many as were settled before if these are fewer."""
+        assert self._stages is not None
+        assert self._clock is not None
+        if stage:
+            steps = min(steps, self._stages.steps[stage])
+        if steps < 1 and stage:
+            logger.warning("warning: --minutes %g are over before round %d", self.args.minutes, stage + 1)
+            self.control.should_training_stop = True
+            return
+        if steps < 1:
+            needed = self._clock.needed(costs.step * self._count_stages() + costs.mining * (self._count_stages() - 1))
+            raise UserError(f"--minutes {self.args.minutes:g}: no time is left for a step; give {needed:.2g} or more")
+        self._stages.settle(stage, steps)
+        self.state.max_steps = self._stages.total
+        self.state.compute_steps(self.args, self.state.max_steps)
+        schedule = self.lr_scheduler
+        for group, rate, factor in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+            group["lr"] = rate * factor(schedule.last_epoch)
+        what = "" if self.rounds is None else f" in round {stage + 1} of {self.rounds.count}"
+        logger.info("--minutes %g: time for %d steps%s", self.args.minutes, steps, what)
