@@ -256,10 +256,11 @@ def test_rows_that_were_not_drawn_from_their_file_count_for_nothing(tmp_path):
     assert sorted([*training_rows["query"], *queries_of(held_out.records)]) == sorted(rows["query"])
 
 
-def test_without_the_flag_all_rows_are_trained_on_and_files_of_an_earlier_run_go(tmp_path):
+@pytest.mark.parametrize("given", [{}, {"hold_out": 0}])
+def test_without_the_flag_all_rows_are_trained_on_and_files_of_an_earlier_run_go(tmp_path, given):
     held_out, _ = split(tmp_path, singles(20))
     write_held_out(tmp_path, held_out)
-    options = DataArguments(train_data=str(tmp_path / "rows.jsonl"))
+    options = DataArguments(train_data=str(tmp_path / "rows.jsonl"), **given)
     rows = load_rows(options.train_data)
     assert hold_out(rows, options, seed=0) == (rows, None)
     write_held_out(tmp_path, None)

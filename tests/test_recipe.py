@@ -81,6 +81,7 @@ def test_a_flag_that_is_given_twice_keeps_all_its_values():
         (["--lr_scheduler_type", "constant"], {"warmup_steps"}),
         (["--eval_query_file_jsonl_path", "q"], HELD_OUT),
         (["--hold_out", "20"], HELD_OUT - {"hold_out"}),
+        (["--hold_out", "0"], HELD_OUT - {"hold_out"}),
     ],
 )
 def test_what_a_given_flag_makes_useless_is_left_out(given, gone):

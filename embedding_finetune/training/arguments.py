@@ -87,7 +87,7 @@ class DataArguments:
     hold_out: float | None = _flag(
         None,
         "keep this share of the queries (below 1), or this many (from 1 on), out of training, and measure with them; "
-        "rows that belong together stay together",
+        "rows that belong together stay together (0: none, with --recipe too)",
     )
     hold_out_by: str = _flag(
         "passage",
@@ -113,11 +113,12 @@ class DataArguments:
     """The flags of mine_hard_neg.py about choosing negatives, for --mining_rounds; training/parser.py sets it."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        self.hold_out = self.hold_out or None
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
         if self.candidate_pool is not None and self.hold_out is None and not self.mining_rounds and self.recipe is None:
             raise UserError("--candidate_pool needs --hold_out or --mining_rounds: it would do nothing")
-        check_numbers(self)
         parse_columns(self.columns)
         if self.hold_out_field in ("query", "pos", "neg"):
             raise UserError(

@@ -123,8 +123,8 @@ _RULES: tuple[_Rule, ...] = (
     ("merge_with_base", lambda n: 0 < n < 1, "between 0 and 1"),
     (
         "hold_out",
-        lambda n: 0 < n < 1 or (n >= 1 and n == int(n)),
-        "a share of the queries between 0 and 1, or a whole number of them",
+        lambda n: 0 <= n < 1 or (n >= 1 and n == int(n)),
+        "a share of the queries below 1, or a whole number of them",
     ),
 )
 """Flags, what holds for their values, and how a value has to be that does not."""
