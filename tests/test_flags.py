@@ -215,7 +215,7 @@ NAMED_VALUES = {
     "neighbours_in_batch": ("-1",),
     "lora_rank": ("0",),
     "early_stopping_patience": ("0",),
-    "hold_out": ("0", "-0.1", "1.5", "nan", "inf", "-3"),
+    "hold_out": ("-0.1", "1.5", "nan", "inf", "-3"),
     "fp16": ("True",),
     "tf32": ("True",),
     "report_to": ("nonesuch",),

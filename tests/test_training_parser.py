@@ -37,7 +37,7 @@ def sections():
 
 def test_help_shows_the_suites_own_flags_first_in_groups_by_what_a_user_wants(sections):
     titles, own = list(sections)[1:], len(GROUPS)
-    assert titles[:4] == ["model", "recipe", "data", "mining before each round"]
+    assert titles[:4] == ["model", "recipe and length", "data", "mining before each round"]
     assert titles[4:own] == ["loss", "memory and speed", "evaluation during training", "output"]
     assert {title: sections[title] for title in titles[:own]} == {t: flags.split() for t, flags in GROUPS.items()}
     assert sections["model"][0] == "model_name_or_path"
