@@ -55,58 +55,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with importing():
         from embedding_finetune.distributed import leave_process_group_at_exit
-        from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
-        from embedding_finetune.training.choosing import flag_that_chooses
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
-        from embedding_finetune.training.held_out import hold_out, write_held_out
+        from embedding_finetune.training.held_out import write_held_out
         from embedding_finetune.training.recipe import with_recipe
-        from embedding_finetune.training.rows import load_rows
+        from embedding_finetune.training.run_data import prepare, read_rows
         from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
         from embedding_finetune.training.same_run import check_same_run, what_decides
-        from embedding_finetune.training.setup import load_evaluation, make_rounds, make_trainer
+        from embedding_finetune.training.setup import make_trainer
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
         from embedding_finetune.training.weights import weights_hash
 
     checkpoint = resume_point(args)
 
     leave_process_group_at_exit()
-    rows = load_rows(
-        data_args.train_data,
-        data_args.columns,
-        max_rows_per_file=data_args.max_example_num_per_dataset,
-        seed=args.seed,
-        scores_required=args.distillation_weight > 0,
-        may_be_held_out=data_args.hold_out is not None or data_args.recipe is not None,
-        hold_out_field=data_args.hold_out_field,
-    )
+    rows = read_rows(data_args, args)
     tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:
         argv = with_recipe(argv, rows, model_args, data_args)
         model_args, data_args, args = parse_arguments(argv)
-    training_rows, held_out = hold_out(rows, data_args, seed=args.seed, chosen_by=flag_that_chooses(data_args, args))
-    rounds = make_rounds(model_args, data_args, training_rows)
-    dataset = TrainDataset(
-        training_rows,
-        group_size=data_args.train_group_size,
-        seed=args.seed,
-        negatives=None if rounds is None else data_args.selection.negative_number,
-    )
-    logger.info("%d training rows", len(dataset))
-    check_it_can_learn(dataset, args)
-    task = load_evaluation(data_args, dataset, rows)
+    data = prepare(rows, model_args, data_args, args)
 
     given = flags_not_at_default(model_args, data_args, args, data_args.selection)
-    mined_among = None if rounds is None else rounds.corpus.digest_in_order()
-    decided_by = what_decides(given, args, dataset.rows, held_out, mined_among)
+    decided_by = what_decides(given, args, data)
     check_same_run(checkpoint, decided_by)
     with errors_name_their_flag(given):
-        trainer = make_trainer(model_args, data_args, args, dataset, task, held_out, rounds)
+        trainer = make_trainer(model_args, data_args, args, data)
     trainer.tells_costs = tells_costs
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
         if args.should_save:
-            write_held_out(args.output_dir, held_out)
+            write_held_out(args.output_dir, data.held_out)
         with errors_name_their_flag(given):
             result = trainer.train(resume_from_checkpoint=checkpoint)
         keep_base_if_better(trainer, model_args)

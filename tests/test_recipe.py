@@ -4,9 +4,9 @@ import pytest
 
 import finetune
 from embedding_finetune.training.all_rows import by_flag
-from embedding_finetune.training.recipe import Looked, completed, domain
+from embedding_finetune.training.recipe import Facts, completed, domain
 
-SMALL = Looked(
+SMALL = Facts(
     rows=593,
     queries=590,
     query_tokens=23,

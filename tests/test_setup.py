@@ -1,8 +1,5 @@
 """What finetune.py's flags make of data and model before training."""
 
-import tracemalloc
-
-import numpy as np
 import pytest
 from helpers.data import write_jsonl
 from transformers import BertConfig, BertModel
@@ -12,58 +9,8 @@ from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
-from embedding_finetune.training.rows import keep_rows, load_rows
-from embedding_finetune.training.setup import has_one_file_per_batch, load_evaluation, make_loss
-
-
-def evaluation(tmp_path, rows, queries, index=None):
-    """What load_evaluation takes."""
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    arguments = DataArguments(
-        train_data=str(data),
-        eval_query_file_jsonl_path=str(write_jsonl(tmp_path / "queries.jsonl", queries)),
-        eval_index_file_jsonl_path=index,
-    )
-    return arguments, TrainDataset(load_rows(str(data)), group_size=1, seed=0)
-
-
-def test_evaluation_without_an_index_leaves_the_training_rows_on_disk(tmp_path):
-    rows = [{"query": f"q{n}", "pos": [f"{n} " + "passage " * 500]} for n in range(5000)]
-    arguments, dataset = evaluation(tmp_path, rows, [{"query": "q", "pos": ["answer"]}])
-    tracemalloc.start()
-    try:
-        task = load_evaluation(arguments, dataset)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(task.corpus) == 5001
-    assert peak < 10e6  # of 20 MB of passages
-
-
-def test_the_query_file_of_evaluation_is_read_once(tmp_path, monkeypatch):
-    from embedding_finetune.data import jsonl
-
-    opened, read = [], jsonl.read
-    monkeypatch.setattr(jsonl, "read", lambda path: opened.append(str(path)) or read(path))
-    arguments, dataset = evaluation(tmp_path, [{"query": "a", "pos": ["p"]}], [{"query": "q", "pos": ["answer"]}])
-    opened.clear()
-    task = load_evaluation(arguments, dataset)
-    assert [task.corpus.texts[position] for position in range(2)] == ["p", "answer"]
-    assert opened == [arguments.eval_query_file_jsonl_path]
-
-
-def test_passages_of_held_out_rows_are_searched_too(tmp_path):
-    data = [{"query": f"q{n}", "pos": [f"p{n}"]} for n in range(9)]
-    arguments, _ = evaluation(tmp_path, data, [{"query": "q", "pos": ["p8"]}])
-    rows = load_rows(arguments.train_data)
-    trained = TrainDataset(keep_rows(rows, np.arange(9) < 5), group_size=1, seed=0)
-    assert len(load_evaluation(arguments, trained, rows).corpus) == 9
-    assert len(load_evaluation(arguments, trained).corpus) == 6
-
-
-def test_without_queries_nothing_is_measured(tmp_path):
-    _, dataset = evaluation(tmp_path, [{"query": "a", "pos": ["p"]}], [])
-    assert load_evaluation(DataArguments(train_data=str(tmp_path / "rows.jsonl")), dataset) is None
+from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.setup import has_one_file_per_batch, make_loss
 
 
 def loss_with(tmp_path, **flags):

@@ -1,6 +1,6 @@
 """`--recipe domain`: the flags that suit the data and the model, where the user gave none. docs/recipes.md has reasons.
 
-What is looked at is measured in `look_at`; what follows from it is decided in `domain`, which reads nothing.
+`facts_of` measures data and model; `domain` decides what follows from that, and reads nothing.
 """
 
 import itertools
@@ -52,7 +52,7 @@ _EPOCHS_TIMES_ROOT_OF_ROWS = 200
 _MOST_EPOCHS = 20
 
 
-class Looked(NamedTuple):
+class Facts(NamedTuple):
     """What the recipe depends on.
 
     rows, queries: numbers of training rows, and of distinct queries. query_tokens, passage_tokens: the lengths of
@@ -70,7 +70,7 @@ class Looked(NamedTuple):
     processes: int = 1
 
 
-def look_at(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments) -> Looked:
+def facts_of(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments) -> Facts:
     """Measure rows, as rows.load_rows gives them, and the model that training starts from."""
     backbone, tokenizer, config = load_base(model_args)
     numbers = np.unique(np.linspace(0, len(rows) - 1, _TEXTS_LOOKED_AT).astype(int))
@@ -88,7 +88,7 @@ def look_at(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataA
     )
     limit = length_limit(backbone, tokenizer)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return Looked(
+    return Facts(
         rows=len(rows),
         queries=len(np.unique(read_column(rows, "query_id"))),
         query_tokens=query_tokens,
@@ -105,34 +105,34 @@ def _length_of_most(tokenizer: PreTrainedTokenizerBase, instruction: str, texts:
     return int(np.quantile([len(tokens) for tokens in ids], _QUANTILE, method="higher"))
 
 
-def domain(looked: Looked) -> Record:
+def domain(facts: Facts) -> Record:
     """flag -> value of the recipe for data and model like these."""
-    batch = 128 if looked.rows >= _MANY_ROWS else 32
+    batch = 128 if facts.rows >= _MANY_ROWS else 32
     flags: Record = {
-        **_held_out(looked),
+        **_held_out(facts),
         "mining_rounds": 2,
         "range_for_sampling": "0-10",
         "negative_number": 10,
         "sampling_strategy": "top",
         "train_group_size": 1,
         "neighbours_in_batch": 7,
-        "per_device_train_batch_size": max(batch // looked.processes, 1),
-        "num_train_epochs": float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / looked.rows**0.5, _MOST_EPOCHS):.2g}"),
-        "learning_rate": _learning_rate(looked.parameters),
+        "per_device_train_batch_size": max(batch // facts.processes, 1),
+        "num_train_epochs": float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / facts.rows**0.5, _MOST_EPOCHS):.2g}"),
+        "learning_rate": _learning_rate(facts.parameters),
         "warmup_steps": 0.1,
         "temperature": 0.05,
-        "query_max_len": _padded(looked.query_tokens, looked.longest),
-        "passage_max_len": _padded(looked.passage_tokens, looked.longest),
+        "query_max_len": _padded(facts.query_tokens, facts.longest),
+        "passage_max_len": _padded(facts.passage_tokens, facts.longest),
     }
-    if looked.processes > 1:
+    if facts.processes > 1:
         flags["negatives_cross_device"] = True  # then they train as one process does
-    return flags | ({"bf16": True} if looked.bfloat16 else {})
+    return flags | ({"bf16": True} if facts.bfloat16 else {})
 
 
-def _held_out(looked: Looked) -> Record:
-    if looked.rows < _FEWEST_ROWS_TO_HOLD_OUT:
+def _held_out(facts: Facts) -> Record:
+    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT:
         return {}
-    count = min(_HELD_OUT_SHARE * looked.queries, _MOST_HELD_OUT)
+    count = min(_HELD_OUT_SHARE * facts.queries, _MOST_HELD_OUT)
     flags: Record = {"hold_out": _HELD_OUT_SHARE if count < _MOST_HELD_OUT else _MOST_HELD_OUT}
     if count >= _FEWEST_HELD_OUT_TO_CHOOSE:
         flags |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
@@ -156,14 +156,14 @@ def with_recipe(
     argv: Sequence[str], rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments
 ) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that are not given; logs them."""
-    looked = look_at(rows, model_args, data_args)
-    flags = completed(argv, domain(looked))
+    facts = facts_of(rows, model_args, data_args)
+    flags = completed(argv, domain(facts))
     logger.info(
         "recipe: %d rows, %d queries; 99%% of the queries have at most %d tokens, of the passages %d; %d parameters",
-        *(looked.rows, looked.queries, looked.query_tokens, looked.passage_tokens, looked.parameters),
+        *(facts.rows, facts.queries, facts.query_tokens, facts.passage_tokens, facts.parameters),
     )
-    if looked.rows < _FEWEST_ROWS_TO_HOLD_OUT:
-        logger.info("recipe: nothing is held out: %d rows are too few to judge a model by", looked.rows)
+    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT:
+        logger.info("recipe: nothing is held out: %d rows are too few to judge a model by", facts.rows)
     logger.info("recipe: python finetune.py %s", shlex.join(flags))
     return flags
 

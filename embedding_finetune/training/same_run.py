@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.row_columns import read_column, rows_digest
+from embedding_finetune.training.run_data import RunData
 from embedding_finetune.training.run_folder import Run, read_run
 
 if TYPE_CHECKING:
@@ -32,22 +31,21 @@ _DECIDES_NOTHING = re.compile(
 def what_decides(
     given: Mapping[str, object],
     args: "RetrieverTrainingArguments",
-    rows: datasets.Dataset,
-    held_out: HeldOut | None = None,
-    mined_among: str | None = None,
+    data: RunData,
 ) -> Run:
     """What the result of a run depends on, as JSON takes it: flags, rows, and what held-out rows measure.
 
-    given: flag -> value, of the flags that are not at their default. mined_among: a hash of the passages that are mined
-    among, if any are. How long a run is may change when it is resumed, unless it has rounds, and so may how many
-    processes share a batch.
+    given: flag -> value, of the flags that are not at their default. How long a run is may change when it is resumed,
+    unless it has rounds, and so may how many processes share a batch.
     """
     flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = data.dataset.rows
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
-    if held_out is not None:
-        described["held_out_digest"] = held_out.digest
-    if mined_among is not None:
+    if data.held_out is not None:
+        described["held_out_digest"] = data.held_out.digest
+    if data.rounds is not None:
+        mined_among = data.rounds.corpus.digest_in_order()
         described |= {"mined_among": mined_among, "length": [args.num_train_epochs, args.max_steps]}
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.

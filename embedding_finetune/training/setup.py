@@ -1,19 +1,14 @@
-"""What finetune.py's flags make of data and model: the evaluation task, the trainer, the merged weights."""
+"""What finetune.py's flags make of data and model: the trainer, and the merged weights."""
 
 import dataclasses
-import itertools
 import logging
 import os
 from functools import partial
 
-import datasets
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.beir import is_beir
-from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task, make_task, read_corpus
-from embedding_finetune.data.records import read_passages, read_queries
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
@@ -32,58 +27,24 @@ from embedding_finetune.model.training_queries import read_training_queries, wri
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
-from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
-from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.row_columns import instructions_of
 from embedding_finetune.training.rows import training_files
+from embedding_finetune.training.run_data import RunData
 from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def load_evaluation(
-    data_args: DataArguments, dataset: TrainDataset, rows: datasets.Dataset | None = None
-) -> RetrievalTask | None:
-    """The queries to measure with and the passages to search, if any; warns where training has seen them.
-
-    rows: all rows, where some are held out: their positives are searched too.
-    """
-    if data_args.eval_query_file_jsonl_path is None:
-        return None
-    query_file, index_file = data_args.eval_query_file_jsonl_path, data_args.eval_index_file_jsonl_path
-    if index_file is None and is_beir(query_file):
-        index_file = query_file
-    if index_file is not None:
-        task = load_task(query_file, read_corpus(index_file, data_args.columns), data_args.columns)
-    else:
-        queries = list(read_queries(query_file, data_args.columns))
-        # Training rows stay on disk: they are read one after the other.
-        all_rows = (dataset.rows if rows is None else rows).select_columns(["pos"])
-        task = make_task(queries, Corpus(text for row in itertools.chain(all_rows, queries) for text in row["pos"]))
-    known_queries, known_passages = dataset.known_positives.overlap(task)
-    if known_queries or known_passages:
-        logger.warning(
-            "warning: of the evaluation, %d of %d queries and %d of %d relevant passages are also in the training data",
-            known_queries,
-            len(task.queries),
-            known_passages,
-            len(task.findable_answers),
-        )
-    return task
 
 
 def make_trainer(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: RetrieverTrainingArguments,
-    dataset: TrainDataset,
-    task: RetrievalTask | None,
-    held_out: HeldOut | None = None,
-    rounds: Rounds | None = None,
+    data: RunData,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
+    dataset, rounds, held_out, task = data
     one_file = has_one_file_per_batch(data_args, dataset, args)
     most, files = data_args.neighbours_in_batch, dataset.files if one_file else None
     neighbours_in = partial(Neighbours, most=most, files=files) if most else None
@@ -130,20 +91,6 @@ def make_trainer(
         encoding=EncodingOptions(
             embeddings_dir=data_args.embeddings_dir, trust_remote_code=model_args.trust_remote_code
         ),
-    )
-
-
-def make_rounds(model_args: ModelArguments, data_args: DataArguments, rows: datasets.Dataset) -> Rounds | None:
-    """What mines before each round of training; None where --mining_rounds asks for none."""
-    if not data_args.mining_rounds:
-        return None
-    return Rounds(
-        rows,
-        () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns),
-        count=data_args.mining_rounds,
-        selection=data_args.selection,
-        embeddings_dir=data_args.embeddings_dir,
-        trust_remote_code=model_args.trust_remote_code,
     )
 
 
