@@ -35,7 +35,7 @@ class Snapshots:
         """The model as it stands. version: what changes when its weights do. All processes call this together."""
         if self._last is None or self._last[0] != version:
             self.forget()
-            self._last = version, Snapshot(*once_per_machine(self._saved))
+            self._last = version, Snapshot(*once_per_machine(self._taken))
         return self._last[1]
 
     def forget(self) -> None:
@@ -46,7 +46,7 @@ class Snapshots:
         self._last = None
         once_per_machine(lambda: shutil.rmtree(folder, ignore_errors=True))
 
-    def _saved(self) -> tuple[str, str]:
+    def _taken(self) -> tuple[str, str]:
         folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
         model, scratch = folder / "model", folder / "embeddings"
         model.mkdir()
