@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
     # Heavy imports come after flags and data have been checked.
     with importing():
-        from embedding_finetune.distributed import join_process_group, own_gpu, process_rank
+        from embedding_finetune.distributed import join_process_group, once_in_all, own_gpu, process_rank
         from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> Record:
     document = summarize(values, task, options, weights_digests, trained_queries)
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
-    if process_rank() == 0:
+
+    def tell() -> None:
         # Printed first: the user sees the metrics even where no file can be written.
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
             write_evaluation(Path(options.output_dir), document, task, rankings)
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
+
+    once_in_all(tell)
+    if process_rank() == 0:
         fail_if_asked(document, options)
     return result
 

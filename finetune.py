@@ -35,7 +35,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from embedding_finetune import files
-from embedding_finetune.command_line import command
+from embedding_finetune.command_line import UserError, command
 from embedding_finetune.process import importing
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
-        from embedding_finetune.distributed import leave_process_group_at_exit
+        from embedding_finetune.distributed import leave_process_group_at_exit, once_in_all
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.held_out import write_held_out
         from embedding_finetune.training.recipe import with_recipe
@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:
         argv = with_recipe(argv, rows, model_args, data_args)
-        model_args, data_args, args = parse_arguments(argv)
+        try:
+            model_args, data_args, args = parse_arguments(argv)
+        except UserError as error:
+            raise UserError(f"with the flags that --recipe {data_args.recipe} adds: {error}") from error
     data = prepare(rows, model_args, data_args, args)
 
     given = flags_not_at_default(model_args, data_args, args, data_args.selection)
@@ -94,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             remove_earlier_runs(args.output_dir)
         summary = trainer.summary(result.metrics)
         verdict = judge(trainer, data_args)
-        if trainer.is_world_process_zero():
-            write_outcome(trainer, model_args, args, summary, verdict)
+        once_in_all(lambda: write_outcome(trainer, model_args, args, summary, verdict))
     if verdict is not None and trainer.is_world_process_zero():
         for line in next_steps(verdict, trainer, argv):
             logger.info("%s", line)
@@ -118,9 +120,16 @@ def write_outcome(
         document = {**summary, "verdict": None if verdict is None else verdict._asdict()}
         file.write(json.dumps(document, indent=2).encode() + b"\n")
     for name, value in summary.items():
-        if name == "mining_rounds":
-            continue  # its audits were told when they were made
-        logger.info("%-18s  %s", name, value)
+        if name in ("mining_rounds", "hold_out"):
+            continue  # they were told when they were made
+        logger.info("%-18s  %s", name, told(value))
+
+
+def told(value: object) -> str:
+    """A value of the summary as a person reads it."""
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {told(part)}" for name, part in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def parse_arguments(

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Heavy imports come after flags and data have been checked.
     with importing():
-        from embedding_finetune.distributed import join_process_group, process_rank
+        from embedding_finetune.distributed import join_process_group, once_in_all
         from embedding_finetune.mining.negatives import mine_negatives
         from embedding_finetune.mining.selection import fill_in_scores
         from embedding_finetune.model.loading import check_models_are_there
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mined = mine_negatives(rows, corpus, options, stopwatch)
     if options.save_scores:
         fill_in_scores(mined.selections, mined.score)
-    if process_rank() == 0:
-        write_outcome(rows, corpus, mined, options, stopwatch)
+    once_in_all(lambda: write_outcome(rows, corpus, mined, options, stopwatch))
 
 
 def write_outcome(

@@ -90,6 +90,11 @@ def once_per_machine(work: Callable[[], T]) -> T:
     raise SystemExit(BAD_INPUT)
 
 
+def once_in_all(work: Callable[[], None]) -> None:
+    """Let the first process of the run do `work`, and the others wait: one that is done early may take it down."""
+    once_per_machine(lambda: work() if process_rank() == 0 else None)
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """All processes' rows (n, ...) in rank order, with gradients, and the position of this process's first row.
 

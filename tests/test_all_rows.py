@@ -49,6 +49,18 @@ def test_the_length_that_chose_itself_stands_in_epochs_since_all_rows_take_more_
     )
 
 
+def test_minutes_become_the_epochs_that_they_were_enough_for(folder):
+    assert command("--hold_out 9 --minutes 5") == f"{START} --num_train_epochs 2.5 --output_dir tuned_all_rows"
+
+
+def test_rounds_after_the_best_weights_are_left_out(folder):
+    rounds = "--mining_rounds 2 --train_group_size 2"
+    assert command(f"{CHOSEN} {rounds}", best_step=25, rounds=1) == (
+        f"{START} --save_strategy epoch --train_group_size 2 --num_train_epochs 1.25 --mining_rounds 1 "
+        "--output_dir tuned_all_rows"
+    )
+
+
 def test_queries_of_the_users_own_go_on_to_be_measured(folder):
     file = "--eval_query_file_jsonl_path rows.jsonl"
     assert command(f"{CHOSEN} {file}", best_step=20) == (

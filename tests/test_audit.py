@@ -85,7 +85,11 @@ def test_the_text_has_every_number_under_its_name_and_warnings_last():
     ("changes", "warning"),
     [
         ({}, "2 rows have fewer than 2 negatives: filters refuse many"),
-        ({"left_out": {"a positive": 2}}, "2 rows have fewer than 2 negatives: too few candidates are outside"),
+        ({"left_out": {"a positive": 2}}, "2 rows have fewer than 2 negatives: there are too few candidates"),
+        (
+            {"left_out": {}, "settings": {"range_for_sampling": [2, 4], "sampling_strategy": "top"}},
+            "2 rows have fewer than 2 negatives: too few candidates are outside",
+        ),
         (
             {"settings": {"range_for_sampling": [9, 12], "sampling_strategy": "top"}},
             "--range_for_sampling starts at rank 9 of 9 candidates",

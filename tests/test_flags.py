@@ -23,6 +23,7 @@ from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.flags import REFUSED
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.run_data import RunData
 from embedding_finetune.training.setup import make_trainer
 
 PAGE = (REPOSITORY / "docs/flags.md").read_text(encoding="utf-8").split("## Every flag of finetune.py")[1]
@@ -296,7 +297,7 @@ def test_fsdp_that_only_accelerate_knows_of_is_refused_when_the_trainer_is_made(
     args[0].model_name_or_path = str(tiny_bert)
     dataset = TrainDataset(load_rows("good.jsonl"), group_size=2, seed=0)
     with pytest.raises(UserError, match="torchrun alone"):
-        make_trainer(*args, dataset, None)
+        make_trainer(*args, RunData(dataset))
 
 
 # Given twice, empty, or not UTF-8
@@ -447,8 +448,8 @@ def test_early_stopping_in_a_resumed_run_counts_on_where_it_stopped(tiny_bert, p
             finetune.main([*argv.split(), *flags])
         return next(record.args[1] for record in caplog.records if record.args and record.args[0] == "steps")
 
-    assert steps() == 10  # the first of five measures is the best
-    assert steps("--resume_from_checkpoint", f"{tmp_path}/tuned/checkpoint-8") == 10
+    assert steps() == "10"  # the first of five measures is the best
+    assert steps("--resume_from_checkpoint", f"{tmp_path}/tuned/checkpoint-8") == "10"
 
 
 def test_a_checkpoint_without_an_optimizer_cannot_be_resumed(folder, capsys):

@@ -26,6 +26,17 @@ def test_steps_fill_the_time_that_mining_and_evaluations_leave(flags):
     assert steps_within(100 + 3 * 2, Costs(step=1, evaluation=2), work) == 100
 
 
+def test_checkpoints_take_time_too_and_evaluations_that_are_put_off_do_not(flags):
+    work = Work(flags(save_strategy="steps", save_steps=10))
+    assert steps_within(100 + 10 * 2, Costs(step=1, checkpoint=2), work) == 100
+    for delayed, epochs, evaluations in (
+        ({"eval_strategy": "steps", "eval_steps": 10, "eval_delay": 35}, None, 6),  # 40, 50, ... 90
+        ({"eval_strategy": "steps", "eval_steps": 10, "eval_delay": 999}, None, 0),
+        ({"eval_strategy": "epoch", "eval_delay": 1.5}, 25, 2),  # after the second epoch, and the third
+    ):
+        assert Work(flags(**delayed), steps_per_epoch=epochs).evaluations(100) == evaluations
+
+
 def test_nothing_fits_where_mining_alone_takes_longer(flags):
     assert steps_within(10, Costs(step=1, mining=20), Work(flags(), stages=2)) < 1
     assert steps_within(-5, Costs(step=1), Work(flags(), stages=1)) < 1
@@ -53,11 +64,10 @@ def test_one_more_step_would_be_too_long(tmp_path_factory, seconds, step, other,
         ({"save_strategy": "steps", "save_steps": 30}, 4),  # 30, 60, 90, 100
         ({"save_strategy": "steps", "save_steps": 0.25}, 4),
         ({"save_strategy": "epoch"}, 2),
-        ({"save_strategy": "epoch", "save_total_limit": 1}, 1),
         ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 50}, 2),
     ],
 )
-def test_checkpoints_are_counted_as_transformers_leaves_them(flags, given, kept):
+def test_checkpoints_are_counted_as_transformers_writes_them(flags, given, kept):
     assert Work(flags(**given), steps_per_epoch=50).checkpoints(100) == kept
 
 
@@ -68,7 +78,8 @@ def test_a_clock_counts_what_earlier_processes_spent():
     now = 130.0
     assert clock.spent == 90
     assert clock.left == pytest.approx(0.96 * 600 - 90)
-    assert clock.needed(54) == pytest.approx((90 + 54) / 0.96 / 60)
+    assert clock.needed(54) == 2.5  # (90 + 54) / 0.96 / 60
+    assert clock.needed(54.1) == 2.51  # no less than what is needed
     assert not clock.is_over
     now = 641.0
     assert clock.is_over
@@ -84,8 +95,23 @@ def test_a_checkpoint_holds_two_more_numbers_for_each_that_is_trained():
 def test_the_line_says_time_memory_and_disk():
     line = told(630, 200, Costs(2.5, 60, 10), memory=2_100_000_000, disk=450_000_000)
     assert line == (
-        "about 10 minutes, 200 steps of 2.5 s, 1 minutes a mining, 10 s an evaluation; 2.1 GB of memory, 0.5 GB of disk"
+        "about 10 minutes, 200 steps of 2.5 s, 60 s a mining, 10 s an evaluation; 2.1 GB of memory, 0.5 GB of disk"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.0123, "0.012 s"),
+        (2.46, "2.5 s"),
+        (99, "99 s"),
+        (150, "2.5 minutes"),
+        (17_400, "4.8 hours"),
+        (4e6, "1111 hours"),
+    ],
+)
+def test_durations_are_told_in_their_unit(seconds, shown):
+    assert told(seconds, 1, Costs(1), memory=0, disk=0).startswith(f"about {shown}, ")
 
 
 def test_the_peak_of_memory_is_that_of_this_process():

@@ -116,13 +116,47 @@ def test_a_run_that_is_resumed_counts_what_was_spent_and_stops_when_it_is_over(
         ({"minutes": 5, "max_steps": 3}, "--minutes 5 and --max_steps 3: give one of them"),
         ({"minutes": 5, "num_train_epochs": 1}, "--minutes 5 and --num_train_epochs 1"),
         ({"minutes": 0}, "--minutes 0.0: must be greater than 0"),
-        ({"minutes": 1e-6}, "no time is left for a step; give"),
+        ({"minutes": 1e-6}, "no time is left for a step; give 0.01 or more"),
         ({"minutes": 5, "lr_scheduler_type": "reduce_lr_on_plateau", "hold_out": 3, "eval_strategy": "epoch"}, "alone"),
     ],
 )
 def test_minutes_that_cannot_be_kept_are_refused_in_one_line(tiny_bert, pairs, tmp_path, capsys, changes, said):
     make = flags if "max_steps" in changes else without_length
     assert said in refusal(make(tiny_bert, pairs, tmp_path / "out", **changes), capsys)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(None, [1], {"seconds": 1}, {"seconds": "x", "steps": [4]}, {"seconds": 1, "steps": []}),
+        *({"seconds": 1, "steps": [4, 4]}, {"seconds": float("nan"), "steps": [4]}, {"seconds": 1, "steps": [0]}),
+    ],
+)
+def test_minutes_that_are_damaged_in_a_checkpoint_are_one_line(tiny_bert, pairs, tmp_path, capsys, time_for, damaged):
+    time_for(4)
+    argv = without_length(tiny_bert, pairs, tmp_path / "out", minutes=5, save_strategy="epoch")
+    finetune.main(argv)
+    path = tmp_path / "out" / "checkpoint-4" / "training_run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "minutes": damaged}))
+    assert "does not say what was spent" in refusal([*argv, "--resume_from_checkpoint", str(path.parent)], capsys)
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(tiny_bert, pairs, tmp_path, time_for, caplog):
+    time_for(4)
+    finetune.main(without_length(tiny_bert, pairs, tmp_path / "out", minutes=5, warmup_steps=4))
+    assert "the warm-up does not end within 4 steps" in caplog.text
+
+
+def test_the_summary_counts_epochs_and_rates_of_what_was_made(tiny_bert, pairs, tmp_path, time_for):
+    """30 rows in batches of 8 are 4 steps."""
+    for name, changes in (("plain", {}), ("rounds", IN_ROUNDS)):
+        time_for(6, 6)
+        argv = without_length(tiny_bert, pairs, tmp_path / name, minutes=5, **changes)
+        finetune.main([*argv, *(CHOICE if changes else [])])
+        summary = json.loads((tmp_path / name / "training_summary.json").read_text())
+        assert summary["epochs"] == pytest.approx(summary["steps"] / 4, abs=0.01)
+        samples = summary["samples_per_second"] * summary["seconds"]
+        assert samples == pytest.approx(30 * summary["epochs"], rel=0.01)
 
 
 def test_other_minutes_are_another_run(tiny_bert, pairs, tmp_path, capsys, time_for):

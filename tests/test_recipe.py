@@ -1,6 +1,7 @@
 """The recipe: which flags follow from which data and model."""
 
 import pytest
+from helpers.tiny_runs import refusal
 
 import finetune
 from embedding_finetune.training.all_rows import by_flag
@@ -15,7 +16,8 @@ SMALL = Facts(
     parameters=22_000_000,
     bfloat16=True,
 )
-HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
+CHOOSING = {"eval_strategy", "load_best_model_at_end"}
+SAVING = {"save_strategy", "save_total_limit"}
 LARGE = SMALL._replace(rows=26_028, queries=26_000, passage_tokens=400)
 
 
@@ -32,17 +34,30 @@ def test_small_data_gets_small_batches_and_lengths_that_hold_almost_all_texts():
     assert domain(LARGE)["passage_max_len"] == 256  # what the model takes
 
 
+def test_dropout_is_for_rows_that_are_seen_often():
+    assert domain(SMALL)["dropout"] == 0
+    assert "dropout" not in domain(SMALL._replace(rows=200))  # 14 epochs
+
+
 def test_larger_models_get_smaller_rates():
     rates = [domain(SMALL._replace(parameters=n))["learning_rate"] for n in (22_000_000, 110_000_000, 560_000_000)]
     assert rates == [1e-4, 5e-5, 2e-5]
 
 
 def test_a_tenth_of_the_queries_is_held_out_and_chooses_only_where_that_is_many():
-    assert domain(SMALL)["hold_out"] == 0.1
+    assert domain(SMALL)["hold_out"] == 59
     assert "load_best_model_at_end" not in domain(SMALL)
     assert domain(LARGE)["hold_out"] == 2000
     assert domain(LARGE)["load_best_model_at_end"]
     assert "hold_out" not in domain(SMALL._replace(rows=99))
+
+
+def test_what_the_user_wants_held_out_is_of_the_same_kind_and_chooses_where_it_is_many():
+    assert domain(SMALL._replace(hold_out=20))["hold_out_by"] == "question"
+    assert "load_best_model_at_end" not in domain(SMALL._replace(hold_out=199))
+    assert domain(SMALL._replace(hold_out=200))["load_best_model_at_end"]
+    assert domain(SMALL._replace(rows=30, hold_out=10))["hold_out"] == 10
+    assert not {"hold_out", "hold_out_by"} & domain(LARGE._replace(hold_out=0)).keys()
 
 
 def test_several_processes_share_the_batch_of_one():
@@ -79,9 +94,11 @@ def test_a_flag_that_is_given_twice_keeps_all_its_values():
         (["--max_steps", "9"], {"num_train_epochs"}),
         (["--fp16", "True"], {"bf16"}),
         (["--lr_scheduler_type", "constant"], {"warmup_steps"}),
-        (["--eval_query_file_jsonl_path", "q"], HELD_OUT),
-        (["--hold_out", "20"], HELD_OUT - {"hold_out"}),
-        (["--hold_out", "0"], HELD_OUT - {"hold_out"}),
+        (["--eval_query_file_jsonl_path", "q"], {"hold_out", "hold_out_by"} | CHOOSING),
+        (["--hold_out_by", "customer"], CHOOSING),
+        (["--save_steps", "5"], SAVING | CHOOSING),
+        (["--save_strategy", "no"], {"save_total_limit"} | CHOOSING),
+        (["--minutes", "9"], {"num_train_epochs"}),
     ],
 )
 def test_what_a_given_flag_makes_useless_is_left_out(given, gone):
@@ -93,14 +110,36 @@ def test_one_command_trains_and_judges_and_its_printed_flags_give_the_same_model
     tiny_bert, pairs, tmp_path, caplog, capsys
 ):
     argv = ["--model_name_or_path", tiny_bert, "--train_data", pairs, "--disable_tqdm", "True", "--hold_out", "6"]
-    argv = [*map(str, argv), "--hold_out_by", "question"]
+    argv = [*map(str, argv)]
     finetune.main([*argv, "--recipe", "domain", "--output_dir", str(tmp_path / "one")])
     assert capsys.readouterr().out.startswith(("better: ", "no difference: ", "worse: "))
     [line] = [line for line in caplog.messages if line.startswith("recipe: python finetune.py")]
     printed = line.removeprefix("recipe: python finetune.py ").split()
     assert "--mining_rounds" in printed
+    assert printed[printed.index("--hold_out_by") + 1] == "question"
     assert "--recipe" not in printed
     printed[printed.index("--output_dir") + 1] = str(tmp_path / "two")
     finetune.main(printed)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_flags_that_need_what_the_recipe_adds_are_taken_and_others_say_where_they_come_from(
+    tiny_bert, pairs, tmp_path, capsys
+):
+    argv = ["--recipe", "domain", "--model_name_or_path", str(tiny_bert), "--train_data", str(pairs)]
+    argv += ["--hold_out", "6", "--num_train_epochs", "4"]
+    finetune.main([*argv, "--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path / "out")])
+    said = refusal([*argv, "--train_sampling_strategy", "sequential", "--output_dir", str(tmp_path / "no")], capsys)
+    assert "with the flags that --recipe domain adds: --neighbours_in_batch is not for" in said
+    said = refusal([*argv, "--early_stopping_patience", "1", "--output_dir", str(tmp_path / "no")], capsys)
+    assert "with the flags that --recipe domain adds: --early_stopping_patience needs --eval_strategy" in said
+
+
+def test_few_rows_are_not_judged_unless_the_user_holds_some_out(tiny_bert, pairs, tmp_path, caplog, capsys):
+    argv = ["--recipe", "domain", "--model_name_or_path", str(tiny_bert), "--train_data", str(pairs)]
+    for given, said in (([], 1), (["--hold_out", "0"], 0), (["--hold_out", "6"], 0)):
+        caplog.clear()
+        finetune.main([*argv, *given, "--output_dir", str(tmp_path / "-".join(["out", *given]))])
+        assert caplog.text.count("30 rows are too few to judge a model by") == said
+        assert bool(capsys.readouterr().out) == ("6" in given)

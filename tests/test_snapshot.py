@@ -3,9 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from helpers.tiny_runs import flags
+from safetensors import SafetensorError
 
 import finetune
+from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.training.snapshot import Snapshots
 
@@ -32,6 +35,14 @@ def test_a_model_is_saved_when_its_version_changes_or_was_forgotten():
     snapshots.forget()
     assert not Path(second.model).exists()
     assert read(snapshots.of(1)) == "2"
+
+
+def test_a_model_that_cannot_be_written_is_one_line_that_names_the_folder():
+    def write(folder):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(UserError, match=r"TMPDIR: the model cannot be written there .* No space left"):
+        Snapshots(write).of(0)
 
 
 def test_no_text_is_encoded_twice_with_the_same_weights(tiny_bert, pairs, tmp_path, monkeypatch):

@@ -57,7 +57,6 @@ def test_what_transformers_leaves_open_is_settled(tmp_path):
         ({"matryoshka_weights": [1.0]}, "--matryoshka_weights: give as many as"),
         ({"save_adapter_only": True}, "--save_adapter_only: there is no adapter without --lora_rank"),
         ({"lora_rank": 2, "save_adapter_only": True, "merge_with_base": 0.5}, "leave out --save_adapter_only"),
-        ({"early_stopping_patience": 2}, "--early_stopping_patience needs --eval_strategy steps or epoch"),
     ],
 )
 def test_flags_of_the_loss_and_of_adapters_that_contradict_each_other_are_refused(tmp_path, flags, complaint):

@@ -76,8 +76,11 @@ def test_what_to_do_next_follows_from_what_was_measured():
     assert hinted(undecided, rows=499) == [interval, "499 rows are few to learn from"]
     known = "7 of 200 queries that judge were trained on, now or when the base was made"
     assert hinted(undecided, rows=499, known_queries=7) == [known, interval]
-    assert hinted(verdict([0.5] * 60, [0.25] * 60)) == ["training made it worse"]
-    assert hinted(verdict([0.5] * 60, [0.5] * 60, base_kept=(0.6, 0.5)), rows=9) == ["training made it worse"]
+    worse = ["training made it worse, so keep the base"]
+    assert hinted(verdict([0.5] * 60, [0.25] * 60)) == worse
+    assert hinted(verdict([0.5] * 60, [0.5] * 60, base_kept=(0.6, 0.5)), rows=9) == worse
+    assert hinted(verdict([0.5] * 9, [0.25] * 9)) == worse
+    assert hinted(verdict([1.0] * 6, [1.0] * 6), rows=9) == ["the base finds nearly every answer to these questions"]
     assert hinted(verdict([0.5] * 40, [0.75] * 40))[0].startswith("40 queries judge")
 
 

@@ -91,11 +91,13 @@ def _warnings(audit: Record, wanted: int) -> list[str]:
                 "filters refuse many, and too few candidates are outside the retrieved ranks; relax the filters, lower "
                 "--range_for_sampling or give a larger --candidate_pool"
             )
-        else:
+        elif start:
             why = (
                 "too few candidates are outside the retrieved ranks; lower --range_for_sampling or give a larger "
                 "--candidate_pool"
             )
+        else:
+            why = "there are too few candidates; give a larger --candidate_pool, or a smaller --negative_number"
         none = "" if audit["negatives"] else ", and none has any"
         warnings.append(f"warning: {short} rows have fewer than {wanted} negatives{none}: {why}")
     if audit["negatives_drawn_at_random"] > _SHARE_AT_RANDOM_TO_WARN * audit["negatives"]:

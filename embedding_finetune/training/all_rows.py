@@ -15,13 +15,19 @@ _ABOUT_MEASURING = {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start"
 
 
 def command_on_all_rows(
-    argv: Sequence[str], args: RetrieverTrainingArguments, *, best_step: int | None, steps: int, epochs: float
+    argv: Sequence[str],
+    args: RetrieverTrainingArguments,
+    *,
+    best_step: int | None,
+    steps: int,
+    epochs: float,
+    rounds: int | None = None,
 ) -> str | None:
     """The command line without what is about held-out rows, and with the length that chose itself, into a new folder.
 
     argv: this run's flags. best_step: None where no step was chosen. steps, epochs: how far the run came. The length is
-    in epochs, of which all rows take more steps, unless the run had --max_steps. None for a learning rate that follows
-    a measure: without held-out rows it could not.
+    in epochs, of which all rows take more steps, unless the run had --max_steps. rounds: how many of mining were made
+    until best_step, if any were. None for a learning rate that follows a measure: without held-out rows it could not.
     """
     flags = list(by_flag(argv))
     measures_still = any(name == "eval_query_file_jsonl_path" for name, _ in flags)
@@ -29,16 +35,18 @@ def command_on_all_rows(
         return None
     dropped = _ABOUT_HELD_OUT | {"output_dir"} | (set() if measures_still else _ABOUT_MEASURING)
     if any(name == "mining_rounds" for name, _ in flags):
-        dropped -= {"candidate_pool"}
+        dropped -= {"candidate_pool"}  # it is mined from
     if args.save_strategy == "best":
         dropped |= {"save_strategy", "save_total_limit"}
     words = []
-    if best_step is not None:
-        dropped |= {"max_steps", "num_train_epochs"}
+    if best_step is not None or args.minutes is not None:
+        dropped |= {"max_steps", "num_train_epochs", "minutes"}
+        last = steps if best_step is None else best_step
         by_steps = args.max_steps > 0
-        words = (
-            ["--max_steps", str(best_step)] if by_steps else ["--num_train_epochs", f"{best_step * epochs / steps:.4g}"]
-        )
+        words = ["--max_steps", str(last)] if by_steps else ["--num_train_epochs", f"{last * epochs / steps:.4g}"]
+    if rounds is not None:
+        dropped |= {"mining_rounds"}
+        words += ["--mining_rounds", str(rounds)]
     kept = [word for name, group in flags if name not in dropped for word in group]
     output = f"{os.path.normpath(args.output_dir)}_all_rows"
     return shlex.join([*_program(args), *kept, *words, "--output_dir", output])

@@ -250,9 +250,7 @@ def _set_defaults(args: RetrieverTrainingArguments) -> None:
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # the one unused part, a pooler, is frozen
     if args.early_stopping_patience is not None:
-        if args.eval_strategy == "no":
-            raise UserError("--early_stopping_patience needs --eval_strategy steps or epoch")
-        args.load_best_model_at_end = True
+        args.load_best_model_at_end = args.eval_strategy != "no"
     by_measure = args.lr_scheduler_type in SCHEDULES_BY_MEASURE
     if args.load_best_model_at_end or args.save_strategy == "best" or by_measure:
         args.metric_for_best_model = args.metric_for_best_model or "eval_MRR@10"

@@ -81,7 +81,7 @@ class EndOfMinutes(TrainerCallback):
         if state.global_step >= state.max_steps or not gather_objects(self._clock.is_over)[0]:
             return
         logger.warning(
-            "warning: --minutes %g are over at step %d of %d: steps became slower",
+            "warning: --minutes %g are over at step %d of %d: all became slower than it was when steps were timed",
             *(args.minutes, state.global_step, state.max_steps),
         )
         control.should_training_stop = True

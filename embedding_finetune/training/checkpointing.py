@@ -63,6 +63,11 @@ class CheckpointingTrainer(Trainer):
         """The model as it stands, to be loaded for mining and measuring. All processes call this together."""
         return self._snapshots.of(self.state.global_step)
 
+    def seconds_of_saving(self) -> float:
+        """How long it takes to write the model."""
+        self.snapshot()
+        return self._snapshots.seconds_of_writing
+
     def forget_snapshot(self) -> None:
         """To be called where weights change without a step."""
         self._snapshots.forget()

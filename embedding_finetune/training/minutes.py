@@ -23,11 +23,12 @@ _GIGABYTE = 1e9
 
 
 class Costs(NamedTuple):
-    """Seconds of a step, of mining before a round, and of an evaluation."""
+    """Seconds of a step, of mining before a round, of an evaluation, and of a checkpoint."""
 
     step: float
     mining: float = 0.0
     evaluation: float = 0.0
+    checkpoint: float = 0.0
 
 
 class Work(NamedTuple):
@@ -42,31 +43,33 @@ class Work(NamedTuple):
 
     def seconds(self, steps: int, costs: Costs) -> float:
         """Until the last of so many steps is made."""
-        mining = (self.stages - 1) * costs.mining
-        return steps * costs.step + mining + self.evaluations(steps) * costs.evaluation
+        mining, evaluations = (self.stages - 1) * costs.mining, self.evaluations(steps) * costs.evaluation
+        return steps * costs.step + mining + evaluations + self.checkpoints(steps) * costs.checkpoint
 
     def evaluations(self, steps: int) -> int:
         """How often is measured before the last step."""
-        return self._times(steps, self.args.eval_strategy, self.args.eval_steps)
+        return self._times(steps, self.args.eval_strategy, self.args.eval_steps, after=self.args.eval_delay)
 
     def checkpoints(self, steps: int) -> int:
-        """How many are kept; at most, where only the best are saved."""
+        """How many are written; at most, where only the best are."""
         strategy, every = self.args.save_strategy, self.args.save_steps
         if strategy == "best":
             strategy, every = self.args.eval_strategy, self.args.eval_steps
         if strategy == "no":
             return 0
-        count = self._times(steps, strategy, every) + 1  # and at the end
-        return min(count, self.args.save_total_limit or count)
+        return self._times(steps, strategy, every) + 1  # and at the end
 
-    def _times(self, steps: int, strategy: str, every: float | None) -> int:
+    def _times(self, steps: int, strategy: str, every: float | None, *, after: float = 0) -> int:
+        """How often something is done before the last step. after: of steps, or of epochs where it is done in these."""
         if strategy == "epoch":
             every = self.steps_per_epoch or steps // self.stages
         elif strategy != "steps" or not every:
             return 0
         elif every < 1:
             every = math.ceil(steps * every)
-        return max(steps - 1, 0) // max(int(every), 1)
+        unit = max(int(every), 1)
+        first = max(math.ceil(after if strategy == "epoch" else after / unit), 1)
+        return max((steps - 1) // unit - first + 1, 0)
 
 
 class Clock:
@@ -92,8 +95,8 @@ class Clock:
         return _AIM * self.limit - self.spent
 
     def needed(self, seconds: float) -> float:
-        """Minutes that would leave so many seconds from now on."""
-        return (self.spent + seconds) / _AIM / 60
+        """Minutes that would leave so many seconds from now on, rounded up."""
+        return math.ceil((self.spent + seconds) / _AIM / 60 * 100) / 100
 
     @property
     def is_over(self) -> bool:
@@ -123,7 +126,7 @@ def bytes_on_disk(model: nn.Module, *, checkpoints: int) -> int:
 
 def told(seconds: float, steps: int, costs: Costs, *, memory: int, disk: int) -> str:
     """What a run will take, as one line. seconds: of all of it."""
-    parts = [f"about {_duration(seconds)}, {steps} steps of {costs.step:.2g} s"]
+    parts = [f"about {_duration(seconds)}, {steps} steps of {_duration(costs.step)}"]
     if costs.mining:
         parts.append(f"{_duration(costs.mining)} a mining")
     if costs.evaluation:
@@ -132,4 +135,7 @@ def told(seconds: float, steps: int, costs: Costs, *, memory: int, disk: int) ->
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 60 else f"{seconds / 60:.2g} minutes"
+    units = ((1, "s"), (60, "minutes"), (3600, "hours"))
+    unit, name = next((unit for unit in units if seconds < 100 * unit[0]), units[-1])
+    value = seconds / unit
+    return f"{value:.{0 if value >= 10 else 1}f} {name}" if value >= 1 else f"{value:.2g} {name}"

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.trainer_utils import TrainOutput
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.distributed import gather_objects
@@ -34,13 +35,15 @@ from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.rehearsal import seconds_of_step
 from embedding_finetune.training.rounds import RoundSampler
 from embedding_finetune.training.run_folder import Run, read_run
-from embedding_finetune.training.sampling import epoch_sampler, keys_per_step, steps_of_run
+from embedding_finetune.training.sampling import epoch_sampler, keys_per_step, steps_of_epoch, steps_of_run
 from embedding_finetune.training.stages import Stages, equal_stages, schedule_factors
 
 logger = logging.getLogger(__name__)
 
 _TIMED_SHARE = 0.02
 """Steps are timed for this share of --minutes."""
+_CHECKPOINT_IN_MODELS = 3
+"""A checkpoint holds two numbers of the optimizer's for each weight."""
 _NO_LIMIT = 10**9
 """Epochs of a run that its steps alone end."""
 
@@ -66,7 +69,8 @@ class PacedTrainer(CheckpointingTrainer):
     _seconds_of_step: float | None = None
     seconds_measuring: float = 0.0
     """That all evaluations in this process took."""
-    seconds_of_last_measurement: float = 0.0
+    seconds_of_measurement: float = 0.0
+    """Of the longest: others may have found embeddings that it computed."""
 
     def _start_clock(self, checkpoint: str | None) -> None:
         """Count --minutes from now on, and what was spent before a checkpoint."""
@@ -74,11 +78,9 @@ class PacedTrainer(CheckpointingTrainer):
             return
         self._clock, self._stages = Clock(self.args.minutes), Stages([1] * self._count_stages())
         if checkpoint is not None:
-            kept = (read_run(Path(checkpoint)) or {}).get("minutes")
-            if kept is None:
-                raise UserError(f"{checkpoint}: does not say how many minutes were spent; give an earlier checkpoint")
-            self._stages = Stages(kept["steps"])
-            self._clock.start(spent=kept["seconds"])
+            seconds, steps = _kept_with(checkpoint, stages=self._count_stages())
+            self._stages = Stages(steps)
+            self._clock.start(spent=seconds)
         self.add_callback(EndOfMinutes(self._clock))
 
     def facts_of_run(self, run: Run) -> Run:
@@ -119,6 +121,25 @@ class PacedTrainer(CheckpointingTrainer):
         stage, made = self._stages.place(self.state.global_step)
         return stage, made * self.args.gradient_accumulation_steps
 
+    def _finalize_training(self, trial: object, num_train_samples: float, start_time: float) -> TrainOutput:
+        if self._stages is not None:  # else rates are those of as many steps as were planned at first
+            num_train_samples = self.epochs_made() * len(self.train_dataset)
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def epochs_made(self) -> float:
+        """How often the run has gone through the rows, as --num_train_epochs counts: an epoch is a number of steps."""
+        if self._stages is None or self.rounds is None:
+            return float(self.state.epoch or 0)
+        assert isinstance(self._sampler, RoundSampler)
+        return self.state.global_step / steps_of_epoch(self.args, len(self._sampler.epochs))
+
+    def rounds_until(self, step: int) -> int | None:
+        """How many rounds were made until a step; None in a run without rounds."""
+        if self.rounds is None or self._stages is None:
+            return None
+        stage, made = self._stages.place(step)
+        return stage + (made > 0)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """As transformers does it; in a run in stages each has a schedule of its own."""
         if self._stages is None:
@@ -142,6 +163,9 @@ class PacedTrainer(CheckpointingTrainer):
             self._begin_round(checkpoint, is_new=is_new)
         if is_new and (self.rounds is not None or epoch == 0):
             mining = 0.0 if self.rounds is None else time.monotonic() - began
+            if mining and self.args.eval_strategy == "no":
+                # The next round's passages will not have been encoded for an evaluation.
+                mining += self.seconds_of_measurement
             self._pace(model, epoch, mining=mining, steps_per_epoch=kwargs["num_update_steps_per_epoch"])
         if self.control.should_training_stop:
             return
@@ -149,6 +173,7 @@ class PacedTrainer(CheckpointingTrainer):
             steps = self._stages.steps[epoch]
             kwargs["num_update_steps_per_epoch"] = steps
             kwargs["steps_in_epoch"] = steps * self.args.gradient_accumulation_steps
+        self.forget_snapshot()  # the weights are about to change
         first, began, measuring = self.state.global_step, time.monotonic(), self.seconds_measuring
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
         if made := self.state.global_step - first:
@@ -179,17 +204,19 @@ class PacedTrainer(CheckpointingTrainer):
         if self._seconds_of_step is None:
             wanted = 0.0 if self._clock is None else _TIMED_SHARE * self._clock.limit
             self._seconds_of_step = seconds_of_step(self, model, self._sampler, wanted=wanted)
-        costs = Costs(self._seconds_of_step, mining, self.seconds_of_last_measurement)
+        saving = _CHECKPOINT_IN_MODELS * self.seconds_of_saving()
+        costs = Costs(self._seconds_of_step, mining, self.seconds_of_measurement, saving)
         work = Work(self.args, self._count_stages() - stage, None if self.rounds is not None else steps_per_epoch)
         if self._clock is not None:
-            self._settle(stage, gather_objects(steps_within(self._clock.left, costs, work))[0], costs)
+            self._settle(stage, gather_objects(steps_within(self._clock.left, costs, work))[0], costs, work)
         if self.state.global_step == 0:
             steps = self.state.max_steps
-            disk = bytes_on_disk(self.bi_encoder, checkpoints=work.checkpoints(steps))
+            kept = min(work.checkpoints(steps), self.args.save_total_limit or steps)
+            disk = bytes_on_disk(self.bi_encoder, checkpoints=kept)
             seconds = work.seconds(steps, costs) + costs.evaluation  # the last one too
             logger.info("from here on: %s", told(seconds, steps, costs, memory=peak_memory(), disk=disk))
 
-    def _settle(self, stage: int, steps: int, costs: Costs) -> None:
+    def _settle(self, stage: int, steps: int, costs: Costs, work: Work) -> None:
         """Let a stage that begins have so many steps, or as many as were settled before if these are fewer."""
         assert self._stages is not None
         assert self._clock is not None
@@ -200,13 +227,32 @@ class PacedTrainer(CheckpointingTrainer):
             self.control.should_training_stop = True
             return
         if steps < 1:
-            needed = self._clock.needed(costs.step * self._count_stages() + costs.mining * (self._count_stages() - 1))
-            raise UserError(f"--minutes {self.args.minutes:g}: no time is left for a step; give {needed:.2g} or more")
+            needed = self._clock.needed(work.seconds(self._count_stages(), costs))
+            raise UserError(f"--minutes {self.args.minutes:g}: no time is left for a step; give {needed:g} or more")
         self._stages.settle(stage, steps)
         self.state.max_steps = self._stages.total
         self.state.compute_steps(self.args, self.state.max_steps)
         schedule = self.lr_scheduler
         for group, rate, factor in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
             group["lr"] = rate * factor(schedule.last_epoch)
+        if self.args.get_warmup_steps(steps) >= steps:
+            logger.warning(
+                "warning: the warm-up does not end within %d steps: give --warmup_steps as a share, such as 0.1", steps
+            )
         what = "" if self.rounds is None else f" in round {stage + 1} of {self.rounds.count}"
-        logger.info("--minutes %g: time for %d steps%s", self.args.minutes, steps, what)
+        passes = steps * keys_per_step(self.args) / len(self.train_dataset)
+        logger.info("--minutes %g: time for %d steps%s, %.2g times all rows", self.args.minutes, steps, what, passes)
+
+
+def _kept_with(checkpoint: str, *, stages: int) -> tuple[float, list[int]]:
+    """The seconds that were spent until a checkpoint, and the steps of each stage that were settled."""
+    try:
+        kept = (read_run(Path(checkpoint)) or {})["minutes"]
+        seconds, steps = float(kept["seconds"]), [int(count) for count in kept["steps"]]
+        if not (0 <= seconds < float("inf") and len(steps) == stages and min(steps) > 0):
+            raise ValueError("impossible numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint}: does not say what was spent of --minutes, or is damaged; give another checkpoint"
+        ) from error
+    return seconds, steps

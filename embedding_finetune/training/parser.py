@@ -138,6 +138,7 @@ def check_together(
     if args.minutes is not None:
         _check_minutes(given, args)
     has_queries = data_args.hold_out is not None or data_args.eval_query_file_jsonl_path is not None
+    has_queries |= data_args.recipe is not None  # which may hold some out
     if not has_queries and args.eval_strategy != IntervalStrategy.NO:
         raise UserError(f"--eval_strategy {args.eval_strategy.value} needs --hold_out or --eval_query_file_jsonl_path")
 

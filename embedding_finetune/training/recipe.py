@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from embedding_finetune.data.hold_out import how_many
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import world_size
 from embedding_finetune.mining.arguments import CHOICE_FLAGS
@@ -35,14 +36,17 @@ _FEWEST_ROWS_TO_HOLD_OUT = 100
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 2000
 _FEWEST_HELD_OUT_TO_CHOOSE = 200
 """Half of them choose, see choosing.py."""
-_ABOUT_HELD_OUT = {"hold_out", "hold_out_by", "eval_strategy", "save_strategy", "load_best_model_at_end"}
+_ABOUT_CHOOSING = {"eval_strategy", "load_best_model_at_end"}
 _USELESS_BESIDE = {
     "max_steps": {"num_train_epochs"},
     "minutes": {"num_train_epochs"},
     "fp16": {"bf16"},
     "lr_scheduler_type": {"warmup_steps"},
-    "hold_out": _ABOUT_HELD_OUT,
-    "eval_query_file_jsonl_path": _ABOUT_HELD_OUT,
+    "hold_out_by": _ABOUT_CHOOSING,
+    "eval_query_file_jsonl_path": {"hold_out", "hold_out_by", *_ABOUT_CHOOSING},
+    "save_strategy": {"save_total_limit", *_ABOUT_CHOOSING},
+    "save_steps": {"save_strategy", "save_total_limit", *_ABOUT_CHOOSING},
+    "eval_strategy": {"save_strategy", "save_total_limit", *_ABOUT_CHOOSING},
 }
 """A flag that a user gives -> flags of the recipe that it replaces, or that go with those that it replaces."""
 _MANY_ROWS = 5000
@@ -50,6 +54,7 @@ _MANY_ROWS = 5000
 _EPOCHS_TIMES_ROOT_OF_ROWS = 200
 """8 epochs of 600 rows, 1.2 of 26,000: the number of steps grows with the root of the number of rows."""
 _MOST_EPOCHS = 20
+_EPOCHS_WITHOUT_DROPOUT = 10
 
 
 class Facts(NamedTuple):
@@ -57,7 +62,8 @@ class Facts(NamedTuple):
 
     rows, queries: numbers of training rows, and of distinct queries. query_tokens, passage_tokens: the lengths of
     almost all texts, with their special tokens. longest: what the model takes. parameters: of the model. bfloat16:
-    whether the hardware computes in it natively. processes: that share a batch.
+    whether the hardware computes in it natively. processes: that share a batch. hold_out: how many queries are to be
+    held out, where the user says it.
     """
 
     rows: int
@@ -68,10 +74,16 @@ class Facts(NamedTuple):
     parameters: int
     bfloat16: bool
     processes: int = 1
+    hold_out: int | None = None
 
 
-def facts_of(rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments) -> Facts:
-    """Measure rows, as rows.load_rows gives them, and the model that training starts from."""
+def facts_of(
+    rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments, *, holds_none_out: bool = False
+) -> Facts:
+    """Measure rows, as rows.load_rows gives them, and the model that training starts from.
+
+    holds_none_out: whether the user wants that.
+    """
     backbone, tokenizer, config = load_base(model_args)
     numbers = np.unique(np.linspace(0, len(rows) - 1, _TEXTS_LOOKED_AT).astype(int))
     sample = rows.select_columns(["query", "pos"])[numbers]
@@ -87,16 +99,19 @@ def facts_of(rows: datasets.Dataset, model_args: ModelArguments, data_args: Data
         for instruction, texts in zip(instructions, (sample["query"], itertools.chain(*sample["pos"])))
     )
     limit = length_limit(backbone, tokenizer)
+    queries = len(np.unique(read_column(rows, "query_id")))
+    held_out = 0 if holds_none_out else None if data_args.hold_out is None else how_many(data_args.hold_out, queries)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return Facts(
         rows=len(rows),
-        queries=len(np.unique(read_column(rows, "query_id"))),
+        queries=queries,
         query_tokens=query_tokens,
         passage_tokens=passage_tokens,
         longest=min(config.max_seq_length or limit, limit),
         parameters=sum(parameter.numel() for parameter in backbone.parameters()),
         bfloat16=choose_dtype("auto", device) == torch.bfloat16,
         processes=world_size(),
+        hold_out=held_out,
     )
 
 
@@ -108,8 +123,11 @@ def _length_of_most(tokenizer: PreTrainedTokenizerBase, instruction: str, texts:
 def domain(facts: Facts) -> Record:
     """flag -> value of the recipe for data and model like these."""
     batch = 128 if facts.rows >= _MANY_ROWS else 32
+    epochs = float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / facts.rows**0.5, _MOST_EPOCHS):.2g}")
     flags: Record = {
         **_held_out(facts),
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
         "mining_rounds": 2,
         "range_for_sampling": "0-10",
         "negative_number": 10,
@@ -117,26 +135,31 @@ def domain(facts: Facts) -> Record:
         "train_group_size": 1,
         "neighbours_in_batch": 7,
         "per_device_train_batch_size": max(batch // facts.processes, 1),
-        "num_train_epochs": float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / facts.rows**0.5, _MOST_EPOCHS):.2g}"),
+        "num_train_epochs": epochs,
         "learning_rate": _learning_rate(facts.parameters),
         "warmup_steps": 0.1,
         "temperature": 0.05,
         "query_max_len": _padded(facts.query_tokens, facts.longest),
         "passage_max_len": _padded(facts.passage_tokens, facts.longest),
     }
+    if epochs <= _EPOCHS_WITHOUT_DROPOUT:
+        flags["dropout"] = 0.0
     if facts.processes > 1:
         flags["negatives_cross_device"] = True  # then they train as one process does
     return flags | ({"bf16": True} if facts.bfloat16 else {})
 
 
 def _held_out(facts: Facts) -> Record:
-    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT:
+    count = facts.hold_out
+    if count is None:
+        is_enough = facts.rows >= _FEWEST_ROWS_TO_HOLD_OUT
+        count = min(round(_HELD_OUT_SHARE * facts.queries), _MOST_HELD_OUT) if is_enough else 0
+    if not count:
         return {}
-    count = min(_HELD_OUT_SHARE * facts.queries, _MOST_HELD_OUT)
-    flags: Record = {"hold_out": _HELD_OUT_SHARE if count < _MOST_HELD_OUT else _MOST_HELD_OUT}
+    flags: Record = {"hold_out": count, "hold_out_by": "question"}
     if count >= _FEWEST_HELD_OUT_TO_CHOOSE:
-        flags |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    return flags | {"hold_out_by": "question"}
+        flags |= {"eval_strategy": "epoch", "load_best_model_at_end": True}
+    return flags
 
 
 def _learning_rate(parameters: int) -> float:
@@ -156,14 +179,20 @@ def with_recipe(
     argv: Sequence[str], rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments
 ) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that are not given; logs them."""
-    facts = facts_of(rows, model_args, data_args)
+    given = {name: words[-1].rpartition("=")[2] for name, words in by_flag(argv)}
+    holds_none_out = "hold_out" in given and data_args.hold_out is None
+    facts = facts_of(rows, model_args, data_args, holds_none_out=holds_none_out)
     flags = completed(argv, domain(facts))
     logger.info(
         "recipe: %d rows, %d queries; 99%% of the queries have at most %d tokens, of the passages %d; %d parameters",
         *(facts.rows, facts.queries, facts.query_tokens, facts.passage_tokens, facts.parameters),
     )
-    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT:
-        logger.info("recipe: nothing is held out: %d rows are too few to judge a model by", facts.rows)
+    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT and not given.keys() & {"hold_out", "eval_query_file_jsonl_path"}:
+        logger.info(
+            "recipe: nothing is held out: %d rows are too few to judge a model by; measure it with evaluate.py on "
+            "other questions",
+            facts.rows,
+        )
     logger.info("recipe: python finetune.py %s", shlex.join(flags))
     return flags
 

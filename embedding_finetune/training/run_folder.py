@@ -109,7 +109,7 @@ def resume_point(args: "RetrieverTrainingArguments") -> str | None:
         if folder is None:
             raise UserError(
                 f"--resume_from_checkpoint True: {args.output_dir} holds no finished checkpoint of the run that was "
-                "started last; leave the flag out to start anew"
+                "started last; start anew with --overwrite_output_dir True instead"
             )
     _check_is_checkpoint(folder)
     state = _state(Path(folder)) or {}

@@ -47,6 +47,11 @@ def steps_of_run(args: RetrieverTrainingArguments, keys_in_epoch: int) -> int:
     """How many steps the flags ask for."""
     if args.max_steps > 0:
         return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_of_epoch(args, keys_in_epoch))
+
+
+def steps_of_epoch(args: RetrieverTrainingArguments, keys_in_epoch: int) -> int:
+    """How many steps go through all rows."""
     batch = args.per_device_train_batch_size * args.world_size
     batches = keys_in_epoch // batch if args.dataloader_drop_last else math.ceil(keys_in_epoch / batch)
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(batches / args.gradient_accumulation_steps)

@@ -6,11 +6,14 @@ weights: passages that are measured among and mined from are encoded once.
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NamedTuple
 
-from embedding_finetune.command_line import scratch_folder
+from safetensors import SafetensorError
+
+from embedding_finetune.command_line import UserError, first_line, scratch_folder
 from embedding_finetune.distributed import once_per_machine
 
 Write = Callable[[Path], None]
@@ -30,6 +33,7 @@ class Snapshots:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._last: tuple[Hashable, Snapshot] | None = None
+        self.seconds_of_writing = 0.0
 
     def of(self, version: Hashable) -> Snapshot:
         """The model as it stands. version: what changes when its weights do. All processes call this together."""
@@ -47,9 +51,14 @@ class Snapshots:
         once_per_machine(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def _taken(self) -> tuple[str, str]:
-        folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
-        model, scratch = folder / "model", folder / "embeddings"
-        model.mkdir()
-        scratch.mkdir()
-        self._write(model)
+        began = time.monotonic()
+        try:
+            folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
+            model, scratch = folder / "model", folder / "embeddings"
+            model.mkdir()
+            scratch.mkdir()
+            self._write(model)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"TMPDIR: the model cannot be written there to be measured: {first_line(error)}") from error
+        self.seconds_of_writing = time.monotonic() - began
         return str(model), str(scratch)

@@ -32,7 +32,6 @@ from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.pacing import PacedTrainer
 from embedding_finetune.training.rounds import Rounds
-from embedding_finetune.training.sampling import keys_per_step
 from embedding_finetune.training.weights import trained_weight_hashes
 
 logger = logging.getLogger(__name__)
@@ -188,8 +187,9 @@ class RetrievalTrainer(PacedTrainer):
             values = measure(encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
         self.latest[prefix] = self.state.global_step, values[VERDICT_MEASURE]
         metrics = {f"{prefix}_{name}": value for name, value in means(values).items()}
-        metrics[f"{prefix}_runtime"] = self.seconds_of_last_measurement = time.monotonic() - began
-        self.seconds_measuring += self.seconds_of_last_measurement
+        metrics[f"{prefix}_runtime"] = seconds = time.monotonic() - began
+        self.seconds_measuring += seconds
+        self.seconds_of_measurement = max(self.seconds_of_measurement, seconds)
         return metrics
 
     def metrics_at(self, step: int, prefix: str = "eval") -> dict[str, float] | None:
@@ -231,12 +231,6 @@ class RetrievalTrainer(PacedTrainer):
             "checkpoint": self.args.output_dir,
             "version": __version__,
         }
-
-    def epochs_made(self) -> float:
-        """How often training has gone through the rows. In a run in rounds, state.epoch counts these."""
-        if self.rounds is None:
-            return self.state.epoch
-        return self.state.global_step * keys_per_step(self.args) / len(self.train_dataset)
 
 
 def _before_and_after(before: dict[str, float] | None, after: dict[str, float] | None) -> Record:

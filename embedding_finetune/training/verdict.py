@@ -29,6 +29,7 @@ BETTER, NO_DIFFERENCE, WORSE = "better", "no difference", "worse"
 _WIDE_INTERVAL = 0.02
 """An interval that reaches this far from its middle hides differences that users notice."""
 _FEW_QUERIES = 50
+_NEARLY_PERFECT = 0.97
 _FEW_ROWS = 500
 _SHOWN_HINTS = 2
 
@@ -180,17 +181,22 @@ def hints(verdict: Verdict, *, rows: int, known_queries: int) -> list[str]:
         )
     if verdict.outcome == WORSE or verdict.base_kept:
         found.append(
-            "training made it worse: lower --learning_rate, and look for answers among the negatives (docs/mining.md)"
+            "training made it worse, so keep the base: lower --learning_rate, and look for answers among the negatives "
+            "(docs/mining.md)"
         )
+        return found[:_SHOWN_HINTS]
+    if verdict.before >= _NEARLY_PERFECT:
+        found.append("the base finds nearly every answer to these questions: judge with harder ones")
+        return found[:_SHOWN_HINTS]
     half = (verdict.high - verdict.low) / 2
-    undecided = verdict.outcome == NO_DIFFERENCE and not verdict.base_kept
+    undecided = verdict.outcome == NO_DIFFERENCE
     if (undecided and half >= _WIDE_INTERVAL) or verdict.queries < _FEW_QUERIES:
         found.append(
             f"{verdict.queries} queries judge, and the interval reaches {half:.2g} to either side: four times as many "
             "halve it; hold out more, or label more"
         )
     if undecided and rows < _FEW_ROWS:
-        found.append(f"{rows} rows are few to learn from: add rows, or train for more epochs (--num_train_epochs)")
+        found.append(f"{rows} rows are few to learn from: add rows, or train for longer")
     return found[:_SHOWN_HINTS]
 
 
@@ -202,6 +208,11 @@ def next_steps(verdict: Verdict, trainer: RetrievalTrainer, argv: Sequence[str])
         return lines
     state, best = trainer.state, trainer.best_step()
     command = command_on_all_rows(
-        argv, trainer.args, best_step=best, steps=state.global_step, epochs=trainer.epochs_made()
+        argv,
+        trainer.args,
+        best_step=best,
+        steps=state.global_step,
+        epochs=trainer.epochs_made(),
+        rounds=None if best is None else trainer.rounds_until(best),
     )
     return lines if command is None else [*lines, f"to train on all rows with these settings: {command}"]
