@@ -76,6 +76,9 @@ def test_what_to_do_next_follows_from_what_was_measured():
     assert hinted(undecided, rows=499) == [interval, "499 rows are few to learn from"]
     known = "7 of 200 queries that judge were trained on, now or when the base was made"
     assert hinted(undecided, rows=499, known_queries=7) == [known, interval]
+    above = "30% of the negatives scored above their positive in the last round"
+    assert hints(undecided, rows=499, known_queries=0, above=0.3)[0].startswith(above)
+    assert hints(certain, rows=100, known_queries=0, above=0.2) == []
     worse = ["training made it worse, so keep the base"]
     assert hinted(verdict([0.5] * 60, [0.25] * 60)) == worse
     assert hinted(verdict([0.5] * 60, [0.5] * 60, base_kept=(0.6, 0.5)), rows=9) == worse

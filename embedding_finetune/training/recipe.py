@@ -130,7 +130,7 @@ def domain(facts: Facts) -> Record:
         "save_total_limit": 1,
         "mining_rounds": 2,
         "range_for_sampling": "0-10",
-        "negative_number": 10,
+        "negative_number": 9,  # one of the ten is the positive
         "sampling_strategy": "top",
         "train_group_size": 1,
         "neighbours_in_batch": 7,

@@ -30,6 +30,8 @@ _WIDE_INTERVAL = 0.02
 """An interval that reaches this far from its middle hides differences that users notice."""
 _FEW_QUERIES = 50
 _NEARLY_PERFECT = 0.97
+_MANY_ABOVE = 0.2
+"""On data without many such answers 0 to 11% were left in the second round of `--recipe domain`."""
 _FEW_ROWS = 500
 _SHOWN_HINTS = 2
 
@@ -171,13 +173,22 @@ def verdict_on(
     )
 
 
-def hints(verdict: Verdict, *, rows: int, known_queries: int) -> list[str]:
-    """At most two lines that say what to do next. rows: that were trained on. known_queries: seen by some training."""
+def hints(verdict: Verdict, *, rows: int, known_queries: int, above: float | None = None) -> list[str]:
+    """At most two lines that say what to do next.
+
+    rows: that were trained on. known_queries: seen by some training. above: the share of negatives that scored above
+    their positive when they were mined last, if they were.
+    """
     found = []
     if known_queries:
         found.append(
             f"{known_queries} of {verdict.queries} queries that judge were trained on, now or when the base was made: "
             "the measures are too high; judge with others"
+        )
+    if above is not None and above > _MANY_ABOVE:
+        found.append(
+            f"{above:.0%} of the negatives scored above their positive in the last round: many may be answers that "
+            "nobody labelled; look at some with mine_hard_neg.py --show_examples 5"
         )
     if verdict.outcome == WORSE or verdict.base_kept:
         found.append(
@@ -203,7 +214,8 @@ def hints(verdict: Verdict, *, rows: int, known_queries: int) -> list[str]:
 def next_steps(verdict: Verdict, trainer: RetrievalTrainer, argv: Sequence[str]) -> list[str]:
     """The hints, and the command that trains on all rows where that is worth while. argv: this run's flags."""
     known = trainer.judges()[0].count_queries_among(trainer.training_queries)
-    lines = hints(verdict, rows=len(trainer.train_dataset), known_queries=known)
+    above = None if trainer.rounds is None else trainer.rounds.audits[-1]["negatives_above_their_positive"]
+    lines = hints(verdict, rows=len(trainer.train_dataset), known_queries=known, above=above)
     if verdict.outcome == WORSE or verdict.base_kept:
         return lines
     state, best = trainer.state, trainer.best_step()
