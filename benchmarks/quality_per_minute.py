@@ -12,6 +12,7 @@ a linear schedule with a tenth of warm-up. Its first steps are timed, and then i
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("quality_per_minute"), help="where both models are kept")
     parser.add_argument("--batch", type=int, default=64, help="of the other trainer")
     parser.add_argument("--learning_rate", type=float, default=5e-5, help="of the other trainer")
-    parser.add_argument("--recipe", nargs="*", default=[], metavar="FLAG", help="further flags of finetune.py")
+    parser.add_argument("--finetune_flags", type=shlex.split, default=[], help="further flags of finetune.py, quoted")
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.sample:
@@ -49,7 +50,7 @@ def main() -> None:
     ours, peer = args.folder / "ours", args.folder / "sentence-transformers"
     seconds = run(
         *("finetune.py", "--recipe", "domain", "--hold_out", "0", "--model_name_or_path", args.model),
-        *("--train_data", rows, "--output_dir", ours, "--overwrite_output_dir", "True", *args.recipe),
+        *("--train_data", rows, "--output_dir", ours, "--overwrite_output_dir", "True", *args.finetune_flags),
     )
     print(f"ours: {seconds:.0f} s", flush=True)
     print(f"sentence-transformers: {run(*sys.argv, '--seconds', f'{seconds:.0f}'):.0f} s", flush=True)

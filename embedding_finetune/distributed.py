@@ -3,6 +3,7 @@
 import atexit
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -53,6 +54,11 @@ def own_share(count: int) -> slice:
     """The part of `count` items that this process works on: contiguous, in rank order, sizes differing by at most 1."""
     ranks = world_size()
     return slice(count * process_rank() // ranks, count * (process_rank() + 1) // ranks)
+
+
+def random_numbers_kept() -> AbstractContextManager[None]:
+    """A block that leaves torch's random numbers as they are, on the CPU and on this process's own GPU."""
+    return torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else [])
 
 
 def gather_objects(value: T) -> list[T]:

@@ -37,6 +37,13 @@ def test_checkpoints_take_time_too_and_evaluations_that_are_put_off_do_not(flags
         assert Work(flags(**delayed), steps_per_epoch=epochs).evaluations(100) == evaluations
 
 
+def test_what_was_done_before_a_later_stage_counts_no_more(flags):
+    # Of 200 steps every 20th is measured, and 4 of these are in the last 100 before their end.
+    assert Work(flags(eval_strategy="steps", eval_steps=0.1), made=100).evaluations(100) == 4
+    assert Work(flags(eval_strategy="steps", eval_steps=30, eval_delay=100), made=90).evaluations(60) == 1  # 120
+    assert Work(flags(eval_strategy="epoch"), stages=2, made=100).evaluations(100) == 1
+
+
 def test_nothing_fits_where_mining_alone_takes_longer(flags):
     assert steps_within(10, Costs(step=1, mining=20), Work(flags(), stages=2)) < 1
     assert steps_within(-5, Costs(step=1), Work(flags(), stages=1)) < 1

@@ -91,6 +91,16 @@ def test_a_run_that_is_resumed_keeps_what_was_settled(tiny_bert, pairs, tmp_path
     assert json.loads((folder / "training_summary.json").read_text())["steps"] == 7
 
 
+def test_a_round_that_would_only_be_mined_for_is_not_begun(tiny_bert, pairs, tmp_path, time_for, monkeypatch, caplog):
+    time_for(4)
+    left = iter([100.0])  # none when the second round begins
+    monkeypatch.setattr(pacing.Clock, "left", property(lambda _: next(left, 0.0)))
+    finetune.main([*without_length(tiny_bert, pairs, tmp_path / "out", minutes=5, **IN_ROUNDS), *CHOICE])
+    assert "--minutes 5 are over before round 2" in caplog.text
+    assert caplog.text.count("mining among") == 1
+    assert json.loads((tmp_path / "out" / "training_summary.json").read_text())["steps"] == 4
+
+
 def test_a_run_that_is_resumed_counts_what_was_spent_and_stops_when_it_is_over(
     tiny_bert, pairs, tmp_path, time_for, caplog
 ):
@@ -129,7 +139,8 @@ def test_minutes_that_cannot_be_kept_are_refused_in_one_line(tiny_bert, pairs, t
     "damaged",
     [
         *(None, [1], {"seconds": 1}, {"seconds": "x", "steps": [4]}, {"seconds": 1, "steps": []}),
-        *({"seconds": 1, "steps": [4, 4]}, {"seconds": float("nan"), "steps": [4]}, {"seconds": 1, "steps": [0]}),
+        *({"seconds": 1, "evaluation": 0, "steps": steps} for steps in ([4, 4], [0])),
+        {"seconds": float("nan"), "evaluation": 0, "steps": [4]},
     ],
 )
 def test_minutes_that_are_damaged_in_a_checkpoint_are_one_line(tiny_bert, pairs, tmp_path, capsys, time_for, damaged):
@@ -149,8 +160,8 @@ def test_a_warm_up_that_is_longer_than_the_run_is_told(tiny_bert, pairs, tmp_pat
 
 def test_the_summary_counts_epochs_and_rates_of_what_was_made(tiny_bert, pairs, tmp_path, time_for):
     """30 rows in batches of 8 are 4 steps."""
-    for name, changes in (("plain", {}), ("rounds", IN_ROUNDS)):
-        time_for(6, 6)
+    for name, changes, settled in (("plain", {}, [6]), ("rounds", IN_ROUNDS, [6, 6]), ("ended", IN_ROUNDS, [6, 0])):
+        time_for(*settled)
         argv = without_length(tiny_bert, pairs, tmp_path / name, minutes=5, **changes)
         finetune.main([*argv, *(CHOICE if changes else [])])
         summary = json.loads((tmp_path / name / "training_summary.json").read_text())

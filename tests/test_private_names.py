@@ -23,7 +23,7 @@ ATTRIBUTES = {
     "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
 }
 TRAINER_HOOKS = {
-    "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint",
+    "_finalize_training", "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_load_rng_state", "_run_epoch", "_save", "_save_checkpoint",
 }  # fmt: skip
 CACHED_FILE = {

@@ -91,14 +91,15 @@ def test_a_flag_that_is_given_twice_keeps_all_its_values():
             ["--mining_rounds=0"],
             {"range_for_sampling", "negative_number", "sampling_strategy", "neighbours_in_batch"},
         ),
-        (["--max_steps", "9"], {"num_train_epochs"}),
+        (["--max_steps", "9"], {"num_train_epochs", "dropout"}),
+        (["--num_train_epochs", "30"], {"dropout"}),
         (["--fp16", "True"], {"bf16"}),
         (["--lr_scheduler_type", "constant"], {"warmup_steps"}),
         (["--eval_query_file_jsonl_path", "q"], {"hold_out", "hold_out_by"} | CHOOSING),
         (["--hold_out_by", "customer"], CHOOSING),
         (["--save_steps", "5"], SAVING | CHOOSING),
         (["--save_strategy", "no"], {"save_total_limit"} | CHOOSING),
-        (["--minutes", "9"], {"num_train_epochs"}),
+        (["--minutes", "9"], {"num_train_epochs", "dropout"}),
     ],
 )
 def test_what_a_given_flag_makes_useless_is_left_out(given, gone):

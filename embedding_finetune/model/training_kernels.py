@@ -44,7 +44,7 @@ def set_dropout(backbone: PreTrainedModel, probability: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = probability
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, probability)
 
 

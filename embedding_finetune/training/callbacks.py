@@ -77,7 +77,7 @@ class EndOfMinutes(TrainerCallback):
         self._clock = clock
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop training as its last step does, in all processes."""
+        """Stop training in all processes, with the checkpoint and the evaluation that a last step has."""
         if state.global_step >= state.max_steps or not gather_objects(self._clock.is_over)[0]:
             return
         logger.warning(

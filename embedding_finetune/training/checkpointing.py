@@ -6,6 +6,7 @@ A run that is killed while it saves leaves no half checkpoint. What is damaged i
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from embedding_finetune.training.weights import saved_weights
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT_IN_MODELS = 3
+"""A checkpoint holds two numbers of the optimizer's for each weight."""
 _TORCH_CANNOT_WRITE = re.compile("inline_container|iostream error|PytorchStreamWriter")
 """What torch.save says, as a RuntimeError, when the disk is full."""
 
@@ -53,6 +56,7 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._snapshots = Snapshots(self.write_model)
+        self.seconds_of_checkpoints: list[float] = []
 
     def write_model(self, folder: Path) -> None:
         """Write the model as it stands, with what its adapters learned, into an empty folder."""
@@ -63,10 +67,14 @@ class CheckpointingTrainer(Trainer):
         """The model as it stands, to be loaded for mining and measuring. All processes call this together."""
         return self._snapshots.of(self.state.global_step)
 
-    def seconds_of_saving(self) -> float:
-        """How long it takes to write the model."""
+    def seconds_of_checkpoint(self) -> float:
+        """How long it takes to write one: as long as the last, or before the first as that takes to write the model."""
+        if self.args.save_strategy == "no":
+            return 0.0
+        if self.seconds_of_checkpoints:
+            return self.seconds_of_checkpoints[-1]
         self.snapshot()
-        return self._snapshots.seconds_of_writing
+        return _CHECKPOINT_IN_MODELS * self._snapshots.seconds_of_writing
 
     def forget_snapshot(self) -> None:
         """To be called where weights change without a step."""
@@ -93,8 +101,10 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        began = time.monotonic()
         try:
             super()._save_checkpoint(model, trial)
+            self.seconds_of_checkpoints.append(time.monotonic() - began)
         except BaseException as error:
             if self.args.should_save and not is_finished(folder):
                 shutil.rmtree(folder, ignore_errors=True)  # half of one is of no use, and may fill the disk

@@ -202,8 +202,8 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
     """
     holds_out = data.hold_out is not None
     by_recipe = data.recipe is not None  # the flags that it adds are checked when they are there
-    has_queries = data.eval_query_file_jsonl_path is not None or holds_out
-    evaluates = args.eval_strategy != "no"
+    has_queries = data.eval_query_file_jsonl_path is not None or holds_out or by_recipe
+    evaluates = args.eval_strategy != "no" or by_recipe
     schedule = args.lr_scheduler_type.value
     has_workers = args.dataloader_num_workers > 0
     needs = {
@@ -211,7 +211,7 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "save_steps": (args.save_strategy in ("steps", "no"), "--save_strategy steps"),
         "eval_steps": (args.eval_strategy == "steps" or given.get("eval_strategy") == "no", "--eval_strategy steps"),
         "eval_delay": (evaluates, "--eval_strategy steps or epoch"),
-        "early_stopping_patience": (evaluates or by_recipe, "--eval_strategy steps or epoch"),
+        "early_stopping_patience": (evaluates, "--eval_strategy steps or epoch"),
         "metric_for_best_model": (evaluates, "--eval_strategy steps or epoch"),
         "load_best_model_at_end": (evaluates, "--eval_strategy steps or epoch"),
         "do_eval": (has_queries, _QUERIES),

@@ -34,24 +34,26 @@ class Costs(NamedTuple):
 class Work(NamedTuple):
     """What is done beside a number of steps, from the beginning of a stage on, whose mining is done.
 
-    stages: that are left, of equal length. steps_per_epoch: None where an epoch is a stage.
+    stages: that are left, of equal length. steps_per_epoch: None where an epoch is a stage. made: steps of the stages
+    before.
     """
 
     args: RetrieverTrainingArguments
     stages: int = 1
     steps_per_epoch: int | None = None
+    made: int = 0
 
     def seconds(self, steps: int, costs: Costs) -> float:
-        """Until the last of so many steps is made."""
+        """Of so many further steps, with the checkpoint after the last and without the evaluation there."""
         mining, evaluations = (self.stages - 1) * costs.mining, self.evaluations(steps) * costs.evaluation
         return steps * costs.step + mining + evaluations + self.checkpoints(steps) * costs.checkpoint
 
     def evaluations(self, steps: int) -> int:
-        """How often is measured before the last step."""
+        """How often is measured before the last of so many further steps."""
         return self._times(steps, self.args.eval_strategy, self.args.eval_steps, after=self.args.eval_delay)
 
     def checkpoints(self, steps: int) -> int:
-        """How many are written; at most, where only the best are."""
+        """How many are written with so many further steps; at most, where only the best are."""
         strategy, every = self.args.save_strategy, self.args.save_steps
         if strategy == "best":
             strategy, every = self.args.eval_strategy, self.args.eval_steps
@@ -61,15 +63,17 @@ class Work(NamedTuple):
 
     def _times(self, steps: int, strategy: str, every: float | None, *, after: float = 0) -> int:
         """How often something is done before the last step. after: of steps, or of epochs where it is done in these."""
+        if strategy == "epoch" and self.steps_per_epoch is None:
+            return self.stages - 1
         if strategy == "epoch":
-            every = self.steps_per_epoch or steps // self.stages
-        elif strategy != "steps" or not every:
+            unit, first = self.steps_per_epoch or 1, after
+        elif strategy == "steps" and every:
+            unit = int(every) if every >= 1 else max(math.ceil((self.made + steps) * every), 1)
+            first = after / unit
+        else:
             return 0
-        elif every < 1:
-            every = math.ceil(steps * every)
-        unit = max(int(every), 1)
-        first = max(math.ceil(after if strategy == "epoch" else after / unit), 1)
-        return max((steps - 1) // unit - first + 1, 0)
+        last, done = max(self.made + steps - 1, 0) // unit, self.made // unit
+        return max(last - max(done, math.ceil(first) - 1), 0)
 
 
 class Clock:
@@ -105,7 +109,7 @@ class Clock:
 
 
 def steps_within(seconds: float, costs: Costs, work: Work) -> int:
-    """The most steps that each stage can have within so many seconds; below 1 where nothing fits."""
+    """So many steps that each stage can have within so many seconds, and no one more; below 1 where nothing fits."""
     most = max(int(seconds / (costs.step * work.stages)), 0)
     return bisect_right(range(most + 1), seconds, key=lambda steps: work.seconds(steps * work.stages, costs)) - 1
 

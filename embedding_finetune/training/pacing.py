@@ -40,10 +40,8 @@ from embedding_finetune.training.stages import Stages, equal_stages, schedule_fa
 
 logger = logging.getLogger(__name__)
 
-_TIMED_SHARE = 0.02
-"""Steps are timed for this share of --minutes."""
-_CHECKPOINT_IN_MODELS = 3
-"""A checkpoint holds two numbers of the optimizer's for each weight."""
+_TIMED_SHARE, _TIMED_SECONDS = 0.02, 20
+"""Steps are timed for this share of --minutes, and for so long at most."""
 _NO_LIMIT = 10**9
 """Epochs of a run that its steps alone end."""
 
@@ -51,9 +49,9 @@ _NO_LIMIT = 10**9
 class PacedTrainer(CheckpointingTrainer):
     """Trains in stages, if the run has rounds or minutes; else as long as transformers would.
 
-    Its subclass sets: neighbours, the rows that are to share a batch with each row; neighbours_in, what finds them in
-    the rows of a round; one_file_per_batch, whether only rows of one file share a batch; tells_costs, whether the run
-    says before its first step what it will take.
+    neighbours: the rows that are to share a batch with each row; neighbours_in: what finds them in the rows of a round.
+    one_file_per_batch: whether only rows of one file share a batch. tells_costs: whether the run says before its first
+    step what it will take.
     """
 
     args: RetrieverTrainingArguments
@@ -67,6 +65,7 @@ class PacedTrainer(CheckpointingTrainer):
     _stages: Stages | None = None
     _clock: Clock | None = None
     _seconds_of_step: float | None = None
+    _seconds_of_mining: float = 0.0
     seconds_measuring: float = 0.0
     """That all evaluations in this process took."""
     seconds_of_measurement: float = 0.0
@@ -78,7 +77,7 @@ class PacedTrainer(CheckpointingTrainer):
             return
         self._clock, self._stages = Clock(self.args.minutes), Stages([1] * self._count_stages())
         if checkpoint is not None:
-            seconds, steps = _kept_with(checkpoint, stages=self._count_stages())
+            seconds, steps, self.seconds_of_measurement = _kept_with(checkpoint, stages=self._count_stages())
             self._stages = Stages(steps)
             self._clock.start(spent=seconds)
         self.add_callback(EndOfMinutes(self._clock))
@@ -87,7 +86,12 @@ class PacedTrainer(CheckpointingTrainer):
         """What a checkpoint says about the run: of --minutes too, what was spent and what was settled."""
         if self._clock is None or self._stages is None:
             return run
-        return {**run, "minutes": {"seconds": self._clock.spent, "steps": self._stages.steps}}
+        spent = {"seconds": self._clock.spent, "evaluation": self.seconds_of_measurement}
+        return {**run, "minutes": {**spent, "steps": self._stages.steps}}
+
+    def mines_with_weights_that_are_measured(self) -> bool:
+        """Whether the weights as they are have been mined with, or will be."""
+        return self.rounds is not None and (self.state.global_step == 0 or self.args.eval_strategy == "epoch")
 
     def _count_stages(self) -> int:
         return 1 if self.rounds is None else self.rounds.count
@@ -122,8 +126,10 @@ class PacedTrainer(CheckpointingTrainer):
         return stage, made * self.args.gradient_accumulation_steps
 
     def _finalize_training(self, trial: object, num_train_samples: float, start_time: float) -> TrainOutput:
-        if self._stages is not None:  # else rates are those of as many steps as were planned at first
-            num_train_samples = self.epochs_made() * len(self.train_dataset)
+        if self._stages is not None:
+            # Of all steps that are planned by now: transformers takes the share that was made.
+            planned = self.state.max_steps / max(self.state.global_step, 1)
+            num_train_samples = self.epochs_made() * len(self.train_dataset) * planned
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def epochs_made(self) -> float:
@@ -158,15 +164,12 @@ class PacedTrainer(CheckpointingTrainer):
             return
         checkpoint = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
         is_new = checkpoint is None or not kwargs["steps_trained_in_current_epoch"]
-        began = time.monotonic()
         if self.rounds is not None:
+            if is_new and self._is_too_late_to_mine(epoch):
+                return
             self._begin_round(checkpoint, is_new=is_new)
         if is_new and (self.rounds is not None or epoch == 0):
-            mining = 0.0 if self.rounds is None else time.monotonic() - began
-            if mining and self.args.eval_strategy == "no":
-                # The next round's passages will not have been encoded for an evaluation.
-                mining += self.seconds_of_measurement
-            self._pace(model, epoch, mining=mining, steps_per_epoch=kwargs["num_update_steps_per_epoch"])
+            self._pace(model, epoch, steps_per_epoch=kwargs["num_update_steps_per_epoch"])
         if self.control.should_training_stop:
             return
         if self.rounds is not None and self._stages is not None:
@@ -174,15 +177,19 @@ class PacedTrainer(CheckpointingTrainer):
             kwargs["num_update_steps_per_epoch"] = steps
             kwargs["steps_in_epoch"] = steps * self.args.gradient_accumulation_steps
         self.forget_snapshot()  # the weights are about to change
-        first, began, measuring = self.state.global_step, time.monotonic(), self.seconds_measuring
+        first, began = self.state.global_step, time.monotonic() - self._seconds_beside_steps()
         super()._run_epoch(model=model, epoch=epoch, **kwargs)
         if made := self.state.global_step - first:
-            self._seconds_of_step = (time.monotonic() - began - (self.seconds_measuring - measuring)) / made
+            self._seconds_of_step = (time.monotonic() - self._seconds_beside_steps() - began) / made
+
+    def _seconds_beside_steps(self) -> float:
+        return self.seconds_measuring + sum(self.seconds_of_checkpoints)
 
     def _begin_round(self, checkpoint: str | None, *, is_new: bool) -> None:
         """Give the rows the negatives of a round: newly mined, or kept with the checkpoint that is resumed from."""
         assert self.rounds is not None
         assert isinstance(self._sampler, RoundSampler)
+        began = time.monotonic()
         if checkpoint is not None:
             self.rounds.read(checkpoint)
         rows = self.rounds.mine(self.snapshot()) if is_new else self.rounds.rows_with_negatives()
@@ -196,22 +203,45 @@ class PacedTrainer(CheckpointingTrainer):
                 # What was trained so far is worth more than the rest of the recipe.
                 logger.warning("warning: this round's batches are drawn at random: %s", error)
                 self._sampler.epochs.neighbours = None
+        self._seconds_of_mining = time.monotonic() - began
+        if self.args.eval_strategy != "epoch":
+            # For the next round the passages will not have been encoded to be measured among.
+            self._seconds_of_mining += self.seconds_of_measurement
 
-    def _pace(self, model: nn.Module, stage: int, *, mining: float, steps_per_epoch: int) -> None:
+    def _is_too_late_to_mine(self, stage: int) -> bool:
+        """Whether a round that begins has no time left for a step; then the run ends."""
+        if self._clock is None or stage == 0:
+            return False
+        if too_late := gather_objects(self._clock.left < self._seconds_of_mining)[0]:
+            self._end_before(stage)
+        return too_late
+
+    def _end_before(self, stage: int) -> None:
+        logger.warning("warning: --minutes %g are over before round %d", self.args.minutes, stage + 1)
+        self.control.should_training_stop = True
+
+    def _pace(self, model: nn.Module, stage: int, *, steps_per_epoch: int) -> None:
         """Decide how many steps a stage that begins has; before the first step tell what the run will take."""
         if self._clock is None and not (self.tells_costs and self.state.global_step == 0):
             return
         if self._seconds_of_step is None:
-            wanted = 0.0 if self._clock is None else _TIMED_SHARE * self._clock.limit
+            wanted = 0.0 if self._clock is None else min(_TIMED_SHARE * self._clock.limit, _TIMED_SECONDS)
             self._seconds_of_step = seconds_of_step(self, model, self._sampler, wanted=wanted)
-        saving = _CHECKPOINT_IN_MODELS * self.seconds_of_saving()
-        costs = Costs(self._seconds_of_step, mining, self.seconds_of_measurement, saving)
-        work = Work(self.args, self._count_stages() - stage, None if self.rounds is not None else steps_per_epoch)
+        costs = Costs(
+            self._seconds_of_step, self._seconds_of_mining, self.seconds_of_measurement, self.seconds_of_checkpoint()
+        )
+        work = Work(
+            self.args,
+            stages=self._count_stages() - stage,
+            steps_per_epoch=steps_per_epoch if self.rounds is None else None,
+            made=self.state.global_step,
+        )
         if self._clock is not None:
             self._settle(stage, gather_objects(steps_within(self._clock.left, costs, work))[0], costs, work)
         if self.state.global_step == 0:
             steps = self.state.max_steps
-            kept = min(work.checkpoints(steps), self.args.save_total_limit or steps)
+            # The next is written before the last is removed.
+            kept = min(work.checkpoints(steps), (self.args.save_total_limit or steps) + 1)
             disk = bytes_on_disk(self.bi_encoder, checkpoints=kept)
             seconds = work.seconds(steps, costs) + costs.evaluation  # the last one too
             logger.info("from here on: %s", told(seconds, steps, costs, memory=peak_memory(), disk=disk))
@@ -223,8 +253,7 @@ class PacedTrainer(CheckpointingTrainer):
         if stage:
             steps = min(steps, self._stages.steps[stage])
         if steps < 1 and stage:
-            logger.warning("warning: --minutes %g are over before round %d", self.args.minutes, stage + 1)
-            self.control.should_training_stop = True
+            self._end_before(stage)
             return
         if steps < 1:
             needed = self._clock.needed(work.seconds(self._count_stages(), costs))
@@ -244,15 +273,16 @@ class PacedTrainer(CheckpointingTrainer):
         logger.info("--minutes %g: time for %d steps%s, %.2g times all rows", self.args.minutes, steps, what, passes)
 
 
-def _kept_with(checkpoint: str, *, stages: int) -> tuple[float, list[int]]:
-    """The seconds that were spent until a checkpoint, and the steps of each stage that were settled."""
+def _kept_with(checkpoint: str, *, stages: int) -> tuple[float, list[int], float]:
+    """What was spent until a checkpoint, the steps of each stage that were settled, the seconds of an evaluation."""
     try:
         kept = (read_run(Path(checkpoint)) or {})["minutes"]
         seconds, steps = float(kept["seconds"]), [int(count) for count in kept["steps"]]
+        evaluation = float(kept["evaluation"])
         if not (0 <= seconds < float("inf") and len(steps) == stages and min(steps) > 0):
             raise ValueError("impossible numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{checkpoint}: does not say what was spent of --minutes, or is damaged; give another checkpoint"
         ) from error
-    return seconds, steps
+    return seconds, steps, evaluation

@@ -38,8 +38,9 @@ _FEWEST_HELD_OUT_TO_CHOOSE = 200
 """Half of them choose, see choosing.py."""
 _ABOUT_CHOOSING = {"eval_strategy", "load_best_model_at_end"}
 _USELESS_BESIDE = {
-    "max_steps": {"num_train_epochs"},
-    "minutes": {"num_train_epochs"},
+    "max_steps": {"num_train_epochs", "dropout"},
+    "minutes": {"num_train_epochs", "dropout"},
+    "num_train_epochs": {"dropout"},
     "fp16": {"bf16"},
     "lr_scheduler_type": {"warmup_steps"},
     "hold_out_by": _ABOUT_CHOOSING,
@@ -179,7 +180,7 @@ def with_recipe(
     argv: Sequence[str], rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments
 ) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that are not given; logs them."""
-    given = {name: words[-1].rpartition("=")[2] for name, words in by_flag(argv)}
+    given = {name for name, _ in by_flag(argv)}
     holds_none_out = "hold_out" in given and data_args.hold_out is None
     facts = facts_of(rows, model_args, data_args, holds_none_out=holds_none_out)
     flags = completed(argv, domain(facts))
@@ -187,7 +188,7 @@ def with_recipe(
         "recipe: %d rows, %d queries; 99%% of the queries have at most %d tokens, of the passages %d; %d parameters",
         *(facts.rows, facts.queries, facts.query_tokens, facts.passage_tokens, facts.parameters),
     )
-    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT and not given.keys() & {"hold_out", "eval_query_file_jsonl_path"}:
+    if facts.rows < _FEWEST_ROWS_TO_HOLD_OUT and not given & {"hold_out", "eval_query_file_jsonl_path"}:
         logger.info(
             "recipe: nothing is held out: %d rows are too few to judge a model by; measure it with evaluate.py on "
             "other questions",

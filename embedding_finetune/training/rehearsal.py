@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from embedding_finetune.distributed import gather_objects, process_rank
+from embedding_finetune.distributed import gather_objects, process_rank, random_numbers_kept
 from embedding_finetune.training.batches import EpochSampler
 from embedding_finetune.training.rounds import RoundSampler
 
@@ -33,17 +33,20 @@ def seconds_of_step(
     rates = [group["lr"] for group in optimizer.param_groups]
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     batches = _micro_batches(trainer, sampler.epochs if isinstance(sampler, RoundSampler) else sampler)
-    with torch.random.fork_rng():
+    with random_numbers_kept():
+        drawing = time.monotonic()
         while step := list(itertools.islice(batches, args.gradient_accumulation_steps)):
-            began = time.monotonic()
+            # Workers draw the batches while steps are made.
+            began = time.monotonic() if args.dataloader_num_workers else drawing
             for batch in step:
                 trainer.training_step(model, batch)
             if is_new:
-                _step_nowhere(optimizer)
+                _step_nowhere(optimizer, args.max_grad_norm)
             model.zero_grad()
             seconds.append(time.monotonic() - began)
             if gather_objects(len(seconds) > _FEWEST_TIMED and sum(seconds[1:]) >= wanted)[0]:
                 break
+            drawing = time.monotonic()
     if is_new:
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
@@ -52,12 +55,14 @@ def seconds_of_step(
     return sum(timed) / len(timed)
 
 
-def _step_nowhere(optimizer: torch.optim.Optimizer) -> None:
+def _step_nowhere(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad.zero_()
+        if max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
     optimizer.step()
 
 

@@ -17,12 +17,12 @@ from zipfile import BadZipFile
 
 import datasets
 import numpy as np
-import torch
 from torch.utils.data import Sampler
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.distributed import random_numbers_kept
 from embedding_finetune.files import AnyPath
 from embedding_finetune.mining.arguments import RankingOptions, SelectionOptions
 from embedding_finetune.mining.audit import audit_text
@@ -77,7 +77,7 @@ class Rounds:
         """
         number, stopwatch = len(self.audits) + 1, Stopwatch()
         logger.info("round %d of %d: mining among %d candidates", number, self.count, len(self.corpus))
-        with torch.random.fork_rng():
+        with random_numbers_kept():
             options = RankingOptions(model_name_or_path=[snapshot.model], **self._options)
             rows = list(stored_rows(self.rows))
             mined = mine_negatives(rows, self.corpus, options, stopwatch, scratch=snapshot.scratch)

@@ -1,5 +1,6 @@
 """transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.texts import text_id
-from embedding_finetune.distributed import gather_objects
+from embedding_finetune.distributed import gather_objects, random_numbers_kept
 from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.checkpoint import EmbeddingConfig
@@ -181,9 +182,11 @@ class RetrievalTrainer(PacedTrainer):
         They are those that evaluate.py gives for the weights as they are.
         """
         began = time.monotonic()
-        with torch.random.fork_rng():
-            snapshot = self.snapshot()
-            encoder = load_encoder(snapshot.model, self.encoding, flag="--model_name_or_path", scratch=snapshot.scratch)
+        with random_numbers_kept():
+            snapshot, options = self.snapshot(), self.encoding
+            if not self.mines_with_weights_that_are_measured():
+                options = dataclasses.replace(options, embeddings_dir=None)  # nobody would look for them there
+            encoder = load_encoder(snapshot.model, options, flag="--model_name_or_path", scratch=snapshot.scratch)
             values = measure(encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
         self.latest[prefix] = self.state.global_step, values[VERDICT_MEASURE]
         metrics = {f"{prefix}_{name}": value for name, value in means(values).items()}

@@ -219,12 +219,15 @@ def next_steps(verdict: Verdict, trainer: RetrievalTrainer, argv: Sequence[str])
     if verdict.outcome == WORSE or verdict.base_kept:
         return lines
     state, best = trainer.state, trainer.best_step()
+    rounds = trainer.rounds_until(state.global_step if best is None else best)
+    if trainer.rounds is not None and rounds == trainer.rounds.count:
+        rounds = None  # as it was
     command = command_on_all_rows(
         argv,
         trainer.args,
         best_step=best,
         steps=state.global_step,
         epochs=trainer.epochs_made(),
-        rounds=None if best is None else trainer.rounds_until(best),
+        rounds=rounds,
     )
     return lines if command is None else [*lines, f"to train on all rows with these settings: {command}"]
