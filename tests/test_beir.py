@@ -282,7 +282,7 @@ def test_a_folder_goes_the_whole_way_as_every_flag(manual, tiny_bert, tmp_path, 
         given = given or {"eval_query_file_jsonl_path": manual / "qrels" / "dev.tsv"}
         finetune.main(argv_of(model_name_or_path=tiny_bert, train_data=data, output_dir=tuned, **training, **given))
         summary = json.loads((tuned / "training_summary.json").read_text())
-        metrics = evaluate.main(argv_of(model_name=tuned, **test, output_dir=out, dtype="float32"))
+        metrics = evaluate.main(argv_of(model_name=tuned, **test, output_dir=out))
         assert (summary["rows"], summary["metrics_after"]) == (10, metrics)
         assert read_jsonl(out / "per_query.jsonl")[0]["answers"] == {"MED-0": 2, "MED-1": 1}
     assert "test.tsv: 1 of 9 queries have no document with a score above 0" in caplog.text

@@ -152,7 +152,7 @@ def test_near_duplicates_hold_for_fills_and_old_negatives_of_all_rows_that_share
         ((0, 19), 4, {}, []),
         ((0, 10), 10, {}, []),  # 9 of the ranks and 1 at random: no more than a tenth
         ((0, 9), 10, {}, ["20% of the negatives were drawn at random", "widen --range_for_sampling"]),
-        ((0, 20), 20, {}, ["fewer than 20 negatives: too few candidates are outside"]),
+        ((0, 20), 20, {}, ["fewer than 20 negatives: there are too few candidates"]),
         ((0, 2), 10, {"max_score": 0.2}, ["fewer than 10 negatives: filters refuse", "drawn at random"]),
         ((20, 20), 1, {}, ["--range_for_sampling starts at rank 20 of 20 candidates"]),
     ],
