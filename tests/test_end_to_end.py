@@ -281,7 +281,7 @@ def test_make_demo_goes_the_whole_way_with_a_file_of_ones_own(demo_model, tmp_pa
     assert result.returncode == 0, result.stderr
     shown = result.stdout[result.stdout.index("Held-out questions, before and after:") :]
     assert "3 queries, held out by question: new questions about passages that training may know" in shown
-    assert re.search(r"^(better|no difference|worse): MRR@10 .* on 3 questions about", result.stdout, re.MULTILINE)
+    assert re.search(r"^(better|no difference|worse): MRR@10 .* on 3 new questions about", result.stdout, re.MULTILINE)
     assert re.search(rf"^{demo_model} +\d\.\d{{4}} .*\n\.demo/finetuned +\d\.\d{{4}} ", shown, re.MULTILINE)
     assert "held out by question" in (tmp_path / ".demo" / "evaluation" / "report.html").read_text()
     assert "are in the training data of" not in result.stderr
