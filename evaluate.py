@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY, write_evaluation
         from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
+        from embedding_finetune.model.encoding_kernels import working_device
         from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.model.training_queries import read_training_queries
         from embedding_finetune.retrieval.encoder import load_encoder
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
     join_process_group()
     check_models_are_there(options.model_name[1:], flag="--model_name", cache_dir=options.cache_dir)
-    gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
+    gpus = gpus_to_search_on(working_device(), use_gpu_for_searching=options.use_gpu_for_searching, own_gpu=own_gpu())
     rankings, values, weights_digests, trained_queries = {}, {}, {}, {}
     for name in options.model_name:
         encoder = load_encoder(name, options, flag="--model_name")

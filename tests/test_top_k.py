@@ -1,21 +1,15 @@
+import sys
+
 import numpy as np
 import pytest
+import torch
 from helpers.running import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval import top_k as retrieval
-from embedding_finetune.retrieval.top_k import (
-    NearDuplicates,
-    PairScores,
-    TopK,
-    as_results,
-    fuse,
-    gpus_to_search_on,
-    positions_of,
-    scores_of,
-)
+from embedding_finetune.retrieval import top_k
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK, fuse, gpus_to_search_on
 
 
 def reference_search(queries, passages, top_k, ties):
@@ -118,58 +112,29 @@ def test_fusion_adds_reciprocal_ranks_and_breaks_ties_by_position():
     assert fuse([one]).tolist() == one.tolist()
 
 
-@given(
-    results=st.lists(
-        st.tuples(st.floats(allow_nan=False, width=32), st.integers(0, 2**32 - 2)), min_size=1, unique_by=lambda r: r[1]
-    ),
-    ties=st.sampled_from(["first", "last"]),
-)
-def test_results_as_integers_sort_by_score_and_then_by_position(results, ties):
-    scores, positions = np.array([r[0] for r in results], np.float32), np.array([r[1] for r in results], np.int64)
-    packed = np.sort(as_results(scores, positions, ties))
-    order = np.lexsort((positions if ties == "first" else -positions, -scores))
-    assert positions_of(packed, ties).tolist() == positions[order].tolist()
-    assert (scores_of(packed) == scores[order]).all()
-
-
-def test_a_list_too_long_for_faiss_gpu_is_searched_on_the_cpu_and_said_once(monkeypatch, caplog):
-    import faiss
-
-    asked = []
-
-    class OnGpu:
-        def __init__(self, index):
-            self.index = index
-
-        def add(self, block):
-            self.index.add(block)
-
-        def search(self, queries, width):
-            asked.append(width)
-            assert width <= 2048
-            return self.index.search(queries, width)
-
-    monkeypatch.setattr(faiss, "GpuMultipleClonerOptions", type("Options", (), {}), raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpus_list", lambda index, options, gpus: OnGpu(index), raising=False)
-    retrieval._warn_that_the_cpu_searches.cache_clear()
-    rng = np.random.default_rng(0)
-    q, p = vectors(rng, 3, 4), vectors(rng, 5000, 4)
-    for top_k, searched in ((100, True), (2100, False), (2200, False)):
-        asked.clear()
-        on_gpu = TopK(q, top_k, gpus=[0])
-        on_gpu.add(0, p)
-        assert np.array_equal(on_gpu.ranking().positions, search(q, p, top_k)[1])
-        assert bool(asked) == searched
-    assert caplog.text.count("at most 2048 results") == 1
-
-
 def test_gpu_search_without_gpu_support_says_what_to_do():
     import faiss
 
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this faiss has GPU support")
     with pytest.raises(UserError, match=r"--use_gpu_for_searching.*requirements_cuda\.txt"):
-        gpus_to_search_on()
+        gpus_to_search_on(torch.device("cpu"), use_gpu_for_searching=True)
+
+
+@pytest.mark.parametrize(("own_gpu", "expected"), [(None, [0, 1, 2]), (1, [1]), (4, [1])])
+def test_faiss_searches_on_all_gpus_or_on_the_own_one_of_the_process(own_gpu, expected, monkeypatch):
+    monkeypatch.setattr(top_k.faiss_search, "all_gpus", lambda: [0, 1, 2])
+    device = torch.device("cuda")
+    assert gpus_to_search_on(device, use_gpu_for_searching=True, own_gpu=own_gpu) == expected
+    assert gpus_to_search_on(device, use_gpu_for_searching=False, own_gpu=own_gpu) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_a_faiss_that_is_needed_and_missing_is_told_before_anything_is_encoded(device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"needs faiss.*: pip install faiss-cpu$"):
+        gpus_to_search_on(torch.device(device), use_gpu_for_searching=False)
+    assert gpus_to_search_on(torch.device("cuda"), use_gpu_for_searching=False) == []
 
 
 def test_rankings_that_no_memory_holds_are_one_line():

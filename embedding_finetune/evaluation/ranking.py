@@ -25,7 +25,8 @@ def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequ
     corpus = task.corpus
     repeating = corpus if isinstance(corpus, Documents) and corpus.duplicates else None
     texts = corpus.texts if repeating is None else corpus.texts.at(repeating.distinct)
-    top = TopK(encode_queries(encoder, task.queries, task.instructions), min(top_k, len(texts)), ties="last", gpus=gpus)
+    queries = encode_queries(encoder, task.queries, task.instructions)
+    top = TopK(queries, min(top_k, len(texts)), ties="last", device=encoder.device, gpus=gpus)
     for start, block in encode_own_passages(encoder, texts):
         top.add(start, block)
     merge_rankings(top)

@@ -19,6 +19,7 @@ from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_gpu, own_share
 from embedding_finetune.mining.arguments import RankingOptions
 from embedding_finetune.mining.stopwatch import Stopwatch
+from embedding_finetune.model.encoding_kernels import working_device
 from embedding_finetune.retrieval.encoder import Encoder, load_encoder
 from embedding_finetune.retrieval.reranker import Reranker, load_reranker
 from embedding_finetune.retrieval.shared_search import (
@@ -90,7 +91,7 @@ def rank_candidates(
     """
     start, stop = options.range_for_sampling
     options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
-    gpus = gpus_to_search_on(own_gpu()) if options.use_gpu_for_searching else ()
+    gpus = gpus_to_search_on(working_device(), use_gpu_for_searching=options.use_gpu_for_searching, own_gpu=own_gpu())
     scratch = scratch or _scratch(options)
     candidates = _rank_with_first_model(
         queries, instructions, corpus, pairs, positives, options, gpus, stopwatch, scratch
@@ -120,12 +121,13 @@ def _rank_with_first_model(
     name = options.model_name_or_path[0]
     encoder = load_encoder(name, options, flag=_FLAG, scratch=scratch)
     stopwatch.lap("load")
-    top = TopK(encode_queries(encoder, queries, instructions), options.range_for_sampling[1], gpus=gpus)
+    embedded = encode_queries(encoder, queries, instructions)
+    top = TopK(embedded, options.range_for_sampling[1], device=encoder.device, gpus=gpus)
     pair_scores = PairScores(top.queries, *pairs)
     near_duplicates = np.empty((0, 2), dtype=np.int64)
     if options.near_duplicate_threshold is not None:
         embeddings = encode_passages(encoder, corpus.texts.at(positives), _own_part(positives, corpus))
-        search = NearDuplicates(embeddings, options.near_duplicate_threshold)
+        search = NearDuplicates(embeddings, options.near_duplicate_threshold, device=encoder.device)
         _search(encoder, corpus, top, [pair_scores, search], stopwatch)
         merge_near_duplicates(search)
         near_duplicates = np.stack([positives[search.pairs[:, 0]], search.pairs[:, 1]], axis=1)
@@ -166,7 +168,8 @@ def _fuse_with_other_models(
     for name in options.model_name_or_path[1:]:
         encoder = load_encoder(name, options, flag=_FLAG)
         stopwatch.lap("load")
-        top = TopK(encode_queries(encoder, queries, instructions), options.range_for_sampling[1], gpus=gpus)
+        embedded = encode_queries(encoder, queries, instructions)
+        top = TopK(embedded, options.range_for_sampling[1], device=encoder.device, gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
         rankings.append(top.ranking().positions)
         digests[name] = encoder.weights_digest

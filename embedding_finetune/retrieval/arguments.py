@@ -79,6 +79,10 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep embeddings there, and reuse those of earlier runs with the same weights and settings",
     )
-    add_switch(group, "--use_gpu_for_searching", "search with faiss-gpu on all GPUs")
+    add_switch(
+        group,
+        "--use_gpu_for_searching",
+        "search with faiss-gpu on all GPUs, not with torch on the GPU that encodes",
+    )
     add_switch(group, "--trust_remote_code", "run code that comes with the model")
     group.add_argument("--cache_dir", metavar="DIR", help="where models from the hub are kept")

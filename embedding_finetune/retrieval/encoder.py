@@ -99,6 +99,11 @@ class Encoder:
         )
         self.stores: dict[str, EmbeddingStore] = {}  # by TextKind.name
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model encodes."""
+        return self.model.backbone.device
+
     def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
         """Reuse the embeddings that earlier runs kept in the folder `root`, and keep new ones there.
 

@@ -14,6 +14,7 @@ from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_share
 from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.retrieval.encoder import Encoder
+from embedding_finetune.retrieval.results import best_of
 from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK
 
 _QUERIES_PER_GATHER = 8192
@@ -45,7 +46,7 @@ def merge_rankings(ranking: TopK) -> None:
     """Merge the results of the other processes into this one's; afterwards all have the same ranking."""
     for first in range(0, len(ranking.queries), _QUERIES_PER_GATHER):
         part = slice(first, first + _QUERIES_PER_GATHER)
-        ranking.best[part] = ranking.merged(gather_objects(ranking.best[part]))
+        ranking.replace(part, best_of(gather_objects(ranking.results(part)), ranking.top_k))
 
 
 def merge_near_duplicates(near: NearDuplicates) -> None:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 
 def encoder_of(vectors, *, texts_per_block=2):
@@ -17,4 +18,4 @@ def encoder_of(vectors, *, texts_per_block=2):
         for first in range(start, stop, texts_per_block):
             yield first, embed(texts[first : min(first + texts_per_block, stop)])
 
-    return SimpleNamespace(encode_queries=embed, encode_passages=encode_passages)
+    return SimpleNamespace(encode_queries=embed, encode_passages=encode_passages, device=torch.device("cpu"))
