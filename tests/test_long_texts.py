@@ -6,77 +6,13 @@ import random
 import pytest
 from helpers.data import DEMO_MODEL, REPOSITORY, read_jsonl
 from helpers.tiny import make_tiny_reranker, make_tokenizer
+from helpers.tokenizer_kinds import KINDS, PIECES, tokenizer_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from embedding_finetune.model import tokens as batching
 from embedding_finetune.model.tokens import beginnings, pair_beginnings, tokenize
-
-SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
-
-
-def trained(kind):
-    """A tokenizer of the kind of GPT-2's, XLM-R's or Llama's, its vocabulary learned from the sample data."""
-    texts = [text for row in read_jsonl(REPOSITORY / "candidate_context.jsonl") for text in row["context"]]
-    options = {"vocab_size": 600, "special_tokens": SPECIAL, "show_progress": False}
-    if kind == "byte-level BPE":
-        backend, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**options)
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    elif kind == "BPE of whole texts":
-        backend, trainer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True)), trainers.BpeTrainer(**options)
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        texts = [part for text in texts for part in text.split(". ")]
-    else:
-        backend, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="<unk>", **options)
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(texts[:200], trainer)
-    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-KINDS = ["WordPiece", "byte-level BPE", "BPE of whole texts", "Unigram", "slow"]
-MADE = {}
-
-
-def tokenizer_of(kind):
-    if kind not in MADE:
-        MADE[kind] = {"WordPiece": make_tokenizer, "slow": ByT5Tokenizer}.get(kind, lambda: trained(kind))()
-    return MADE[kind]
-
-
-PIECES = st.sampled_from(
-    [
-        *(
-            "how do i reset the pump? ",
-            "a",
-            " ",
-            "\n\t",
-            "x" * 99,
-            "x" * 101,
-            "x" * 5000,
-            "e\u0301\u0302",
-            "\u0301" * 40,
-        ),
-        *(
-            "한글",
-            "😀",
-            "▁",
-            "</s>",
-            "[SEP] ",
-            "ΑΣ",
-            "1,234.5",
-            "aaab" * 30,
-            "日本語のテキスト",
-            "https://example.com/a?b=c ",
-        ),
-    ]
-)
 
 
 @given(
@@ -131,13 +67,21 @@ def test_the_tokenizer_never_sees_the_whole_of_a_text_of_20_megabytes(kind, monk
     words = "how do i reset the pump valve ? alarm , who is it".split()
     text = " ".join(random.Random(0).choices(words, k=100_000)) * 60
     assert len(text) > 20e6
-    seen, call = [], type(tokenizer)._encode_plus
+    seen, backend = [], tokenizer.backend_tokenizer
 
-    def encode(self, text, **options):
-        seen.extend(map(len, text))
-        return call(self, text=text, **options)
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(backend, name)
 
-    monkeypatch.setattr(type(tokenizer), "_encode_plus", encode)
+        def encode_batch(self, texts, **options):
+            seen.extend(map(len, texts))
+            return backend.encode_batch(texts, **options)
+
+        def encode_batch_fast(self, texts):
+            seen.extend(map(len, texts))
+            return backend.encode_batch_fast(texts)
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Watched())
     (ids, _), cut = tokenize(tokenizer, [text, "a"], instruction="query: ", max_length=512)
     assert (len(ids), cut) == (512, 1)
     assert 1 < max(seen) <= 2 * 16 * 512

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from helpers.data import REPOSITORY
-from transformers import BertConfig, Trainer
+from transformers import BertConfig, PreTrainedTokenizerFast, Trainer
 from transformers.utils import cached_file
 
 ATTRIBUTES = {
@@ -53,6 +53,9 @@ def test_the_hooks_of_the_trainer_and_the_keywords_that_we_lean_on_are_there():
     source = inspect.getsource(inspect.getmodule(inspect.unwrap(cached_file)))
     assert {name for name in CACHED_FILE if name not in source} == set()
     assert hasattr(BertConfig(), "_attn_implementation")
+    # A tokenizer whose class overrides one of these is called; of others the Rust tokenizer is used, see tokens.py.
+    assert hasattr(PreTrainedTokenizerFast, "_encode_plus")
+    assert hasattr(PreTrainedTokenizerFast, "_convert_encoding")
 
 
 def test_private_names_stand_behind_their_doors_and_in_this_list():

@@ -3,16 +3,21 @@
 Shapes: N texts, T tokens of the longest text in a batch.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import Instructions
 from embedding_finetune.model.checkpoint import EmbeddingConfig
+
+_TEXTS_AT_ONCE = 2048
+"""Texts per call of the Rust tokenizer: it takes 64 bytes of memory per token until their ids are packed."""
+_STEPS_OF_A_CALL = ("__call__", "_encode_plus", "_convert_encoding")
 
 
 def tokenize(
@@ -28,11 +33,47 @@ def tokenize(
     Texts are cut to `max_length` tokens.
     """
     texts = [instruction + text for text in texts]
+    encoded = list(_encoded(tokenizer, texts, max_length, lower_case=lower_case))
+    return [ids for ids, _ in encoded], sum(was_cut for _, was_cut in encoded)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, lower_case: bool
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the token ids of each text, special tokens included, and whether it was cut to `max_length` tokens."""
     if lower_case:
         texts = [text.lower() for text in texts]
-    if not texts:
-        return [], 0
     texts = beginnings(tokenizer, texts, max_length)
+    encode = _encoded_in_rust if _is_all_rust(tokenizer) else _encoded_by_call
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        yield from encode(tokenizer, texts[first : first + _TEXTS_AT_ONCE], max_length)
+
+
+def _is_all_rust(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a call of the tokenizer is no more than a call of its Rust tokenizer, with settings for it."""
+    own, plain = type(tokenizer), PreTrainedTokenizerFast
+    overridden = (getattr(own, name) is not getattr(plain, name) for name in _STEPS_OF_A_CALL)
+    return issubclass(own, plain) and not any(overridden)
+
+
+def _encoded_in_rust(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> Iterator[tuple[list[int], bool]]:
+    """`_encoded` without the objects that transformers makes: they hold Python's lock more than twice as long.
+
+    In an encoding run it is the main thread, which feeds the GPU, that waits for the lock.
+    """
+    tokenizer([""], truncation=True, max_length=max_length)  # transformers gives the Rust tokenizer its settings
+    fewest = _fewest_where_cut(tokenizer, max_length)
+    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts):
+        ids = encoding.ids
+        yield ids, len(ids) >= fewest and bool(encoding.overflowing)
+
+
+def _encoded_by_call(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> Iterator[tuple[list[int], bool]]:
+    """`_encoded` for tokenizers that are Python, all or in part."""
     encoded = tokenizer(
         texts,
         truncation=True,
@@ -41,13 +82,22 @@ def tokenize(
         return_attention_mask=False,
         return_token_type_ids=False,
     )
-    token_ids = encoded["input_ids"]
-    # Tokenizers written in Python add no end to a cut text that ends so by itself, and give fewer than max_length then.
-    fewest = max_length - tokenizer.num_special_tokens_to_add()
-    full = [row for row, ids in enumerate(token_ids) if len(ids) >= fewest]
-    if encoded.encodings is not None:
-        return token_ids, sum(bool(encoded.encodings[row].overflowing) for row in full)
-    return token_ids, sum(len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length for row in full)
+    fewest = _fewest_where_cut(tokenizer, max_length)
+    for row, ids in enumerate(encoded["input_ids"]):
+        if len(ids) < fewest:
+            yield ids, False
+        elif encoded.encodings is not None:
+            yield ids, bool(encoded.encodings[row].overflowing)
+        else:
+            yield ids, len(tokenizer(texts[row], verbose=False)["input_ids"]) > max_length
+
+
+def _fewest_where_cut(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """The fewest tokens that a text has which was cut to `max_length`.
+
+    Tokenizers written in Python add no end to a cut text that ends so by itself, and give fewer than max_length then.
+    """
+    return max_length - tokenizer.num_special_tokens_to_add()
 
 
 _CHARACTERS_PER_TOKEN = 16
@@ -133,8 +183,13 @@ def prompt_length(tokenizer: PreTrainedTokenizerBase, instruction: str, *, lower
 class Tokens(NamedTuple):
     """A text as the model takes it: texts of equal Tokens have equal embeddings."""
 
-    ids: tuple[int, ...]
-    prompt_length: int  # how many of them, at the beginning, pooling leaves out
+    packed: bytes  # the token ids as C's int: a ninth of the memory of a tuple, and Python keeps the hash of bytes
+    prompt_length: int  # how many of the tokens, at the beginning, pooling leaves out
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The token ids: (T,) int32, read-only."""
+        return np.frombuffer(self.packed, dtype=np.intc)
 
 
 def first_rows(instructions: Iterable[str | None]) -> dict[str, int]:
@@ -160,17 +215,15 @@ class TextKind(NamedTuple):
     ) -> tuple[list[Tokens], int]:
         """The tokens of texts of this kind, and how many texts were cut, see the function `tokenize`."""
         own = [self.instruction if text is None else text for text in instructions or [None] * len(texts)]
-        token_ids, cut = tokenize(
-            tokenizer,
-            [instruction + text for instruction, text in zip(own, texts)],
-            instruction="",
-            max_length=self.max_length,
-            lower_case=self.lower_case,
-        )
+        texts = [instruction + text for instruction, text in zip(own, texts)]
+        packed, cut = [], 0
+        for ids, was_cut in _encoded(tokenizer, texts, self.max_length, lower_case=self.lower_case):
+            packed.append(array("i", ids).tobytes())
+            cut += was_cut
         left_out = dict.fromkeys(own, 0)
         if not self.include_prompt:
             left_out = {text: prompt_length(tokenizer, text, lower_case=self.lower_case) for text in left_out}
-        return [Tokens(tuple(ids), left_out[instruction]) for ids, instruction in zip(token_ids, own)], cut
+        return list(map(Tokens, packed, map(left_out.__getitem__, own))), cut
 
     def check_instructions(self, tokenizer: PreTrainedTokenizerBase, first_rows: Mapping[str, int]) -> None:
         """Raise UserError where instructions of rows leave no room for a text: all would have the same tokens.
@@ -211,19 +264,19 @@ def padded_length(longest: int, limit: int) -> int:
 
 
 def pad(
-    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]], *, limit: int
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int] | np.ndarray], *, limit: int
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (N, T) int64, padded on the tokenizer's own side.
 
     limit: the most tokens that the model takes; rounding the length up does not exceed it.
     """
-    longest = padded_length(max(map(len, token_ids)), limit)
-    input_ids = np.full((len(token_ids), longest), tokenizer.pad_token_id or 0, dtype=np.int64)
-    attention_mask = np.zeros((len(token_ids), longest), dtype=np.int64)
-    for row, ids in enumerate(token_ids):
-        filled = slice(longest - len(ids), None) if tokenizer.padding_side == "left" else slice(0, len(ids))
-        input_ids[row, filled] = ids
-        attention_mask[row, filled] = 1
+    lengths = np.fromiter(map(len, token_ids), dtype=np.int64, count=len(token_ids))
+    longest = padded_length(int(lengths.max()), limit)
+    places = np.arange(longest)[::-1] if tokenizer.padding_side == "left" else np.arange(longest)
+    is_token = places < lengths[:, None]  # (N, T)
+    input_ids = np.full(is_token.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
+    input_ids[is_token] = np.concatenate(token_ids)
+    attention_mask = is_token.astype(np.int64)
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
 
 
