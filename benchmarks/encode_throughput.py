@@ -138,10 +138,10 @@ def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
 
     from embedding_finetune.model.encoding_kernels import PackedLinear
     from embedding_finetune.model.tokens import tokenize
-    from embedding_finetune.retrieval.encoder import default_tokens_per_batch
+    from embedding_finetune.retrieval.budget import TokenBudget
 
     encoder = load(model, dtype)
-    tokens = default_tokens_per_batch(torch.device("cpu"))  # in a batch
+    tokens = TokenBudget(None, torch.device("cpu")).tokens  # in a batch
     layers = [module for module in encoder.model.backbone.modules() if isinstance(module, PackedLinear)]
     inputs = {
         width: torch.randn(tokens, width).to(getattr(torch, dtype)) for width in {layer.in_features for layer in layers}

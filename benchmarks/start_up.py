@@ -23,12 +23,12 @@ parse_arguments = mine_hard_neg.parse_arguments
 
 def watched(argv):
     import embedding_finetune.retrieval.encoder as encoding  # the import that the run itself makes next
-    forward = encoding.Encoder._forward
+    embed = encoding.Encoder._embed
     def stop(*args):
-        forward(*args)
+        embed(*args)
         print(time.time() - float(os.environ["BEGAN"]), flush=True)
         os._exit(0)
-    encoding.Encoder._forward = stop
+    encoding.Encoder._embed = stop
     return parse_arguments(argv)
 
 mine_hard_neg.parse_arguments = watched

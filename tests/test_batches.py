@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.data import write_jsonl
+from helpers.data import padded_ids, write_jsonl
 from helpers.tiny import make_tokenizer
 from torch.utils.data import DataLoader
 
@@ -108,17 +108,17 @@ def test_a_group_short_of_negatives_is_filled_with_masked_columns(tmp_path):
     batch = collator(4)([dataset[0, 0], dataset[0, 1]])
     red, green, blue = map(text_id, ("red", "green", "blue"))
     assert batch["passage_ids"].tolist() == [[red, green, PADDING_ID, PADDING_ID], [blue] + [PADDING_ID] * 3]
-    assert batch["input_ids"].shape[0] == 5  # two queries, three passages: padding is not encoded
+    assert len(padded_ids(batch["texts"])) == 5  # two queries, three passages: padding is not encoded
 
 
 def test_a_text_that_a_batch_holds_several_times_is_encoded_once(tmp_path):
     rows = rows_of(tmp_path, [{"query": q, "pos": ["reset"], "neg": ["a", "b"]} for q in ("red", "green", "red")])
     dataset = TrainDataset(rows, group_size=3, seed=0)
     batch = collator(3)([dataset[0, i] for i in range(3)])
-    assert batch["input_ids"].shape[0] == 5
-    texts = batch["input_ids"][batch["passage_index"][:, 0]]
+    assert len(padded_ids(batch["texts"])) == 5
+    texts = padded_ids(batch["texts"])[batch["passage_index"][:, 0]]
     assert torch.equal(texts[0], texts[1])
-    assert torch.equal(batch["query_index"], torch.tensor([0, 1, 0]))
+    assert batch["query_index"][0] == batch["query_index"][2] != batch["query_index"][1]
 
 
 def test_instructions_go_before_queries_and_passages_and_never_into_text_ids(tmp_path):
@@ -126,8 +126,9 @@ def test_instructions_go_before_queries_and_passages_and_never_into_text_ids(tmp
     example = TrainDataset(rows, group_size=2, seed=0)[0, 0]
     batch = collator(2, query_instruction="how: ", passage_instruction="it is ")([example])
     tokenizer = make_tokenizer()
-    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "how : red"
-    assert tokenizer.decode(batch["input_ids"][1], skip_special_tokens=True) == "it is green"
+    texts = tokenizer.batch_decode(padded_ids(batch["texts"]), skip_special_tokens=True)
+    assert texts[batch["query_index"][0]] == "how : red"
+    assert [texts[place] for place in batch["passage_index"][0]] == ["it is green", "it is blue"]
     assert batch["passage_ids"].tolist() == [[text_id("green"), text_id("blue")]]
 
 
@@ -161,10 +162,12 @@ def test_a_rows_instruction_goes_before_its_query_in_place_of_the_models(tmp_pat
     )
     dataset = TrainDataset(rows, group_size=1, seed=0)
     batch = collator(1, query_instruction="how: ")([dataset[0, n] for n in range(4)])
-    queries = batch["input_ids"][batch["query_index"]]
+    queries = padded_ids(batch["texts"])[batch["query_index"]]
     texts = make_tokenizer().batch_decode(queries, skip_special_tokens=True)
     assert texts == ["how : red", "open the red", "red", "open the red"]
-    assert batch["query_index"].tolist() == [0, 1, 2, 1]  # with another instruction it is another text
+    first, second, third, fourth = batch["query_index"].tolist()
+    assert second == fourth  # with another instruction it is another text
+    assert len({first, second, third}) == 3
     # What is known to answer a query is known by its text alone.
     known = {text_id(text) for text in ("red", "green", "blue", "gate")}
     assert [set(ids) for ids in batch["known_ids"].tolist()] == [known] * 4
@@ -180,10 +183,15 @@ def test_a_batch_of_queries_with_instructions_is_that_of_queries_written_out(tmp
     for records, flag in ((instructed, "how: "), (written, "")):
         dataset = TrainDataset(rows_of(tmp_path, records), group_size=1, seed=0)
         batches.append(collator(1, query_instruction=flag, **pooling)([dataset[0, n] for n in range(4)]))
-    for name in ("input_ids", "attention_mask", "query_index", "passage_index", "passage_ids"):
+    for name in ("query_index", "passage_index", "passage_ids"):
         assert torch.equal(batches[0][name], batches[1][name]), name
+    texts, written_out = (batch["texts"] for batch in batches)
+    for name in ("token_ids", "positions", "attention_mask"):
+        assert torch.equal(texts[name], written_out[name]), name
+    assert texts["sub_batches"] == written_out["sub_batches"]
+    assert "prompt_lengths" not in written_out
     if not include_prompt:
-        assert batches[0]["prompt_lengths"][batches[0]["query_index"]].tolist() == [3, 0, 3, 3]
+        assert texts["prompt_lengths"][batches[0]["query_index"]].tolist() == [3, 0, 3, 3]
 
 
 def test_a_row_without_weight_brings_no_negatives_and_no_loss(tmp_path):

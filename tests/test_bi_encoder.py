@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import make_rotary_model, make_tiny_bert
@@ -8,6 +9,8 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder, pool
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.sub_batches import padded_texts
+from embedding_finetune.model.tokens import batches_by_length
 
 STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
 RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -113,7 +116,13 @@ def test_sub_batches_give_the_loss_and_gradients_of_one_batch(tmp_path, budget, 
     target = torch.randn(12, 32)
 
     gradients = []
-    for embeddings in (model(ids, mask), model.encode_in_sub_batches(ids, mask, tokens_per_sub_batch=budget)):
+    lengths = mask.sum(dim=1).numpy()
+    order = np.argsort(-lengths, kind="stable")
+    ids, mask, lengths = ids[order], mask[order], lengths[order]
+    ends = np.cumsum([len(rows) for rows in batches_by_length(lengths, budget)]).tolist()
+    texts = padded_texts(ids, mask, ends=ends, left=padding_side == "left", lengths=lengths)
+    assert len(texts["sub_batches"]) == {1: 12, 33: 6, 10_000: 1}[budget]
+    for embeddings in (model(ids, mask), model.encode_in_sub_batches(texts)):
         backbone.zero_grad()
         loss = (embeddings * target).sum()
         loss.backward()

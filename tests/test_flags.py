@@ -18,6 +18,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.mining.arguments import CHOICE_FLAGS
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.flags import REFUSED
@@ -407,7 +408,7 @@ def noisy_inputs(model, alpha, *, training=True):
     handle = activate_neftune(model, alpha) if alpha else None
     model.train(training)
     torch.manual_seed(0)
-    model.bi_encoder.encode_in_sub_batches(torch.full((2, 64), 7), torch.ones(2, 64, dtype=torch.long))
+    model.bi_encoder.encode_in_sub_batches(padded_texts(torch.full((2, 64), 7), torch.ones(2, 64, dtype=torch.long)))
     hook.remove()
     if handle:
         deactivate_neftune(model, handle)

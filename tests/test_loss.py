@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.training.loss import (
     PADDING_ID,
     LossOptions,
@@ -190,19 +191,19 @@ def test_the_module_adds_the_teachers_divergence_to_the_contrastive_loss_of_the_
     backbone, _, config = load_backbone(str(tiny_bert), flag="--model")
     model = BiEncoder(backbone, config).eval()
     ids = torch.randint(5, 60, (5, 9), generator=torch.Generator().manual_seed(0))
-    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    texts = padded_texts(ids, torch.ones_like(ids), ends=[2, 4, 5])
     # Both queries are told apart from text 3, which the first one has as its negative and the second as its positive.
     batch = {"query_index": torch.tensor([0, 1]), "passage_index": torch.tensor([[2, 3], [3, 4]])}
     batch |= {"passage_ids": torch.tensor([[20, 30], [30, 40]]), "known_ids": torch.tensor([[20, 1], [30, 2]])}
     teacher = torch.tensor([[2.0, 1.0], [3.0, float("-inf")]])
     options = LossOptions(temperature=0.3, distillation_weight=0.5, teacher_temperature=2.0)
-    loss = RetrievalLoss(model, options, tokens_per_sub_batch=18, recompute_sub_batches=recompute)
-    embeddings = model(**texts)
+    loss = RetrievalLoss(model, options, recompute_sub_batches=recompute)
+    embeddings = model(ids, torch.ones_like(ids))
     queries, passages = embeddings[:2], embeddings[torch.tensor([[2, 3], [3, 4]])]
     contrast = contrastive_loss(
         queries, passages, temperature=0.3, passage_ids=batch["passage_ids"], known_ids=batch["known_ids"]
     )
     divergence = distillation_loss(queries, passages, teacher, temperature=0.3, teacher_temperature=2.0)
-    assert loss(**texts, **batch)["loss"].item() == pytest.approx(contrast.item(), rel=1e-5)
+    assert loss(texts, **batch)["loss"].item() == pytest.approx(contrast.item(), rel=1e-5)
     expected = contrast.item() + 0.5 * divergence.item()
-    assert loss(**texts, **batch, teacher_scores=teacher)["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss(texts, **batch, teacher_scores=teacher)["loss"].item() == pytest.approx(expected, rel=1e-5)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, padded_ids, passage_about, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 
@@ -224,7 +224,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(mak
 def test_the_loss_of_a_step_is_that_of_scores_divided_by_the_temperature(make_trainer, temperature, normalized):
     flags = {"temperature": temperature, "normalized": normalized, "max_steps": 1}
     (batch, *_), untrained = make_trainer(**flags).get_train_dataloader(), make_trainer(**flags).bi_encoder
-    texts = untrained.eval()(batch["input_ids"], batch["attention_mask"])  # (D, H)
+    texts = untrained.eval()(padded_ids(batch["texts"]), batch["texts"]["attention_mask"])  # (D, H)
     assert torch.allclose(texts.norm(dim=1), torch.ones(len(texts))) is normalized
     queries, passages = texts[batch["query_index"]], texts[batch["passage_index"].flatten()]  # (4, H), (8, H)
     loss = 0.0

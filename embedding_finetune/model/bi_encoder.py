@@ -1,9 +1,9 @@
 """The bi-encoder: one backbone that embeds queries and passages.
 
-Shapes: N texts, T tokens, H dimensions; H' dimensions before projection and cutting.
+Shapes: N texts, T tokens, H dimensions; H' dimensions before projection and cutting. Of a training batch: D texts of S
+tokens in all, V of them distinct.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from embedding_finetune.model.checkpoint import DenseConfig, EmbeddingConfig
-from embedding_finetune.model.tokens import batches_by_length, padded_length
-
-_TOKENS_PER_SUB_BATCH = {"cpu": 1024}
-"""Padded tokens per sub-batch where --tokens_per_sub_batch does not say; see benchmarks/README.md."""
+from embedding_finetune.model.packing import Packed, pool_packed
+from embedding_finetune.model.sub_batches import Texts
 
 
 class BiEncoder(nn.Module):
@@ -49,57 +47,55 @@ class BiEncoder(nn.Module):
         """
         return self._embed(attention_mask, prompt_lengths, input_ids=input_ids)
 
-    def encode_in_sub_batches(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_lengths: Tensor | None = None,
-        *,
-        tokens_per_sub_batch: int | None = None,
-        recompute: bool = False,
-    ) -> Tensor:
-        """The result of `forward`, computed in sub-batches of texts of similar length: (N, H) float32.
+    def encode_in_sub_batches(self, texts: Texts, *, recompute: bool = False) -> Tensor:
+        """Embeddings of texts that are laid out for training, in their order: (D, H) float32.
 
         Half of a random batch is padding; sorted by length, hardly any is, and activations stay small. With
         `recompute` they are not kept: the backward pass computes each sub-batch again, with the same dropout masks. So
-        memory does not grow with the batch (the gradient cache of arXiv:2101.06983). tokens_per_sub_batch: padded
-        tokens; None for the device's default.
+        memory does not grow with the batch (the gradient cache of arXiv:2101.06983).
         """
-        budget = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(input_ids.device.type, 2**16)
-        lengths = attention_mask.sum(dim=1).cpu().numpy()  # (N,)
-        left_padded = bool(attention_mask[:, 0].sum() < attention_mask[:, -1].sum())
-        # One lookup of the batch's distinct tokens: the gradient of a lookup in the backbone's table is as large as
-        # that table, and every sub-batch would compute one.
-        token_ids, positions = input_ids.unique(return_inverse=True)  # (V,), (N, T)
-        table = self.backbone.get_input_embeddings()(token_ids)  # (V, H')
-        batches = list(batches_by_length(lengths, budget))
-        embeddings = []
-        for rows in batches:
-            width = padded_length(int(lengths[rows].max()), limit=input_ids.shape[1])
-            columns = slice(-width, None) if left_padded else slice(0, width)
-            prompts = None if prompt_lengths is None else prompt_lengths[rows]
-            inputs = (table, positions[rows, columns], attention_mask[rows, columns], prompts)
-            if recompute:
-                embeddings.append(checkpoint(self._embed_from_table, *inputs, use_reentrant=False))
-            else:
-                embeddings.append(self._embed_from_table(*inputs))
-        order = torch.from_numpy(np.concatenate(batches).argsort()).to(input_ids.device)
-        return torch.cat(embeddings)[order]
+        table = self.backbone.get_input_embeddings()(texts["token_ids"])  # (V, H')
+        embed = self._embed_padded if "attention_mask" in texts else self._embed_packed
+        if recompute:
+            parts = [checkpoint(embed, table, texts, part, use_reentrant=False) for part in texts["sub_batches"]]
+        else:
+            parts = [embed(table, texts, part) for part in texts["sub_batches"]]
+        return torch.cat(parts)
 
-    def _embed_from_table(
-        self, table: Tensor, positions: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None
-    ) -> Tensor:
+    def _embed_padded(self, table: Tensor, texts: Texts, sub_batch: tuple[int, ...]) -> Tensor:
+        first, end, left, right = sub_batch
+        positions = texts["positions"][first:end, left:right]
         inputs = self.token_embeddings(F.embedding(positions, table))  # (n, t, H')
-        return self._embed(attention_mask, prompt_lengths, inputs_embeds=inputs)
+        prompts = texts["prompt_lengths"][first:end] if "prompt_lengths" in texts else None
+        return self._embed(texts["attention_mask"][first:end, left:right], prompts, inputs_embeds=inputs)
+
+    def _embed_packed(self, table: Tensor, texts: Texts, sub_batch: tuple[int, ...]) -> Tensor:
+        first, end, begin, stop, longest = sub_batch
+        boundaries = texts["boundaries"][first : end + 1] - begin
+        packed = Packed(texts["position_ids"][begin:stop], boundaries, longest)
+        inputs = self.token_embeddings(F.embedding(texts["positions"][None, begin:stop], table))  # (1, s, H')
+        prompts = texts["prompt_lengths"][first:end] if "prompt_lengths" in texts else None
+        return self.embed_packed(packed, prompts, inputs_embeds=inputs)
+
+    def embed_packed(self, texts: Packed, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
+        """Embeddings (n, H) float32 of packed texts, for a backbone that packing.pack_if_possible has prepared.
+
+        inputs: input_ids (1, S), or inputs_embeds (1, S, H').
+        """
+        states = self.backbone(**inputs, **texts.keywords()).last_hidden_state[0]  # (S, H')
+        return self._finished(pool_packed(states.float(), texts, self.embedding_config.pooling, prompt_lengths))
 
     def _embed(self, attention_mask: Tensor, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
         states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H')
         if prompt_lengths is not None:
             attention_mask = attention_mask * (attention_mask.cumsum(dim=1) > prompt_lengths[:, None])
-        embeddings = pool(states.float(), attention_mask, self.embedding_config.pooling)  # (n, H')
+        return self._finished(pool(states.float(), attention_mask, self.embedding_config.pooling))
+
+    def _finished(self, embeddings: Tensor) -> Tensor:
+        """Pooled states (n, H') through projection, cutting and normalisation: (n, H)."""
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = self.projection(embeddings)
-        return self.cut(embeddings, self.dimensions)  # (n, H)
+        return self.cut(embeddings, self.dimensions)
 
     def cut(self, embeddings: Tensor, dimensions: int) -> Tensor:
         """The first `dimensions` of embeddings (..., any), scaled to length 1 if this model normalises."""
@@ -116,7 +112,8 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
     """Token states (N, T, H) to one vector per text (N, H), by one of pooling.POOLING_METHODS."""
     rows = torch.arange(len(states), device=states.device)
     if method == "cls":
-        return states[rows, attention_mask.argmax(dim=1)]  # the first token that is not padding
+        padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1)  # before the first token; not every device's argmax
+        return states[rows, padding % states.shape[1]]  # finds the first of equal ones
     if method == "lasttoken":
         positions = torch.arange(states.shape[1], device=states.device)
         return states[rows, (attention_mask * positions).argmax(dim=1)]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.model.tokens import pad
 
 _TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
@@ -115,7 +116,10 @@ def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        paths = [lambda inputs: model(**inputs)[0], lambda inputs: model.encode_in_sub_batches(**inputs)[0]]
+        paths = [
+            lambda inputs: model(**inputs)[0],
+            lambda inputs: model.encode_in_sub_batches(padded_texts(**inputs))[0],
+        ]
         with torch.enable_grad():  # attention is computed differently with gradients
             check_padding(paths, model.backbone, tokenizer, limit=limit, what=f"{what}, in training")
     finally:

@@ -16,6 +16,7 @@ from embedding_finetune.model.attention import (
     attention_by_sdpa,
     attention_scores,
     is_plain_attention,
+    leave_out_cudnn_attention,
     register_attention,
     replace_sdpa,
     weighted_values,
@@ -73,6 +74,7 @@ def prepare_for_encoding(
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
     backbone.to(device)  # after that: float32 weights might not fit there
+    leave_out_cudnn_attention()
     if device.type == "cpu":
         replace_sdpa(backbone, _ATTENTION)
     if torch_compile:

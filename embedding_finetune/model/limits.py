@@ -15,10 +15,13 @@ def length_limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     positions = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
     if positions < 1:  # XLNet's way to say that there is no limit
         positions = _UNLIMITED
+    return min(positions - first_position(backbone), tokenizer.model_max_length)
+
+
+def first_position(backbone: PreTrainedModel) -> int:
+    """The position id of a text's first token: RoBERTa and MPNet count from after the padding index."""
     padding = getattr(_position_table(backbone), "padding_idx", None)
-    if padding is not None:
-        positions -= padding + 1  # RoBERTa and MPNet count positions from after the padding index
-    return min(positions, tokenizer.model_max_length)
+    return 0 if padding is None else padding + 1
 
 
 def check_max_length(flag: str, value: int, limit: int) -> None:

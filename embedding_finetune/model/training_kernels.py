@@ -8,6 +8,8 @@ resumed runs and activation checkpointing work as they do with torch's own dropo
 Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,23 @@ def set_dropout(backbone: PreTrainedModel, probability: float) -> None:
 
     Its config, which is saved with it, stays as it is.
     """
+    for module, name in _dropouts(backbone):
+        setattr(module, name, probability)
+
+
+def has_dropout(backbone: PreTrainedModel) -> bool:
+    """Whether any dropout of a backbone has a probability above 0."""
+    return any(getattr(module, name) > 0 for module, name in _dropouts(backbone))
+
+
+def _dropouts(backbone: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
+    """The modules of a backbone, with the name of an attribute that holds a dropout's probability."""
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
-            module.p = probability
-        for name, value in vars(module).items():
+            yield module, "p"
+        for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
-                setattr(module, name, probability)
+                yield module, name
 
 
 def use_cheap_dropout(backbone: PreTrainedModel) -> None:

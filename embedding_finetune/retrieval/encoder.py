@@ -1,4 +1,4 @@
-"""Texts -> embeddings: block by block, in batches of one length and a bounded number of tokens.
+"""Texts -> embeddings, block by block.
 
 While a block is encoded, a thread reads and tokenizes the next one. Texts whose embeddings are in the store are not
 encoded again.
@@ -24,24 +24,18 @@ from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
-    free_memory,
-    is_out_of_memory,
     leave_out_pooler,
     prepare_for_encoding,
     working_device,
 )
+from embedding_finetune.model.limits import first_position
 from embedding_finetune.model.loading import load_embedding_model, weights_digest
-from embedding_finetune.model.tokens import (
-    TextKind,
-    Tokens,
-    batches_of_one_length,
-    pad,
-    padded_length,
-    text_kinds,
-)
+from embedding_finetune.model.packing import pack_if_possible
+from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.store import EmbeddingStore
+from embedding_finetune.retrieval.token_encoder import TokenEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +43,8 @@ T = TypeVar("T")
 
 TEXTS_PER_BLOCK = 8192
 """Texts that are tokenized, encoded, searched and stored together. It bounds memory, and changes no result."""
-
-_TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192}
-"""The default of --tokens_per_batch by kind of device; see benchmarks/README.md."""
-
-_TOKENS_STEP = 256
-"""Batches are filled with copies of a text to about a multiple of this. oneDNN keeps kernels for each shape: without
-it memory would grow with the number of shapes."""
+_ON_AN_ACCELERATOR = 4
+"""Times as many there: of 8192 texts a batch of one length would often be too small for it."""
 
 _SHOWN_CHARACTERS = 60
 
@@ -76,8 +65,8 @@ class Block:
 class Encoder:
     """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
 
-    tokens_per_batch: padded tokens at once; None for the device's default. weights_digest: loading.weights_digest of
-    the weights as they are stored; `keep_embeddings` needs it.
+    tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: loading.weights_digest of the weights as they are
+    stored; `keep_embeddings` needs it.
     """
 
     def __init__(
@@ -88,11 +77,12 @@ class Encoder:
         query_max_len: int,
         passage_max_len: int,
         tokens_per_batch: int | None = None,
+        packed_from: int | None = None,
         weights_digest: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.tokens_per_batch = tokens_per_batch
+        self._tokens = TokenEncoder(model, tokenizer, tokens_per_batch=tokens_per_batch, packed_from=packed_from)
         self.weights_digest = weights_digest
         self.query, self.passage = text_kinds(
             model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
@@ -156,8 +146,9 @@ class Encoder:
         if store is not None:
             store.refresh()
         first, stop, _ = share.indices(len(texts))
-        starts = range(first, stop, TEXTS_PER_BLOCK)
-        parts = (slice(start, min(start + TEXTS_PER_BLOCK, stop)) for start in starts)
+        size = TEXTS_PER_BLOCK if self.device.type == "cpu" else TEXTS_PER_BLOCK * _ON_AN_ACCELERATOR
+        starts = range(first, stop, size)
+        parts = (slice(start, min(start + size, stop)) for start in starts)
         blocks = (self._prepare(part.start, texts[part], kind, instructions and instructions[part]) for part in parts)
         cut = encoded = 0
         with Progress(stop - first, f"Encoding {kind.name} texts", "text") as progress:
@@ -193,47 +184,14 @@ class Encoder:
         # Texts with the same tokens are encoded once.
         rows_of: dict[Tokens, int] = {}
         rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
-        distinct = list(rows_of)
-        copies = np.bincount(rows, minlength=len(distinct))
-        embeddings = np.empty((len(distinct), block.embeddings.shape[1]), dtype=np.float32)
-        lengths = [len(tokens.ids) for tokens in distinct]
-        for batch in batches_of_one_length(lengths, self._token_budget, limit=kind.max_length):
-            embeddings[batch] = self._forward([distinct[row] for row in batch], kind)
-            progress.update(int(copies[batch].sum()))
+        copies = np.bincount(rows, minlength=len(rows_of))
+        embeddings = self._tokens.embed(
+            list(rows_of),
+            max_length=kind.max_length,
+            with_prompt=kind.include_prompt,
+            done=lambda batch: progress.update(int(copies[batch].sum())),
+        )
         return embeddings[rows]
-
-    @property
-    def _token_budget(self) -> int:
-        """The padded tokens of a batch."""
-        return self.tokens_per_batch or default_tokens_per_batch(self.model.backbone.device)
-
-    def _forward(self, texts: Sequence[Tokens], kind: TextKind) -> np.ndarray:
-        """Embeddings of texts of one padded length: (n, H). After a GPU runs out of memory, batches are halved."""
-        length = padded_length(len(texts[0].ids), kind.max_length)
-        count, largest_count = len(texts), max(self._token_budget // length, 1)
-        if count <= largest_count:
-            step = max(_TOKENS_STEP // length, 1)
-            filled = [*texts, *[texts[0]] * (min(-(-count // step) * step, largest_count) - count)]
-            batch = pad(self.tokenizer, [tokens.ids for tokens in filled], limit=kind.max_length)
-            if not kind.include_prompt:
-                batch["prompt_lengths"] = torch.tensor([tokens.prompt_length for tokens in filled])
-            try:
-                with torch.no_grad():
-                    inputs = {name: tensor.to(self.model.backbone.device) for name, tensor in batch.items()}
-                    return self.model(**inputs)[:count].cpu().numpy()
-            except RuntimeError as error:
-                if count == 1 or not is_out_of_memory(error):
-                    raise
-            self.tokens_per_batch = count * length // 2
-            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
-            free_memory(self.model.backbone.device)
-        half = count // 2
-        return np.concatenate([self._forward(texts[:half], kind), self._forward(texts[half:], kind)])
-
-
-def default_tokens_per_batch(device: torch.device) -> int:
-    """The padded tokens of a batch where --tokens_per_batch is not given."""
-    return _TOKENS_PER_BATCH.get(device.type, 2**16)
 
 
 def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:
@@ -262,15 +220,21 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     dtype = choose_dtype(options.dtype, device)
     logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     leave_out_pooler(backbone)
+    position = first_position(backbone)
+    packs = not options.torch_compile and pack_if_possible(
+        backbone, device, dtype, first_position=position, limit=loaded.length_limit
+    )
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
     model = BiEncoder(backbone, loaded.config, projection=loaded.projection.to(device)).eval()
-    check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=f"{flag} {name_or_path}")
+    if not packs:
+        check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=f"{flag} {name_or_path}")
     encoder = Encoder(
         model,
         loaded.tokenizer,
         query_max_len=loaded.query_max_len,
         passage_max_len=loaded.passage_max_len,
         tokens_per_batch=options.tokens_per_batch,
+        packed_from=position if packs else None,
         weights_digest=digest,
     )
     if options.embeddings_dir is not None:

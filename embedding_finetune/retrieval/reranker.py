@@ -20,8 +20,6 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checks import check_scores
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
-    free_memory,
-    is_out_of_memory,
     prepare_for_encoding,
     working_device,
 )
@@ -30,7 +28,7 @@ from embedding_finetune.model.loading import errors_name_the_model, load_pretrai
 from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.encoder import default_tokens_per_batch
+from embedding_finetune.retrieval.budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +49,13 @@ class Reranker:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
-        tokens_per_batch: int,
+        tokens_per_batch: int | None,
         weights_digest: str,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.tokens_per_batch = tokens_per_batch
+        self.budget = TokenBudget(tokens_per_batch, model.device)
         self.weights_digest = weights_digest
 
     def scores(self, queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
@@ -84,28 +82,24 @@ class Reranker:
         lengths = [len(ids) for ids in pairs["input_ids"]]
         scores = np.empty(len(lengths), dtype=np.float32)
         # Batches of one padded length: a pair's score does not depend on its neighbours.
-        for rows in batches_of_one_length(lengths, self.tokens_per_batch, limit=self.max_length):
+        for rows in batches_of_one_length(lengths, self.budget.tokens, limit=self.max_length):
             length = padded_length(lengths[rows[0]], self.max_length)
-            scores[rows] = self._logits([{name: pairs[name][row] for name in pairs} for row in rows], length)
+            batch = [{name: pairs[name][row] for name in pairs} for row in rows]
+            parts = self.budget.within(
+                batch,
+                lambda part, length=length: len(part) * length,  # type: ignore[misc]
+                lambda part, length=length: self._logits(part, length),  # type: ignore[misc]
+            )
+            scores[rows] = np.concatenate(list(parts))
             progress.update(len(rows))
         return scores
 
     def _logits(self, pairs: Sequence[Mapping[str, list[int]]], length: int) -> np.ndarray:
-        """Logits of pairs padded to this length: (n,). After a GPU runs out of memory, batches are halved."""
-        count = len(pairs)
-        if count <= max(self.tokens_per_batch // length, 1):
-            try:
-                batch = self.tokenizer.pad(pairs, padding="max_length", max_length=length, return_tensors="pt")  # T
-                with torch.no_grad():
-                    return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu().numpy()
-            except RuntimeError as error:
-                if count == 1 or not is_out_of_memory(error):
-                    raise
-            self.tokens_per_batch = count * length // 2
-            logger.warning("warning: out of GPU memory: --tokens_per_batch is %d from now on", self.tokens_per_batch)
-            free_memory(self.model.device)
-        half = count // 2
-        return np.concatenate([self._logits(pairs[:half], length), self._logits(pairs[half:], length)])
+        """Logits of pairs padded to this length: (n,)."""
+        batch = self.tokenizer.pad(pairs, padding="max_length", max_length=length, return_tensors="pt")  # (n, T)
+        with torch.no_grad():
+            logits: np.ndarray = self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu().numpy()
+        return logits
 
 
 def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
@@ -141,6 +135,6 @@ def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
         model,
         tokenizer,
         max_length=limit,
-        tokens_per_batch=options.tokens_per_batch or default_tokens_per_batch(device),
+        tokens_per_batch=options.tokens_per_batch,
         weights_digest=digest,
     )

@@ -6,10 +6,11 @@ workers, resuming and the number of ranks cannot change it. The epoch therefore 
 Shapes: R rows, B queries, G passages per query, N distinct texts, T tokens, P known positives per query.
 """
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -21,7 +22,8 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.tokens import Tokens, pad, text_kinds
+from embedding_finetune.model.sub_batches import Layout, layout_for
+from embedding_finetune.model.tokens import Tokens, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
@@ -171,6 +173,7 @@ class EmbedCollator:
     """Examples -> the arguments of RetrievalLoss.forward, `rows` and `cut_texts`; a repeated text is in a batch once.
 
     rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
+    Both are numpy's: they stay on the host. layout: how texts are laid out; by default as it suits a CPU.
     """
 
     def __init__(
@@ -181,30 +184,31 @@ class EmbedCollator:
         group_size: int,
         query_max_len: int,
         passage_max_len: int,
+        layout: Layout | None = None,
         with_teacher: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        limit = max(query_max_len, passage_max_len)
+        self.layout = layout or layout_for(torch.device("cpu"), tokenizer, limit=limit)
         self.group_size = group_size
         self.with_teacher = with_teacher
         self.query, self.passage = text_kinds(config, query_max_len=query_max_len, passage_max_len=passage_max_len)
 
-    def __call__(self, items: Sequence[TrainExample | None]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[TrainExample | None]) -> dict[str, Any]:
         """Tokenize the distinct texts of the examples, and point at them."""
+        if torch.utils.data.get_worker_info() is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the Rust tokenizer warns of forks, and does the same
         examples = [item for item in items if item is not None]
         texts_of = [example.passages for example in examples]
         queries, cut_queries = self.query.tokenize(
             self.tokenizer, [example.query for example in examples], [example.instruction for example in examples]
         )
         passages, cut_passages = self.passage.tokenize(self.tokenizer, [text for texts in texts_of for text in texts])
-        distinct, indices = _distinct([*queries, *passages])
+        distinct, numbers = _distinct([*queries, *passages])
+        places, texts = self.layout(distinct)
+        indices = places[numbers]
         query_index, passage_index = indices[: len(queries)], _groups(indices[len(queries) :], map(len, texts_of))
-        batch = pad(
-            self.tokenizer,
-            [tokens.ids for tokens in distinct],
-            limit=max(self.query.max_length, self.passage.max_length),
-        )  # input_ids, attention_mask: (N, T)
-        if not self.query.include_prompt:
-            batch["prompt_lengths"] = torch.tensor([tokens.prompt_length for tokens in distinct])  # (N,)
+        batch: dict[str, Any] = {"texts": texts}
         if self.with_teacher:
             scores = [example.teacher_scores for example in examples]
             batch["teacher_scores"] = _matrix(scores, self.group_size, float("-inf"), torch.float32)  # (B, G)
@@ -214,9 +218,9 @@ class EmbedCollator:
         known_ids = [example.known_ids for example in examples]
         return {
             **batch,
-            "rows": torch.tensor([example.row for example in examples]),  # (B,)
-            "cut_texts": torch.tensor([[cut_queries, len(queries)], [cut_passages, len(passages)]]),  # (2, 2)
-            "query_index": torch.tensor(query_index),  # (B,)
+            "rows": np.array([example.row for example in examples]),  # (B,)
+            "cut_texts": np.array([[cut_queries, len(queries)], [cut_passages, len(passages)]]),  # (2, 2)
+            "query_index": torch.from_numpy(query_index),  # (B,)
             # A group short of negatives is filled with columns of no text, which the loss masks.
             "passage_index": _matrix(passage_index, self.group_size, 0, torch.int64),  # (B, G)
             "passage_ids": _matrix(passage_ids, self.group_size, PADDING_ID, torch.int64),  # (B, G)
@@ -231,9 +235,9 @@ def _distinct(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
     return list(places), indices
 
 
-def _groups(values: Sequence[int], sizes: Iterable[int]) -> list[list[int]]:
+def _groups(values: np.ndarray, sizes: Iterable[int]) -> list[list[int]]:
     """Values in consecutive groups of these sizes."""
-    following = iter(values)
+    following = iter(values.tolist())
     return [list(islice(following, size)) for size in sizes]
 
 

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import IntervalStrategy, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -53,9 +52,9 @@ class CutTexts(TrainerCallback):
         self._lengths = {"query": query, "passage": passage}
         self._counts = np.zeros((2, 2), dtype=np.int64)
 
-    def count(self, counts: Tensor) -> None:
+    def count(self, counts: np.ndarray) -> None:
         """Add those of a batch, as EmbedCollator gives them: (kind, (cut, all))."""
-        self._counts += counts.cpu().numpy()
+        self._counts += counts
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the numbers of all processes, once."""

@@ -80,6 +80,9 @@ class CheckpointingTrainer(Trainer):
         """To be called where weights change without a step."""
         self._snapshots.forget()
 
+    def check_weights(self) -> None:
+        """Raise UserError for weights that are not to be saved."""
+
     def facts_of_run(self, run: Run) -> Run:
         """What a checkpoint says about the run, and how far it is."""
         return run
@@ -101,6 +104,7 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.check_weights()
         began = time.monotonic()
         try:
             super()._save_checkpoint(model, trial)

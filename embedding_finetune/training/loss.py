@@ -2,7 +2,7 @@
 
 Shapes: B queries, C groups of G passages (each led by a positive), H dimensions, N candidate
 columns: every passage in-batch (N = C*G), only the query's own group otherwise (N = G).
-In RetrievalLoss: D distinct texts of a batch, T tokens of the longest of them.
+In RetrievalLoss: D distinct texts of a batch.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from embedding_finetune.distributed import gather_rows
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.sub_batches import Texts
 
 PADDING_ID = -1
 """Text id of a column or list entry that stands for no text."""
@@ -136,50 +137,33 @@ class LossOptions:
 class RetrievalLoss(nn.Module):
     """The loss of a BiEncoder on batches as EmbedCollator makes them: what transformers' Trainer trains.
 
-    tokens_per_sub_batch, recompute_sub_batches: as in BiEncoder.encode_in_sub_batches.
+    recompute_sub_batches: as in BiEncoder.encode_in_sub_batches.
     """
 
-    def __init__(
-        self,
-        bi_encoder: BiEncoder,
-        options: LossOptions,
-        *,
-        tokens_per_sub_batch: int | None = None,
-        recompute_sub_batches: bool = False,
-    ) -> None:
+    def __init__(self, bi_encoder: BiEncoder, options: LossOptions, *, recompute_sub_batches: bool = False) -> None:
         super().__init__()
         self.bi_encoder = bi_encoder
         self.options = options
-        self.tokens_per_sub_batch = tokens_per_sub_batch
         self.recompute_sub_batches = recompute_sub_batches
 
     # Trainer takes a forward with **kwargs for one that averages over accumulated micro-batches itself.
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        texts: Texts,
         query_index: Tensor,
         passage_index: Tensor,
         passage_ids: Tensor,
         known_ids: Tensor,
-        prompt_lengths: Tensor | None = None,
         teacher_scores: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss under "loss", a scalar.
 
-        input_ids, attention_mask: (D, T), the batch's distinct texts. query_index: (B,) and passage_index: (B, G):
-        which of them each query and passage is. passage_ids: (B, G), known_ids: (B, P) as in contrastive_loss.
-        prompt_lengths: (D,) as in BiEncoder. teacher_scores: (B, G) as in distillation_loss; None for no teacher.
-        weight: a scalar that the loss is multiplied with; None for 1.
+        texts: the batch's distinct texts, D of them. query_index: (B,) and passage_index: (B, G): which of them each
+        query and passage is. passage_ids: (B, G), known_ids: (B, P) as in contrastive_loss. teacher_scores: (B, G) as
+        in distillation_loss; None for no teacher. weight: a scalar that the loss is multiplied with; None for 1.
         """
-        embeddings = self.bi_encoder.encode_in_sub_batches(
-            input_ids,
-            attention_mask,
-            prompt_lengths,
-            tokens_per_sub_batch=self.tokens_per_sub_batch,
-            recompute=self.recompute_sub_batches,
-        )  # (D, H)
+        embeddings = self.bi_encoder.encode_in_sub_batches(texts, recompute=self.recompute_sub_batches)  # (D, H)
         queries, passages = embeddings[query_index], embeddings[passage_index]  # (B, H), (B, G, H)
         loss = self._contrastive(queries, passages, passage_ids, known_ids)
         if teacher_scores is not None:

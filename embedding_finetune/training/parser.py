@@ -1,7 +1,8 @@
 """The command line of finetune.py: help in groups, and checks of flags that belong to several dataclasses."""
 
+import os
 from argparse import Action
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser, IntervalStrategy
@@ -47,6 +48,7 @@ _HELP = {
 
 _TRANSFORMERS = "training, as transformers does it"
 _REFUSED = "transformers' flags that are refused, since they would do nothing or harm here"
+_MOST_WORKERS = 8
 _USAGE = "finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR [further flags]"
 
 Arguments = tuple[ModelArguments, DataArguments, RetrieverTrainingArguments]
@@ -109,8 +111,20 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
     model_args, data_args, args = parsed
     data_args.selection = SelectionOptions(**vars(choice), seed=args.seed)
+    suit_the_device(args, parser.given)
     check_together(parser.given, model_args, data_args, args)
     return model_args, data_args, args
+
+
+def suit_the_device(args: RetrieverTrainingArguments, given: Container[str]) -> None:
+    """Choose what an accelerator needs, where the user did not: workers that make batches, no wait after a step."""
+    if args.device.type == "cpu":
+        return
+    if "dataloader_num_workers" not in given:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.dataloader_num_workers = min(max((os.cpu_count() or 1) // (2 * local_ranks), 1), _MOST_WORKERS)
+    if "logging_nan_inf_filter" not in given:
+        args.logging_nan_inf_filter = False  # LossWatch looks at every loss
 
 
 def check_together(

@@ -72,5 +72,5 @@ def _micro_batches(trainer: "PacedTrainer", sampler: EpochSampler) -> Iterator[d
     own = slice(process_rank() * size, (process_rank() + 1) * size)
     while of_all := list(itertools.islice(keys, size * trainer.args.world_size)):
         batch = trainer.data_collator([trainer.train_dataset[key] for key in of_all[own] or of_all[:size]])
-        batch["cut_texts"].zero_()
+        batch["cut_texts"][:] = 0
         yield batch

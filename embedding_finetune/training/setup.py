@@ -6,10 +6,12 @@ import os
 from functools import partial
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.adapters import add_adapters, merged, mix_with
+from embedding_finetune.model.attention import leave_out_cudnn_attention
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.model.checks import check_training
@@ -17,12 +19,15 @@ from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.limits import (
     check_instructions,
     check_max_length,
+    first_position,
     freeze_position_embeddings,
     length_limit,
 )
 from embedding_finetune.model.loading import load_backbone, load_projection
+from embedding_finetune.model.packing import pack_if_possible
+from embedding_finetune.model.sub_batches import Layout, layout_for
 from embedding_finetune.model.tokens import first_rows
-from embedding_finetune.model.training_kernels import set_dropout, use_cheap_dropout
+from embedding_finetune.model.training_kernels import has_dropout, set_dropout, use_cheap_dropout
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
@@ -66,7 +71,12 @@ def make_trainer(
     loss = make_loss(bi_encoder, args)
     check_training(bi_encoder, tokenizer, limit=limit, what=f"--model_name_or_path {model_args.model_name_or_path}")
     collator = EmbedCollator(
-        tokenizer, config, group_size=dataset.group_size, **lengths, with_teacher=args.distillation_weight > 0
+        tokenizer,
+        config,
+        group_size=dataset.group_size,
+        **lengths,
+        layout=training_layout(backbone, tokenizer, args, limit=limit, longest=max(lengths.values())),
+        with_teacher=args.distillation_weight > 0,
     )
     collator.query.check_instructions(tokenizer, first_rows(instructions_of(dataset.rows)))
     trained_before = read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
@@ -161,6 +171,7 @@ def prepare_for_training(
     if args.dropout is not None:
         set_dropout(backbone, args.dropout)
     use_cheap_dropout(backbone)
+    leave_out_cudnn_attention()
     if args.fix_position_embedding:
         freeze_position_embeddings(backbone)
     if args.negatives_cross_device and args.world_size == 1:
@@ -176,6 +187,32 @@ def prepare_for_training(
     return add_adapters(backbone, args.lora_rank, seed=args.seed)
 
 
+def training_layout(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RetrieverTrainingArguments,
+    *,
+    limit: int,
+    longest: int,
+) -> Layout:
+    """How the texts of a batch are laid out; where they are packed, the backbone is prepared for it.
+
+    limit: the most tokens that the model takes. longest: the most tokens that a text has.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    position = first_position(backbone)
+    packs = not has_dropout(backbone) and pack_if_possible(
+        backbone, args.device, dtype, first_position=position, limit=limit
+    )
+    return layout_for(
+        args.device,
+        tokenizer,
+        limit=longest,
+        tokens_per_sub_batch=args.tokens_per_sub_batch,
+        packed_from=position if packs else None,
+    )
+
+
 def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> RetrievalLoss:
     """The loss as the flags want it. Raises UserError for dimensions that the embeddings do not have."""
     options = LossOptions(
@@ -188,12 +225,7 @@ def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> Retrie
         distillation_weight=args.distillation_weight,
         teacher_temperature=args.teacher_temperature,
     )
-    return RetrievalLoss(
-        bi_encoder,
-        options,
-        tokens_per_sub_batch=args.tokens_per_sub_batch,
-        recompute_sub_batches=args.recompute_sub_batches,
-    )
+    return RetrievalLoss(bi_encoder, options, recompute_sub_batches=args.recompute_sub_batches)
 
 
 def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int, float]:

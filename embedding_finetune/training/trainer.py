@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
@@ -30,6 +29,7 @@ from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrPro
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
+from embedding_finetune.training.loss_watch import LossWatch
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.pacing import PacedTrainer
 from embedding_finetune.training.rounds import Rounds
@@ -98,7 +98,8 @@ class RetrievalTrainer(PacedTrainer):
         self.loss_is_scaled_for_ga = False
         self.cut_texts = CutTexts(query=data_collator.query.max_length, passage=data_collator.passage.max_length)
         self.weights_before = trained_weight_hashes(model)
-        self.largest_loss: float | None = None  # of this process's micro-batches
+        several = " over all files" if train_dataset.files.any() else ""
+        self.losses = LossWatch(rows_are_of=f"counted from 1{several}")  # of this process's micro-batches
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StderrProgress(disabled=args.disable_tqdm))
@@ -117,7 +118,8 @@ class RetrievalTrainer(PacedTrainer):
         self.args.restore_callback_states_from_checkpoint = resume_from_checkpoint is not None
         self._start_clock(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint)
-        largest_losses = [loss for loss in gather_objects(self.largest_loss) if loss is not None]
+        self.losses.look_back(wait=True)
+        largest_losses = [loss for loss in gather_objects(self.losses.largest) if loss is not None]
         if not self.state.global_step:
             reason = "no step was made; give more rows, or a smaller batch"
         elif largest_losses and max(largest_losses) == 0:
@@ -131,25 +133,22 @@ class RetrievalTrainer(PacedTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> Any:
-        """The loss of a micro-batch. Raises UserError naming step and rows when it is not a finite number."""
+        """The loss of a micro-batch. Raises UserError when one is not a finite number, as LossWatch does."""
         rows = inputs["rows"]
         if self.model.training and (self.state.epoch or 0) < 1:
             self.cut_texts.count(inputs["cut_texts"])
         inputs = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "cut_texts")}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if not torch.isfinite(loss):
-            counted = "counted from 1 over all files" if self.train_dataset.files.any() else "counted from 1"
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the rows "
-                f"{', '.join(str(row + 1) for row in rows.tolist())} ({counted}); "
-                "lower --learning_rate, raise --temperature, or look at these rows"
-            )
-        self.largest_loss = max(self.largest_loss or 0.0, loss.item())
+        self.losses.look_at(loss, step=self.state.global_step + 1, rows=rows)
         return (loss, outputs) if return_outputs else loss
+
+    def check_weights(self) -> None:
+        """Raise UserError where a loss was not finite: the weights after it are no numbers."""
+        self.losses.look_back(wait=True)
 
     def evaluate(
         self,

@@ -36,3 +36,8 @@ def write_beir(folder: Path, documents: dict, queries: dict, **splits: dict) -> 
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def padded_ids(texts):
+    """The token ids (D, T) of padded texts, as sub_batches.Texts has them."""
+    return texts["token_ids"][texts["positions"]]
