@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embedding_finetune import process
 from embedding_finetune.command_line import BAD_INPUT, UserError
 
 T = TypeVar("T")
@@ -18,6 +20,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """How long a process waits for the others, whose shares may take longer. torchrun notices a dead one."""
+_SECONDS_TO_EXIT = 60
+"""How long the end of a process that failed may take, where its process group is not destroyed."""
 
 
 def join_process_group() -> None:
@@ -36,8 +40,24 @@ def world_size() -> int:
 
 
 def leave_process_group_at_exit() -> None:
-    """Destroy the process group before the interpreter exits: gloo's threads may otherwise abort a finished process."""
-    atexit.register(lambda: dist.is_available() and dist.is_initialized() and dist.destroy_process_group())
+    """Let the process leave its group before the interpreter exits, as `leave_process_group` does."""
+    atexit.register(leave_process_group)
+
+
+def leave_process_group() -> None:
+    """Destroy the process group: gloo's threads may otherwise abort a finished process.
+
+    Under NCCL that waits for the other processes. They wait in turn for one that failed alone, and torchrun ends them
+    only when it has exited. So after a failure the group is left to the exit, which aborts NCCL's kernels; should that
+    take longer than a minute, the system ends the process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_backend() == "gloo" or not process.failures:
+        dist.destroy_process_group()
+    else:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_SECONDS_TO_EXIT)
 
 
 def process_rank() -> int:

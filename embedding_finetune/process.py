@@ -25,6 +25,8 @@ put_back = ExitStack()
 """What is to be undone when the run ends."""
 received: list[int] = []
 """Ending signals that came during the run, by number."""
+failures: list[type[BaseException]] = []
+"""What ended the latest run early, by its class; empty where it returned, or has not ended."""
 _holding: list[None] = []
 """An entry for each `uninterrupted` block that is running."""
 
@@ -33,9 +35,14 @@ _holding: list[None] = []
 def as_a_run() -> Iterator[None]:
     """Let the process behave as a run of one of the scripts for the block, and as before when it ends."""
     received.clear()
+    failures.clear()
     _skip_garbage_collection_at_exit()
     with put_back, _log_on_stderr(), _signals_raised_as_keyboard_interrupt():
-        yield
+        try:
+            yield
+        except BaseException as error:
+            failures.append(type(error))
+            raise
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,21 @@ def launch(program: str, folder: Path, *arguments: str, processes: int, **variab
             *(script, *arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_alone(program: str, folder: Path, *arguments: str, **variables) -> subprocess.CompletedProcess:
+    """Run a Python program without a launcher."""
+    script = folder / "program.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, **variables},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -242,6 +258,44 @@ finetune.main({flags!r})
     assert result.returncode != 0
     assert "the disk of rank 1 is gone" in result.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+FAILS_OR_RETURNS = """
+import atexit, os, sys, time
+import torch.distributed as dist
+from embedding_finetune import distributed
+from embedding_finetune.command_line import UserError, command
+backend, fails = sys.argv[1], sys.argv[2] == "fails"
+atexit.register(lambda: os.write(1, b"exits") and time.sleep(fails and 300))  # something that waits for the others
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+dist.get_backend = lambda: backend
+dist.destroy_process_group = lambda: os.write(1, b"destroyed ")
+distributed._SECONDS_TO_EXIT = 1
+
+@command
+def main():
+    distributed.leave_process_group_at_exit()
+    if fails:
+        raise UserError("the disk of this process is gone")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "ending", "told", "status"),
+    [
+        ("nccl", "returns", "destroyed exits", 0),
+        ("nccl", "fails", "exits", -signal.SIGALRM),
+        ("undefined", "fails", "exits", -signal.SIGALRM),
+        ("gloo", "returns", "destroyed exits", 0),
+    ],
+)
+def test_under_nccl_a_failed_process_does_not_wait_for_the_others_at_its_exit(backend, ending, told, status, tmp_path):
+    """The others wait for it: destroying the process group together would hang the run."""
+    result = run_alone(FAILS_OR_RETURNS, tmp_path, backend, ending)
+    assert (result.stdout, result.returncode) == (told, status), result.stderr
+    assert ("the disk of this process is gone" in result.stderr) == (ending == "fails")
 
 
 READ_ROWS = """

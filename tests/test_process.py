@@ -71,3 +71,12 @@ assert {**os.environ, **before} == dict(os.environ)
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_what_ends_a_run_early_is_known_until_the_next_one():
+    with pytest.raises(ZeroDivisionError), process.as_a_run():
+        raise ZeroDivisionError
+    assert process.failures == [ZeroDivisionError]
+    with process.as_a_run():
+        pass
+    assert process.failures == []
