@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
-        from embedding_finetune.distributed import leave_process_group_at_exit, once_in_all
+        from embedding_finetune.distributed import (
+            leave_process_group_at_exit,
+            once_in_all,
+            tell_of_processes_that_were_not_started,
+        )
         from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
         from embedding_finetune.training.held_out import write_held_out
         from embedding_finetune.training.recipe import with_recipe
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = resume_point(args)
 
     leave_process_group_at_exit()
+    tell_of_processes_that_were_not_started()
     rows = read_rows(data_args, args)
     tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:

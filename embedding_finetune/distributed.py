@@ -1,6 +1,7 @@
 """What the processes of a torchrun run share. In a run of one process every function here changes nothing."""
 
 import atexit
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -17,21 +18,68 @@ from embedding_finetune.command_line import BAD_INPUT, UserError
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=7)
 """How long a process waits for the others, whose shares may take longer. torchrun notices a dead one."""
 _SECONDS_TO_EXIT = 60
 """How long the end of a process that failed may take, where its process group is not destroyed."""
+_NEEDED_TO_JOIN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join_process_group() -> None:
-    """Join the other processes of a torchrun run, each with its own GPU where there are any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    """Join the other processes of a torchrun run, each with its own GPU where there are any.
+
+    A log line says where one process leaves GPUs unused.
+    """
+    check_launch()
+    if _launched_processes() == 1:
+        _tell_of_unused_gpus()
+        tell_of_processes_that_were_not_started()
+        return
+    if dist.is_initialized():
         return
     dist.init_process_group("gloo", timeout=_PATIENCE)
     leave_process_group_at_exit()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def check_launch() -> None:
+    """Raise UserError where the environment speaks of other processes, but not of all that is needed to join them."""
+    if _launched_processes() == 1 or (dist.is_available() and dist.is_initialized()):
+        return
+    if missing := [name for name in _NEEDED_TO_JOIN if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} not set: start the processes with "
+            f"torchrun, or set {', '.join(_NEEDED_TO_JOIN)} for each of them"
+        )
+
+
+def _launched_processes() -> int:
+    """How many processes the launcher says it started."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE {text}: must be a number of processes; torchrun sets it")
+    return int(text)
+
+
+def _tell_of_unused_gpus() -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1:
+        logger.info(
+            "one of %d GPUs encodes; started with torchrun --nproc-per-node %d in place of python, all do", count, count
+        )
+
+
+def tell_of_processes_that_were_not_started() -> None:
+    """Log a warning where `accelerate launch --cpu` was asked for several processes: without MPI it starts one."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    by_mpi = any(name.startswith(("PMI_", "OMPI_", "MV2_")) for name in os.environ)
+    if asked and not by_mpi and "WORLD_SIZE" not in os.environ:
+        logger.warning(
+            "warning: accelerate launch --cpu has started one process; torchrun --nproc-per-node N starts several"
+        )
 
 
 def world_size() -> int:

@@ -13,18 +13,26 @@ from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_js
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from safetensors.torch import load_file
 
+from embedding_finetune.command_line import UserError
+from embedding_finetune.distributed import gather_objects, gather_rows, join_process_group, own_share
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
+
+WEIGHTS = "model.safetensors"
 STEPS, GLOBAL_BATCH = 3, 8
 
 
-def launch(program: str, folder: Path, *arguments: str, processes: int, **variables) -> subprocess.CompletedProcess:
-    """Run a Python program under torchrun; it ends within five minutes, on a busy machine too, or has hung."""
+def launch(
+    program: str, folder: Path, *arguments: str, processes: int, launcher=None, **variables
+) -> subprocess.CompletedProcess:
+    """Run a Python program under torchrun; it ends within five minutes, on a busy machine too, or has hung.
+
+    launcher: another module that starts it, and its flags.
+    """
+    by = launcher or ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     script = folder / f"program_{processes}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-            *(script, *arguments),
-        ],
+        [sys.executable, "-m", *by, script, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=folder,
         capture_output=True,
@@ -408,9 +416,109 @@ mine_hard_neg.main({list(map(str, flags))!r})
     assert not out.exists()
 
 
-def test_one_process_gathers_nothing():
-    from embedding_finetune.distributed import gather_objects, gather_rows, own_share
+TWO_BY_ACCELERATE = ("--multi_gpu", "--num_processes=2", "--main_process_port=0")  # of GPUs it needs none
+BY_ANY_LAUNCHER = """
+import sys, finetune, mine_hard_neg, evaluate
+training, mining, evaluation = map(str.split, sys.argv[1:])
+finetune.main(training)
+mine_hard_neg.main(mining)
+evaluate.main(evaluation)
+"""
 
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_bits_of_torchrun(data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert")  # with dropout: each process draws its own
+    pool = write_jsonl(tmp_path / "pool.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    outcomes = []
+    for launcher in ("torch.distributed.run", "accelerate.commands.launch"):
+        folder = tmp_path / launcher
+        tuned = folder / "tuned"
+        folder.mkdir()
+        commands = (
+            training_flags(model, data, tuned, 2, "--negatives_cross_device", "True"),
+            f"--model_name_or_path {tuned} --input_file {data} --output_file {folder}/mined.jsonl".split(),
+            f"--model_name {tuned} --index_file_jsonl_path {pool} --query_file_jsonl_path {data}".split(),
+        )
+        by = None if launcher == "torch.distributed.run" else (launcher, *TWO_BY_ACCELERATE)
+        result = launch(BY_ANY_LAUNCHER, tmp_path, *map(" ".join, commands), processes=2, launcher=by)
+        assert result.returncode == 0, result.stderr
+        outcomes.append((result.stdout, (folder / "mined.jsonl").read_bytes(), (tuned / WEIGHTS).read_bytes()))
+    assert outcomes[0] == outcomes[1]
+    assert "MRR@10" in outcomes[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [(None, ["--fsdp", "full_shard"]), (None, ["--deepspeed", "x.json"]), (("--use_fsdp", *TWO_BY_ACCELERATE[1:]), [])],
+)
+def test_sharded_training_is_refused_in_one_line_under_every_launcher(launcher, flags, data, tmp_path):
+    model = make_tiny_bert(tmp_path / "bert")
+    argv = training_flags(model, data, tmp_path / "out", 2, *flags)
+    by = launcher and ("accelerate.commands.launch", *launcher)
+    result = launch("import sys, finetune\nfinetune.main(sys.argv[1:])", tmp_path, *argv, processes=2, launcher=by)
+    assert result.returncode != 0
+    errors = {line for line in result.stderr.splitlines() if line.startswith("finetune.py: error:")}
+    assert len(errors) == 1  # which every process says
+    assert "not supported; torchrun alone" in errors.pop()
+    assert "exitcode  : 2" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process that no launcher started, whose variables may be set."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK not set: start"),
+        ({"WORLD_SIZE": "2"}, "RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT not set: start"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE two: must be a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0: must be a number"),
+    ],
+)
+def test_processes_that_were_started_without_torchrun_are_told_what_is_missing(one_process, variables, told, tmp_path):
+    """srun starts them, and knows nothing of these variables."""
+    for name, value in variables.items():
+        one_process.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        join_process_group()
+    with pytest.raises(UserError, match=told):
+        RetrieverTrainingArguments(output_dir=str(tmp_path))
+
+
+def test_one_process_on_a_machine_of_several_gpus_names_torchrun(one_process, caplog):
+    caplog.set_level("INFO")
+    join_process_group()
+    one_process.setattr(torch.cuda, "is_available", lambda: True)
+    one_process.setattr(torch.cuda, "device_count", lambda: 1)
+    join_process_group()
+    assert caplog.messages == []
+    one_process.setattr(torch.cuda, "device_count", lambda: 8)
+    join_process_group()
+    assert len(caplog.messages) == 1
+    assert "one of 8 GPUs encodes; started with torchrun --nproc-per-node 8" in caplog.messages[0]
+
+
+def test_accelerate_launch_on_a_cpu_is_told_that_it_starts_one_process(one_process, caplog):
+    one_process.setenv("ACCELERATE_USE_CPU", "True")
+    join_process_group()
+    assert caplog.messages == []  # one process was asked for
+    one_process.setenv("MASTER_PORT", "29500")
+    join_process_group()
+    assert "accelerate launch --cpu has started one process; torchrun" in caplog.messages[0]
+    one_process.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    join_process_group()
+    assert len(caplog.messages) == 1
+
+
+def test_one_process_gathers_nothing():
     rows = torch.ones(2, 3)
     assert gather_rows(rows) == (rows, 0)
     assert gather_objects("x") == ["x"]

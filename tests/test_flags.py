@@ -273,6 +273,7 @@ def test_flags_that_make_no_sense_together_are_refused_by_name(folder, capsys, f
         ("ACCELERATE_USE_FSDP", "true", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a parallelism config"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--torch_compile"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
     ],
@@ -282,6 +283,14 @@ def test_what_is_not_supported_is_refused_where_a_launcher_asks_for_it(
 ):
     monkeypatch.setenv(variable, value)
     assert name in refusal("", capsys)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--fsdp", "--fsdp True", "--fsdp full_shard", '--fsdp_config {"x":1}', "--deepspeed x.json", "--deepspeed none"],
+)
+def test_sharded_training_is_refused_by_flag_and_torchrun_named(folder, capsys, flags):
+    assert "not supported; torchrun alone trains on several GPUs" in refusal(flags, capsys)
 
 
 def test_fsdp_that_only_accelerate_knows_of_is_refused_when_the_trainer_is_made(tmp_path, tiny_bert, monkeypatch):

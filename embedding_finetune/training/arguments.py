@@ -17,6 +17,7 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.columns import ALSO_CALLED, COLUMNS_HELP, parse_columns
 from embedding_finetune.data.hold_out import KINDS
+from embedding_finetune.distributed import check_launch
 from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
@@ -217,6 +218,7 @@ class RetrieverTrainingArguments(TrainingArguments):
         return self.use_inbatch_neg and several
 
     def __post_init__(self) -> None:
+        check_launch()
         check_launcher()
         check_numbers(self)
         _set_defaults(self)
