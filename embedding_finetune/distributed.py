@@ -169,18 +169,20 @@ def once_in_all(work: Callable[[], None]) -> None:
     once_per_machine(lambda: work() if process_rank() == 0 else None)
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """All processes' rows (n, ...) in rank order, with gradients, and the position of this process's first row.
+def gather_rows(*tensors: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """All processes' rows of each tensor (n, ...) in rank order, with gradients, and where this process's rows begin.
 
-    The number of rows may differ between processes. A row's gradient is the sum of its gradients in all processes.
-    With DistributedDataParallel's mean over processes, W processes get the gradient of one process with all rows.
+    The tensors have the same number of rows n, which may differ between processes. A row's gradient is the sum of its
+    gradients in all processes. With DistributedDataParallel's mean over processes, W processes get the gradient of one
+    process with all rows.
     """
     if world_size() == 1:
-        return rows, 0
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[process_rank()] = len(rows)
-    dist.all_reduce(counts)
-    return _GatherRows.apply(rows, counts.tolist()), int(counts[: process_rank()].sum())
+        return tensors, 0
+    counted = torch.zeros(world_size(), dtype=torch.int64, device=tensors[0].device)
+    counted[process_rank()] = len(tensors[0])
+    dist.all_reduce(counted)
+    counts = counted.tolist()  # once for all tensors: the process waits for the device here
+    return tuple(_GatherRows.apply(rows, counts) for rows in tensors), sum(counts[: process_rank()])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -195,6 +197,6 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.split(ctx.counts)[process_rank()], None
+        summed = gradient.clone(memory_format=torch.contiguous_format)  # autograd may use the gradient elsewhere too
+        dist.all_reduce(summed)
+        return summed.split(ctx.counts)[process_rank()], None

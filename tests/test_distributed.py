@@ -230,15 +230,19 @@ from embedding_finetune.distributed import gather_rows
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 rows = (torch.arange(6.).reshape(3, 2)[: 3 - 2 * rank] + 10 * rank).requires_grad_()  # 3 rows here, 1 there
-every, start = gather_rows(rows)
+ids = torch.tensor([rank] * len(rows))
+(every, ids), start = gather_rows(rows, ids)
 assert every.tolist() == [[0, 1], [2, 3], [4, 5], [10, 11]], every
 assert start == 3 * rank
 weights = torch.arange(1., 5.)[:, None] * (rank + 1)
 (every * weights).sum().backward()
 expected = (torch.arange(1., 5.) * 3)[start : start + len(rows), None].expand(-1, 2)  # 1 + 2 over both processes
 assert torch.equal(rows.grad, expected), rows.grad
-ids, _ = gather_rows(torch.tensor([rank] * (rank + 1)))
-assert ids.tolist() == [0, 1, 1]
+assert ids.tolist() == [0, 0, 0, 1]
+(every,), _ = gather_rows(rows)
+owned = torch.ones(4, 2)
+every.backward(owned)
+assert torch.equal(owned, torch.ones(4, 2)), owned  # it is the caller's
 print("ok")
 dist.destroy_process_group()
 """
@@ -520,6 +524,6 @@ def test_accelerate_launch_on_a_cpu_is_told_that_it_starts_one_process(one_proce
 
 def test_one_process_gathers_nothing():
     rows = torch.ones(2, 3)
-    assert gather_rows(rows) == (rows, 0)
+    assert gather_rows(rows, rows) == ((rows, rows), 0)
     assert gather_objects("x") == ["x"]
     assert own_share(7) == slice(0, 7)

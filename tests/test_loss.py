@@ -15,6 +15,7 @@ from embedding_finetune.training.loss import (
     contrastive_loss,
     distillation_loss,
     masked_columns,
+    masked_in_batch,
 )
 
 
@@ -84,8 +85,7 @@ def test_the_loss_equals_a_nested_loop_over_unmasked_columns(batch, group, in_ba
         passages,
         temperature=0.7,
         use_inbatch_neg=in_batch,
-        passage_ids=ids,
-        known_ids=known,
+        masked=masked_in_batch(ids, known, queries=batch, use_inbatch_neg=in_batch),
         false_negative_margin=margin,
     )
     expected = reference_loss(queries, passages, 0.7, in_batch, ids, known, margin)
@@ -142,7 +142,8 @@ def test_masking_with_no_such_texts_equals_the_plain_loss_exactly():
     ids = torch.arange(12).reshape(4, 3)
     known = torch.tensor([[0, 100], [3, 101], [6, 102], [9, PADDING_ID]])
     plain = contrastive_loss(queries, passages, temperature=0.02)
-    assert torch.equal(plain, contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=known))
+    masked = masked_in_batch(ids, known, queries=4)
+    assert torch.equal(plain, contrastive_loss(queries, passages, temperature=0.02, masked=masked))
 
 
 def test_a_positive_that_two_queries_share_is_not_a_negative_of_either():
@@ -158,11 +159,66 @@ def test_a_text_in_several_columns_counts_once_and_the_query_itself_never():
     assert masked.tolist() == [[False, False, True, True]]
 
 
+def masked_in_loops(columns, targets, known):
+    """The definition of masked_columns, column by column."""
+    return [
+        [
+            number != target and (text == PADDING_ID or (known is not None and (text in ids or text in row[:number])))
+            for number, text in enumerate(row)
+        ]
+        for row, target, ids in zip(
+            columns.expand(len(targets), -1).tolist(),
+            targets.tolist(),
+            known.tolist() if known is not None else [()] * len(targets),
+        )
+    ]
+
+
+@settings(max_examples=200)
+@given(
+    queries=st.integers(1, 5),
+    width=st.integers(1, 8),
+    known=st.sampled_from([None, 0, 1, 2, 7]),
+    shared=st.booleans(),
+    texts=st.integers(1, 12),
+    seed=st.integers(0, 10_000),
+)
+def test_masked_columns_are_those_of_the_definition(queries, width, known, shared, texts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randint(PADDING_ID, texts, (1 if shared else queries, width), generator=generator)
+    targets = torch.randint(0, width, (queries,), generator=generator)
+    known_ids = None if known is None else torch.randint(PADDING_ID, texts, (queries, known), generator=generator)
+    before = columns.clone()
+    masked = masked_columns(columns, targets, known_ids)
+    assert masked.tolist() == masked_in_loops(columns, targets, known_ids)
+    assert torch.equal(columns, before)
+
+
+def test_the_mask_is_computed_once_for_all_matryoshka_dimensions(tiny_bert, monkeypatch):
+    from embedding_finetune.training import loss as module
+
+    calls = []
+    monkeypatch.setattr(module, "masked_columns", lambda *given: calls.append(1) or masked_columns(*given))
+    backbone, _, config = load_backbone(str(tiny_bert), flag="--model")
+    model = RetrievalLoss(BiEncoder(backbone, config), LossOptions(matryoshka={32: 1.0, 16: 1.0, 8: 1.0}))
+    ids = torch.randint(5, 60, (4, 9))
+    model(
+        ids,
+        torch.ones_like(ids),
+        query_index=torch.tensor([0, 1]),
+        passage_index=torch.tensor([[2], [3]]),
+        passage_ids=torch.tensor([[20], [30]]),
+        known_ids=torch.tensor([[20], [30]]),
+    )
+    assert calls == [1]
+
+
 def test_a_row_with_every_negative_masked_stays_finite_with_zero_gradient():
     queries = torch.randn(2, 4, requires_grad=True)
     passages = torch.randn(2, 2, 4)
     ids = torch.tensor([[5, 5], [5, PADDING_ID]])
-    loss = contrastive_loss(queries, passages, temperature=0.02, passage_ids=ids, known_ids=torch.tensor([[5], [5]]))
+    masked = masked_in_batch(ids, torch.tensor([[5], [5]]), queries=2)
+    loss = contrastive_loss(queries, passages, temperature=0.02, masked=masked)
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(queries.grad, torch.zeros_like(queries))
@@ -200,9 +256,8 @@ def test_the_module_adds_the_teachers_divergence_to_the_contrastive_loss_of_the_
     loss = RetrievalLoss(model, options, recompute_sub_batches=recompute)
     embeddings = model(ids, torch.ones_like(ids))
     queries, passages = embeddings[:2], embeddings[torch.tensor([[2, 3], [3, 4]])]
-    contrast = contrastive_loss(
-        queries, passages, temperature=0.3, passage_ids=batch["passage_ids"], known_ids=batch["known_ids"]
-    )
+    masked = masked_in_batch(batch["passage_ids"], batch["known_ids"], queries=2)
+    contrast = contrastive_loss(queries, passages, temperature=0.3, masked=masked)
     divergence = distillation_loss(queries, passages, teacher, temperature=0.3, teacher_temperature=2.0)
     assert loss(texts, **batch)["loss"].item() == pytest.approx(contrast.item(), rel=1e-5)
     expected = contrast.item() + 0.5 * divergence.item()

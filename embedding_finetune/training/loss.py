@@ -27,17 +27,16 @@ def contrastive_loss(
     *,
     temperature: float,
     use_inbatch_neg: bool = True,
-    passage_ids: Tensor | None = None,
-    known_ids: Tensor | None = None,
+    masked: Tensor | None = None,
     first_group: int = 0,
     false_negative_margin: float | None = None,
 ) -> Tensor:
     """Mean over queries of the temperature-scaled softmax cross entropy (InfoNCE, arXiv:1807.03748).
 
     queries: (B, H). passages: (C, G, H); query b's own group is number `first_group + b`, so that
-    groups gathered from other ranks can stand before and after. passage_ids: (C, G) text ids, to
-    mask columns with; known_ids: (B, P), see `masked_columns`. Without passage_ids nothing is masked.
-    false_negative_margin: see `false_negatives`; None to mask none.
+    groups gathered from other ranks can stand before and after. masked: (B, N) bool, the columns that do not
+    count, as `masked_in_batch` gives them; None for none. false_negative_margin: see `false_negatives`; None to
+    mask none.
 
     Scores and loss are float32 whatever the inputs and autocast say: cosines near 1 are 0.004 apart
     in bfloat16, which a temperature of 0.02 turns into 0.2 in the logit.
@@ -51,14 +50,12 @@ def contrastive_loss(
             if false_negative_margin is not None:
                 likely = false_negatives(similarities, groups, passages.shape[1], false_negative_margin)
                 scores = scores.masked_fill(likely, float("-inf"))
-            columns = None if passage_ids is None else passage_ids.reshape(1, -1)  # (1, C*G)
             targets = groups * passages.shape[1]  # (B,)
         else:
             scores = torch.einsum("bh,bgh->bg", queries, passages[groups]) / temperature  # (B, G)
-            columns = None if passage_ids is None else passage_ids[groups]  # (B, G)
             targets = torch.zeros_like(groups)  # (B,)
-        if columns is not None:
-            scores = scores.masked_fill(masked_columns(columns, targets, known_ids), float("-inf"))
+        if masked is not None:
+            scores = scores.masked_fill(masked, float("-inf"))
         return F.cross_entropy(scores, targets)
 
 
@@ -91,6 +88,24 @@ def distillation_loss(
         return (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dim=1).mean()
 
 
+def masked_in_batch(
+    passage_ids: Tensor,
+    known_ids: Tensor | None,
+    *,
+    queries: int,
+    use_inbatch_neg: bool = True,
+    first_group: int = 0,
+) -> Tensor:
+    """What contrastive_loss is to mask by the identity of texts, as `masked_columns` says: (B, N) bool.
+
+    passage_ids: (C, G) text ids. known_ids: (B, P) or None. queries: B. The others are those of contrastive_loss.
+    """
+    groups = first_group + torch.arange(queries, device=passage_ids.device)  # (B,), each query's own
+    if use_inbatch_neg:
+        return masked_columns(passage_ids.reshape(1, -1), groups * passage_ids.shape[1], known_ids)
+    return masked_columns(passage_ids[groups], torch.zeros_like(groups), known_ids)
+
+
 def masked_columns(columns: Tensor, targets: Tensor, known_ids: Tensor | None) -> Tensor:
     """Which columns do not count as negatives of which query: (B, N) bool.
 
@@ -98,22 +113,23 @@ def masked_columns(columns: Tensor, targets: Tensor, known_ids: Tensor | None) -
     Columns of PADDING_ID are masked always. With known_ids (B, P), the ids of all texts that are
     known to answer query b or are the query itself (filled up with PADDING_ID), so are those
     texts and every text that stands in an earlier column already.
+
+    The kernels are few, and as many for any P: known texts are looked up among the sorted columns.
     """
+    own = targets[:, None]  # (B, 1)
     masked = columns == PADDING_ID  # (1 or B, N)
-    if known_ids is not None:
-        masked = masked | _repeats_of_earlier_columns(columns)
-        for ids in known_ids.unbind(1):
-            masked = masked | (columns == ids[:, None])  # (B, N)
-    masked = masked.expand(len(targets), -1).clone()  # (B, N)
-    return masked.scatter_(1, targets[:, None], False)
-
-
-def _repeats_of_earlier_columns(columns: Tensor) -> Tensor:
-    """True where a row holds the same id in an earlier column: (R, N) -> (R, N) bool."""
-    in_order, positions = columns.sort(dim=1, stable=True)  # (R, N)
-    repeats = torch.zeros_like(columns, dtype=torch.bool)
+    if known_ids is None:
+        return masked.expand(len(targets), -1).scatter(1, own, False)
+    in_order, positions = columns.sort(dim=1, stable=True)  # (1 or B, N)
+    repeats = torch.zeros_like(masked)
     repeats[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
-    return torch.zeros_like(repeats).scatter_(1, positions, repeats)
+    masked = masked | torch.zeros_like(masked).scatter_(1, positions, repeats)
+    # Of a known text the first column is masked: the later ones are repeats of it.
+    sequences = in_order[0] if len(columns) == 1 else in_order
+    found = torch.searchsorted(sequences, known_ids).clamp_(max=columns.shape[1] - 1)  # (B, P)
+    in_order, positions = (tensor.expand(len(targets), -1).gather(1, found) for tensor in (in_order, positions))
+    first = torch.where(in_order == known_ids, positions, own)  # (B, P); what is not there stands for the target
+    return masked.expand(len(targets), -1).scatter(1, first, True).scatter_(1, own, False)
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,7 @@ class RetrievalLoss(nn.Module):
         """The loss under "loss", a scalar.
 
         texts: the batch's distinct texts, D of them. query_index: (B,) and passage_index: (B, G): which of them each
-        query and passage is. passage_ids: (B, G), known_ids: (B, P) as in contrastive_loss. teacher_scores: (B, G) as
+        query and passage is. passage_ids: (B, G), known_ids: (B, P) as in masked_in_batch. teacher_scores: (B, G) as
         in distillation_loss; None for no teacher. weight: a scalar that the loss is multiplied with; None for 1.
         """
         embeddings = self.bi_encoder.encode_in_sub_batches(texts, recompute=self.recompute_sub_batches)  # (D, H)
@@ -181,8 +197,15 @@ class RetrievalLoss(nn.Module):
         """The contrastive loss of embeddings (B, H) and (B, G, H), summed over the Matryoshka dimensions."""
         options, encoder, first_group = self.options, self.bi_encoder, 0
         if options.negatives_cross_device and options.use_inbatch_neg:
-            passages, first_group = gather_rows(passages)  # (C, G, H), C queries of all processes
-            passage_ids, _ = gather_rows(passage_ids)  # (C, G)
+            # (C, G, H) and (C, G), of the C queries of all processes
+            (passages, passage_ids), first_group = gather_rows(passages, passage_ids)
+        masked = masked_in_batch(
+            passage_ids,
+            known_ids if options.mask_known_positives else None,
+            queries=len(queries),
+            use_inbatch_neg=options.use_inbatch_neg,
+            first_group=first_group,
+        )  # (B, N)
         loss = queries.new_zeros(())
         for dimensions, weight in (options.matryoshka or {encoder.dimensions: 1.0}).items():
             whole = dimensions == encoder.dimensions
@@ -193,8 +216,7 @@ class RetrievalLoss(nn.Module):
                 temperature=options.temperature,
                 use_inbatch_neg=options.use_inbatch_neg,
                 false_negative_margin=options.false_negative_margin,
-                passage_ids=passage_ids,
-                known_ids=known_ids if options.mask_known_positives else None,
+                masked=masked,
             )
         return loss
 
