@@ -10,10 +10,12 @@ from helpers.data import TOPICS, passage_about, read_jsonl
 from helpers.pretend_cuda import move, moved, pretend_cuda
 from helpers.running import embed_passages, encoder_for, encoding_arguments
 from helpers.tiny import make_tiny_bert, make_tiny_reranker, make_tokenizer
+from helpers.training import train, write_rows
 
 import evaluate
 import finetune
 import mine_hard_neg
+from embedding_finetune.command_line import UserError
 from embedding_finetune.model import packing
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
@@ -30,7 +32,9 @@ from embedding_finetune.retrieval import token_encoder
 from embedding_finetune.retrieval.budget import TokenBudget
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.reranker import load_reranker
+from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainExample
+from embedding_finetune.training.flag_errors import memory_errors_name_the_remedy
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
 
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
@@ -116,6 +120,61 @@ def test_a_reranker_that_runs_out_of_memory_halves_its_batch(tmp_path, monkeypat
     monkeypatch.setattr(reranker.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         reranker.scores(["pump"], ["valve"])
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+
+class RunsOutInTheBackwardPass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings):
+        return embeddings.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError(MPS_ERROR)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_running_out_of_memory_in_training_is_one_line_with_the_flags_that_save_it(
+    where, tiny_bert, tmp_path, monkeypatch, capsys
+):
+    if where == "forward":
+        monkeypatch.setattr(RetrievalLoss, "forward", out_of_memory)
+    elif where == "backward":
+        encode = BiEncoder.encode_in_sub_batches
+        monkeypatch.setattr(
+            BiEncoder,
+            "encode_in_sub_batches",
+            lambda *texts, **options: RunsOutInTheBackwardPass.apply(encode(*texts, **options)),
+        )
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", out_of_memory)
+    with pytest.raises(SystemExit) as exit:
+        train(tiny_bert, write_rows(tmp_path), tmp_path / "tuned")
+    assert exit.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    assert "error: out of GPU memory: give --recompute_sub_batches True" in errors[0]
+    assert "--tokens_per_sub_batch" in errors[0]
+    assert errors[0].endswith("a --per_device_train_batch_size below 5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedies"),
+    [
+        ({}, "--tokens_per_sub_batch 4096, or a --per_device_train_batch_size below 8, or --bf16 True, or --lora_rank"),
+        ({"tokens_per_sub_batch": 512}, "a --tokens_per_sub_batch below 512, or a --per_device_train_batch_size"),
+        ({"bf16": True, "lora_rank": 4}, "--tokens_per_sub_batch 4096, or a --per_device_train_batch_size below 8$"),
+    ],
+)
+def test_where_a_remedy_was_taken_the_next_one_is_named(flags, remedies, tmp_path):
+    args = RetrieverTrainingArguments(output_dir=str(tmp_path), recompute_sub_batches=True, **flags)
+    with pytest.raises(UserError, match=f"^out of GPU memory: give {remedies}"), memory_errors_name_the_remedy(args):
+        out_of_memory()
+    with pytest.raises(RuntimeError, match="another"), memory_errors_name_the_remedy(args):
+        raise RuntimeError("another")
 
 
 LONG = "reset the pump valve filter motor gate panel sensor alarm pressure light " * 4

@@ -1,4 +1,4 @@
-"""What the frameworks raise for a flag becomes one line that names the flag."""
+"""What the frameworks raise for a flag, or for want of memory, becomes one line that names the flag."""
 
 import re
 import traceback
@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.model.encoding_kernels import is_out_of_memory
+
+if TYPE_CHECKING:
+    from embedding_finetune.training.arguments import RetrieverTrainingArguments
 
 _FRAMEWORKS = {"transformers", "accelerate", "peft"}
 _FLAGS_OF_PACKAGE = {"peft": "lora_rank"}
@@ -35,6 +39,34 @@ def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
                 raise UserError(message) from error
             raise
         raise UserError(message if f"--{flag}" in message else f"--{flag} {given[flag]}: {message}") from error
+
+
+@contextmanager
+def memory_errors_name_the_remedy(args: "RetrieverTrainingArguments") -> Iterator[None]:
+    """Raise UserError with the flags that save memory where training runs out of the device's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of GPU memory: {_saving_memory(args)}") from error
+
+
+def _saving_memory(args: "RetrieverTrainingArguments") -> str:
+    """What to try next, by what was tried."""
+    batch = f"--per_device_train_batch_size below {args.per_device_train_batch_size}"
+    if not args.recompute_sub_batches:
+        return (
+            "give --recompute_sub_batches True, which keeps the activations of one sub-batch of --tokens_per_sub_batch "
+            f"at a time and gives the same result; or a {batch}"
+        )
+    tokens = args.tokens_per_sub_batch
+    remedies = [f"a --tokens_per_sub_batch below {tokens}" if tokens else "--tokens_per_sub_batch 4096", f"a {batch}"]
+    if args.mixed_precision == "no":
+        remedies.append("--bf16 True")
+    if args.lora_rank is None:
+        remedies.append("--lora_rank 16, which trains few weights")
+    return f"give {', or '.join(remedies)}"
 
 
 def flags_not_at_default(*arguments: Any) -> dict[str, object]:

@@ -26,6 +26,7 @@ from embedding_finetune.retrieval.encoder import load_encoder
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
+from embedding_finetune.training.flag_errors import memory_errors_name_the_remedy
 from embedding_finetune.training.flags import SHARDED
 from embedding_finetune.training.held_out import HeldOut
 from embedding_finetune.training.loss import RetrievalLoss
@@ -117,8 +118,9 @@ class RetrievalTrainer(PacedTrainer):
         self.args.eval_on_start = self.eval_dataset is not None and resume_from_checkpoint is None
         self.args.restore_callback_states_from_checkpoint = resume_from_checkpoint is not None
         self._start_clock(resume_from_checkpoint)
-        result = super().train(resume_from_checkpoint)
-        self.losses.look_back(wait=True)
+        with memory_errors_name_the_remedy(self.args):
+            result = super().train(resume_from_checkpoint)
+        self.check_weights()
         largest_losses = [loss for loss in gather_objects(self.losses.largest) if loss is not None]
         if not self.state.global_step:
             reason = "no step was made; give more rows, or a smaller batch"
