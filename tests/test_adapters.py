@@ -115,6 +115,33 @@ def test_merging_adds_alpha_over_rank_times_the_product_of_the_factors(tiny_bert
     assert not has_adapters(plain)
 
 
+def test_merging_leaves_the_model_and_its_device_alone_and_gives_the_bits_of_a_plain_copy(tiny_bert):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    adapted = add_adapters(backbone, 3, seed=1)
+    for parameter in adapted.parameters():
+        parameter.data += 0.01
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    plain, expected = merged(adapted), copy.deepcopy(adapted).merge_and_unload().state_dict()
+    assert plain.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in plain.state_dict().items())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+
+
+def test_no_tensor_is_copied_on_the_device_that_trains(tiny_bert, monkeypatch):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    adapted = add_adapters(backbone, 3, seed=1)
+
+    def copied(tensor, memo):
+        raise AssertionError(f"a tensor of {tuple(tensor.shape)} is copied where it is")
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", copied)
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", copied)
+    assert not has_adapters(merged(adapted))
+
+
 def test_the_rank_of_a_folder_is_that_of_its_adapter(tmp_path):
     assert adapter_rank(tmp_path) is None
     (tmp_path / "adapter").mkdir()

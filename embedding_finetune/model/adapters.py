@@ -37,8 +37,16 @@ def has_adapters(backbone: nn.Module) -> bool:
 
 
 def merged(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The backbone as a plain transformers model, what its adapters learned in its weights; itself without adapters."""
-    return copy.deepcopy(backbone).merge_and_unload() if has_adapters(backbone) else backbone
+    """The backbone as a plain transformers model, what its adapters learned in its weights; itself without adapters.
+
+    It is made on the CPU: a GPU that trains may have no memory left for a second model.
+    """
+    if not has_adapters(backbone):
+        return backbone
+    # deepcopy takes for a tensor what its memo has.
+    weights = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad) for p in backbone.parameters()}
+    buffers = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in backbone.buffers()}
+    return copy.deepcopy(backbone, {**weights, **buffers}).merge_and_unload()
 
 
 def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, alone: bool) -> None:
