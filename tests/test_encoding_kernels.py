@@ -117,3 +117,26 @@ def test_bfloat16_embeddings_of_the_real_model_keep_their_direction(demo_model):
 def test_the_weight_of_a_packed_layer_can_be_read():
     linear = nn.Linear(48, 96)
     assert torch.equal(PackedLinear(linear).weight, linear.weight)
+
+
+def test_compiling_for_a_gpu_without_a_c_compiler_is_refused(tiny_bert, tmp_path, monkeypatch):
+    """Triton compiles a launcher in C, and fails in the middle of the first batch without a compiler."""
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    monkeypatch.setattr(backbone, "to", lambda device: backbone)
+    compiled = []
+    monkeypatch.setattr(backbone, "compile", lambda **options: compiled.append(options))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def prepare():
+        prepare_for_encoding(backbone, dtype=torch.bfloat16, device=torch.device("cuda"), torch_compile=True)
+
+    monkeypatch.setenv("CC", "nowhere")
+    with pytest.raises(UserError, match=r"--torch_compile: there is no C compiler \(CC is nowhere, .*install gcc"):
+        prepare()
+    monkeypatch.delenv("CC")
+    with pytest.raises(UserError, match=r"--torch_compile: there is no C compiler \(neither gcc .*install gcc"):
+        prepare()
+    assert compiled == []
+    (tmp_path / "clang").touch(mode=0o755)
+    prepare()
+    assert compiled == [{"dynamic": True}]

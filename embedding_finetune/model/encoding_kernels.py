@@ -6,6 +6,8 @@ Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
 
 import logging
+import os
+import shutil
 
 import torch
 from torch import Tensor, nn
@@ -177,8 +179,18 @@ def _softmax(scores: Tensor) -> Tensor:
 register_attention(_ATTENTION, attention_in_batched_products)
 
 
+def _check_compiler_of_triton() -> None:
+    """Raise UserError unless there is the C compiler that Triton looks for on a GPU, as it looks for it."""
+    compiler = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([compiler] if compiler else ["gcc", "clang"])):
+        found = f"CC is {compiler}, which is not there" if compiler else "neither gcc nor clang is on the PATH"
+        raise UserError(f"--torch_compile: there is no C compiler ({found}); install gcc, or drop the flag")
+
+
 def _compile(backbone: PreTrainedModel, device: torch.device) -> None:
-    if device.type == "cpu":
+    if device.type == "cuda":
+        _check_compiler_of_triton()
+    elif device.type == "cpu":
         from torch._inductor import config as inductor
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
