@@ -1,7 +1,8 @@
 """What a run switches for the whole process, each in one place, and puts back when it ends.
 
-That is logging and progress bars, ending signals, the garbage collector, and malloc. A library that imports the package
-and calls none of the scripts finds nothing switched. One thing stays: at its exit the process does not collect garbage.
+That is logging and progress bars, ending signals, the garbage collector, malloc, and on macOS OpenMP's check. A library
+that imports the package and calls none of the scripts finds nothing switched. One thing stays: at its exit the process
+does not collect garbage.
 """
 
 import atexit
@@ -20,6 +21,7 @@ ENDING_SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if os.name == "posix":
     ENDING_SIGNALS[signal.SIGHUP] = "hung up"
 _SECONDS_TO_INSIST = 1
+_SEVERAL_OPENMP = "KMP_DUPLICATE_LIB_OK"
 
 put_back = ExitStack()
 """What is to be undone when the run ends."""
@@ -83,6 +85,7 @@ def importing() -> Iterator[None]:
     Signals wait; the garbage collector is off, which would take half a second. Afterwards, until the run ends, the
     collector leaves out what was imported, the libraries show no progress bars, and malloc is ready for large tensors.
     """
+    _let_libraries_bring_their_own_openmp()
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -94,6 +97,13 @@ def importing() -> Iterator[None]:
     _keep_imports_from_the_collector()
     _hide_progress_bars()
     _reuse_large_blocks()
+
+
+def _let_libraries_bring_their_own_openmp() -> None:
+    """On macOS torch and faiss each load a libomp of their own, and the second would abort the process."""
+    if sys.platform == "darwin" and _SEVERAL_OPENMP not in os.environ:
+        os.environ[_SEVERAL_OPENMP] = "TRUE"
+        put_back.callback(os.environ.pop, _SEVERAL_OPENMP, None)
 
 
 def _keep_imports_from_the_collector() -> None:

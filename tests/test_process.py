@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import subprocess
 import sys
 
@@ -71,6 +72,22 @@ assert {**os.environ, **before} == dict(os.environ)
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_several_copies_of_openmp_are_let_be_on_macos_unless_the_user_says_otherwise(monkeypatch):
+    name = "KMP_DUPLICATE_LIB_OK"
+    monkeypatch.delenv(name, raising=False)
+    for platform, value in (("linux", None), ("darwin", "TRUE")):
+        monkeypatch.setattr(sys, "platform", platform)
+        with process.as_a_run():
+            with process.importing():
+                assert os.environ.get(name) == value
+            assert os.environ.get(name) == value
+        assert name not in os.environ
+    monkeypatch.setenv(name, "FALSE")
+    with process.as_a_run(), process.importing():
+        assert os.environ[name] == "FALSE"
+    assert os.environ[name] == "FALSE"
 
 
 def test_what_ends_a_run_early_is_known_until_the_next_one():
