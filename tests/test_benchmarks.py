@@ -88,6 +88,40 @@ def test_a_split_without_training_rows_is_refused(make_debian):
         make_debian.split(rows, 1)
 
 
+@pytest.fixture
+def activations(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return importlib.import_module("activations")
+
+
+@pytest.mark.parametrize(("dropout", "multiple"), [(0.0, 40), (0.1, 42)])
+def test_a_layer_of_bert_saves_40_bytes_a_token_for_each_dimension_and_two_masks_of_dropout(
+    activations, dropout, multiple
+):
+    """h = 64. In bfloat16 the inputs of six products (q, k, v: h each, then h, h, 4h), GELU's 4h, q, k and v.
+
+    In float32 the inputs of two layer norms, two numbers of each, and one of each of four heads.
+    """
+    memory = activations.memory_of({"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}, dropout)
+    in_bfloat16 = 2 * (3 * 64 + 64 + 64 + 4 * 64 + 4 * 64 + 3 * 64)
+    assert memory.token_and_layer == in_bfloat16 + 4 * (2 * 64 + 4 + 4) + (2 * 64 if dropout else 0)
+    assert memory.token_and_layer == multiple * 64 + 32
+    assert 3 * memory.token_and_layer < memory.token < 4 * memory.token_and_layer
+
+
+def test_memory_is_that_of_the_parameters_and_of_the_tokens_that_are_held(activations, monkeypatch, capsys):
+    monkeypatch.setattr(activations, "MODELS", {"small": {"hidden_size": 64, "num_hidden_layers": 2}})
+    monkeypatch.setattr(activations, "memory_of", lambda *_: activations.Memory(3 * 10**9, 10**5, 640))
+    flags = "--batches 100x4 --query_tokens 10 --passage_tokens 20 --tokens_per_sub_batch 5000"
+    monkeypatch.setattr(sys, "argv", ["activations.py", *flags.split()])
+    activations.main()
+    out = capsys.readouterr().out
+    assert "- small: 10.0 without dropout, 10.0 with it" in out
+    assert "100 x 4, 9,000 tokens" in out
+    assert out.splitlines()[-1] == "| small | 3.0 | 100 | 3.9 (3.5) |"
+
+
 def test_a_benchmark_without_its_data_names_the_command_that_makes_it(make_debian, tmp_path):
     common = importlib.import_module("common")
     with pytest.raises(SystemExit, match=r"train\.jsonl\.gz does not exist: run python benchmarks/make_debian\.py"):

@@ -258,7 +258,8 @@ def test_every_flag_of_finetune_that_is_listed_exists_and_every_own_one_is_liste
 
 def test_every_flag_that_the_documents_mention_exists(capsys):
     known = {flag for script in SCRIPTS for flag in re.findall(r"--\w+", help_of(script, capsys))}
-    known |= {"--nproc", "--nnodes", "--index", "--mixed_precision", "--help"}  # of torchrun, pip, accelerate; of all
+    known |= {"--nproc", "--nnodes", "--index", "--help"}  # of torchrun, pip; of all
+    known |= {"--mixed_precision", "--multi_gpu", "--num_processes"}  # of accelerate
     for path in PAGES:
         assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text_of(path))) - known <= benchmark_flags(path), path.name
 
