@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             once_in_all,
             tell_of_processes_that_were_not_started,
         )
-        from embedding_finetune.training.flag_errors import errors_name_their_flag, flags_not_at_default
+        from embedding_finetune.training.flag_errors import (
+            errors_name_their_flag,
+            flags_not_at_default,
+            memory_errors_name_the_remedy,
+        )
         from embedding_finetune.training.held_out import write_held_out
         from embedding_finetune.training.recipe import with_recipe
         from embedding_finetune.training.run_data import prepare, read_rows
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags_not_at_default(model_args, data_args, args, data_args.selection)
     decided_by = what_decides(given, args, data)
     check_same_run(checkpoint, decided_by)
-    with errors_name_their_flag(given):
+    with errors_name_their_flag(given), memory_errors_name_the_remedy(args):
         trainer = make_trainer(model_args, data_args, args, data)
     trainer.tells_costs = tells_costs
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)

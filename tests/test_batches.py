@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.sub_batches import PaddedLayout
 from embedding_finetune.training.batches import EmbedCollator, EpochSampler, KnownPositives, TrainDataset
 from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.rows import load_rows
@@ -24,8 +25,14 @@ def many(count, negatives=6):
 
 
 def collator(group_size, **config):
+    tokenizer = make_tokenizer()
     return EmbedCollator(
-        make_tokenizer(), EmbeddingConfig(**config), group_size=group_size, query_max_len=16, passage_max_len=32
+        tokenizer,
+        EmbeddingConfig(**config),
+        group_size=group_size,
+        query_max_len=16,
+        passage_max_len=32,
+        layout=PaddedLayout(tokenizer, 32, 1024),
     )
 
 

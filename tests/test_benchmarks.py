@@ -126,3 +126,27 @@ def test_a_benchmark_without_its_data_names_the_command_that_makes_it(make_debia
     common = importlib.import_module("common")
     with pytest.raises(SystemExit, match=r"train\.jsonl\.gz does not exist: run python benchmarks/make_debian\.py"):
         next(common.records(tmp_path, "train"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["libraries", "attention", "train", "encode", "agreement", "search", "large", "profile"]
+)
+def test_the_sections_about_a_gpu_run_in_reduced_form_without_one(name, monkeypatch, tmp_path_factory):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # common.py adds to it
+    gpu = importlib.import_module("gpu")
+    folder = tmp_path_factory.getbasetemp() / "gpu"  # the models are made once
+    folder.mkdir(exist_ok=True)
+    rows = list(gpu.SECTIONS[name](folder))
+    assert rows
+    assert not [row for row in rows if "failed" in row]
+    assert gpu.table(rows).startswith("| ")
+
+
+def test_tables_of_a_gpu_are_joined_where_their_columns_are_the_same(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    gpu = importlib.import_module("gpu")
+    rows = [{"a": 1.23456, "b": "x|y"}, {"a": 12345.6, "b": None}, {"c": 1}]
+    assert gpu.table(rows) == "| a | b |\n| --- | --- |\n| 1.23 | x/y |\n| 12346 | None |\n\n| c |\n| --- |\n| 1 |"

@@ -3,8 +3,8 @@
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
@@ -13,8 +13,8 @@ from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrPro
 def test_texts_that_are_cut_are_counted_over_batches_and_told_once(caplog):
     caplog.set_level(logging.INFO)
     cut_texts = CutTexts(query=8, passage=16)
-    cut_texts.count(torch.tensor([[1, 4], [0, 8]]))
-    cut_texts.count(torch.tensor([[2, 4], [0, 8]]))
+    cut_texts.count(np.array([[1, 4], [0, 8]]))
+    cut_texts.count(np.array([[2, 4], [0, 8]]))
     for _ in range(2):
         cut_texts.on_epoch_end(None, None, None)
     assert [record.getMessage() for record in caplog.records] == [

@@ -33,6 +33,14 @@ def test_blocks_come_in_order_with_their_positions(tiny_bert, monkeypatch):
     assert share == [(9, 5), (14, 2)]
 
 
+def test_on_an_accelerator_blocks_are_larger_after_a_first_one_that_it_has_soon(tiny_bert, monkeypatch):
+    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 2)
+    monkeypatch.setattr(encoding.Encoder, "device", torch.device("mps"))
+    encoder = encoder_for(tiny_bert)
+    blocks = [(start, len(block)) for start, block in encoder.encode_passages(TEXTS, slice(1, 20))]
+    assert blocks == [(1, 2), (3, 8), (11, 8), (19, 1)]
+
+
 def test_texts_of_the_same_tokens_get_identical_embeddings(tiny_bert):
     embeddings = encoder_for(tiny_bert).encode_queries(["Reset the PUMP", *TEXTS, "reset  the pump"])
     assert np.array_equal(embeddings[0], embeddings[-1])

@@ -15,6 +15,7 @@ from embedding_finetune.model.encoding_kernels import (
     prepare_for_encoding,
 )
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.process import as_a_run
 
 CPU = torch.device("cpu")
 
@@ -140,3 +141,23 @@ def test_compiling_for_a_gpu_without_a_c_compiler_is_refused(tiny_bert, tmp_path
     (tmp_path / "clang").touch(mode=0o755)
     prepare()
     assert compiled == [{"dynamic": True}]
+
+
+def test_a_model_that_does_not_fit_into_a_gpu_is_one_line(tiny_bert, monkeypatch):
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backbone, "to", full)
+    with pytest.raises(UserError, match="the model does not fit into the memory of cuda:1: free some, or name another"):
+        prepare_for_encoding(backbone, dtype=torch.float16, device=torch.device("cuda:1"), torch_compile=False)
+
+
+def test_cudnns_attention_is_left_out_until_the_run_ends(tiny_bert):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with as_a_run():
+        backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+        prepare_for_encoding(backbone, dtype=torch.float32, device=CPU, torch_compile=False)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

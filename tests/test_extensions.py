@@ -14,6 +14,7 @@ import evaluate
 import mine_hard_neg
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.retrieval.encoder import load_encoder
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss, contrastive_loss
 
@@ -30,12 +31,12 @@ def test_the_matryoshka_loss_is_the_weighted_sum_over_renormalised_prefixes(tmp_
     model = BiEncoder(backbone, config)
     loss_of = RetrievalLoss(model, LossOptions(temperature=0.5, matryoshka={32: 1.0, 8: 0.5, 2: 0.25}))
     ids = torch.randint(5, 60, (6, 9), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    texts = padded_texts(ids, torch.ones_like(ids))
     index = {"query_index": torch.tensor([0, 1]), "passage_index": torch.tensor([[2, 3], [4, 5]])}
     known = {"passage_ids": torch.arange(4).reshape(2, 2), "known_ids": torch.tensor([[0], [2]])}
-    loss = loss_of(**batch, **index, **known)["loss"].item()
+    loss = loss_of(texts, **index, **known)["loss"].item()
     expected = 0.0
-    whole = model(**batch)
+    whole = model(ids, torch.ones_like(ids))
     for dimensions, weight in ((32, 1.0), (8, 0.5), (2, 0.25)):
         prefix = whole[:, :dimensions]
         prefix = prefix / prefix.norm(dim=1, keepdim=True) if normalized else prefix

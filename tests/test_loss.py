@@ -203,8 +203,7 @@ def test_the_mask_is_computed_once_for_all_matryoshka_dimensions(tiny_bert, monk
     model = RetrievalLoss(BiEncoder(backbone, config), LossOptions(matryoshka={32: 1.0, 16: 1.0, 8: 1.0}))
     ids = torch.randint(5, 60, (4, 9))
     model(
-        ids,
-        torch.ones_like(ids),
+        padded_texts(ids, torch.ones_like(ids)),
         query_index=torch.tensor([0, 1]),
         passage_index=torch.tensor([[2], [3]]),
         passage_ids=torch.tensor([[20], [30]]),

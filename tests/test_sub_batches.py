@@ -130,21 +130,26 @@ def test_prompts_follow_their_texts():
         assert laid_out["prompt_lengths"].tolist() == [2, 1]
 
 
+def layout_on(device, **options):
+    return layout_for(torch.device(device), make_tokenizer(), limit=64, **{"hidden_size": 32, **options})
+
+
 def test_the_layout_suits_the_device():
-    tokenizer = make_tokenizer()
-    cpu = layout_for(torch.device("cpu"), tokenizer, limit=64)
+    cpu, gpu = layout_on("cpu"), layout_on("cuda", hidden_size=1024)
     assert (cpu.tokens_per_sub_batch, cpu.cost_of_a_sub_batch) == (1024, None)
-    gpu = layout_for(torch.device("cuda"), tokenizer, limit=64)
-    assert (gpu.tokens_per_sub_batch, gpu.cost_of_a_sub_batch) == (16_384, 1000)
-    assert layout_for(torch.device("mps"), tokenizer, limit=64).tokens_per_sub_batch == 8192
-    assert layout_for(torch.device("cuda"), tokenizer, limit=64, tokens_per_sub_batch=7).tokens_per_sub_batch == 7
-    assert layout_for(torch.device("cuda"), tokenizer, limit=64, packed_from=2) == PackedLayout(2, 16_384)
+    assert (gpu.tokens_per_sub_batch, gpu.cost_of_a_sub_batch) == (16_384, 4096)
+    assert layout_on("mps").tokens_per_sub_batch == 8192
+    assert layout_on("cuda", tokens_per_sub_batch=7).tokens_per_sub_batch == 7
+    assert layout_on("cuda", packed_from=2) == PackedLayout(2, 65_536)
+    assert layout_on("cuda", packed_from=2, recompute=True) == PackedLayout(2, 16_384)
+    assert layout_on("cuda", packed_from=2, recompute=True, tokens_per_sub_batch=7) == PackedLayout(2, 7)
 
 
 def test_on_a_cpu_sub_batches_are_filled_as_far_as_they_go():
     lengths = np.random.default_rng(0).integers(3, 60, 50)
-    texts = [tokens_of([2, *[7] * (length - 2), 3]) for length in lengths]
-    places, laid_out = layout_for(torch.device("cpu"), make_tokenizer(), limit=64, tokens_per_sub_batch=200)(texts)
+    places, laid_out = layout_on("cpu", tokens_per_sub_batch=200)(
+        [tokens_of([2, *[7] * (length - 2), 3]) for length in lengths]
+    )
     expected = list(batches_by_length(lengths, 200))
     assert np.array_equal(np.argsort(places), np.concatenate(expected))
     assert [end - first for first, end, _, _ in laid_out["sub_batches"]] == [len(rows) for rows in expected]

@@ -19,6 +19,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus, load_task
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.sub_batches import PaddedLayout
 from embedding_finetune.model.training_kernels import use_cheap_dropout
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
@@ -64,7 +65,14 @@ def make_trainer(tmp_path):
             make_loss(BiEncoder(backbone, config), args),
             args,
             train_dataset=TrainDataset(load_rows(str(data)), group_size=group_size, seed=args.seed),
-            data_collator=EmbedCollator(tokenizer, config, group_size=group_size, query_max_len=16, passage_max_len=32),
+            data_collator=EmbedCollator(
+                tokenizer,
+                config,
+                group_size=group_size,
+                query_max_len=16,
+                passage_max_len=32,
+                layout=PaddedLayout(tokenizer, 32, args.tokens_per_sub_batch or 1024),
+            ),
             saved_config=dataclasses.replace(config, max_seq_length=32),
             trained_before=np.empty(0, np.int64),
             task=load_task(data, Corpus(row["pos"][0] for row in read_jsonl(data))) if evaluate else None,

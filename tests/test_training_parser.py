@@ -4,13 +4,14 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 import finetune
 from embedding_finetune.mining.arguments import CHOICE_FLAGS
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.flags import REFUSED
-from embedding_finetune.training.parser import GROUPS
+from embedding_finetune.training.parser import GROUPS, suit_the_device
 
 THEIRS = {field.name for field in fields(TrainingArguments)}
 KINDS = (ModelArguments, DataArguments, RetrieverTrainingArguments)
@@ -59,3 +60,25 @@ def test_help_begins_with_a_usage_of_one_line_and_the_commands_of_the_docstring(
     assert usage.startswith("usage: finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR")
     assert "\n" not in usage
     assert description.startswith(finetune.__doc__.strip())
+
+
+@pytest.mark.parametrize(("ranks", "cpus", "workers"), [("1", 16, 8), ("8", 16, 1), ("2", 16, 4), ("1", 1, 1)])
+def test_on_an_accelerator_workers_make_batches_and_nobody_waits(tmp_path, monkeypatch, ranks, cpus, workers):
+    monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    args = RetrieverTrainingArguments(str(tmp_path))
+    args.dataloader_pin_memory = True  # transformers found no accelerator and switched it off
+    suit_the_device(args, set())
+    assert args.dataloader_num_workers == workers
+    assert args.logging_nan_inf_filter is False
+    assert args.accelerator_config.non_blocking
+
+
+def test_what_the_user_gave_stands_and_a_cpu_keeps_the_defaults(tmp_path, monkeypatch):
+    args = RetrieverTrainingArguments(str(tmp_path))
+    suit_the_device(args, set())
+    assert (args.dataloader_num_workers, args.logging_nan_inf_filter) == (0, True)
+    monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device("cuda"))
+    suit_the_device(args, {"dataloader_num_workers"})
+    assert (args.dataloader_num_workers, args.logging_nan_inf_filter) == (0, False)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.encoding_kernels import is_out_of_memory
 from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.model.tokens import pad
 
@@ -156,6 +157,8 @@ def check_padding(
     try:
         difference = _largest_difference(paths, model, tokenizer, limit)
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise UserError(f"{what}: out of GPU memory on a short text: {first_line(error)}") from error
         remedy = (
             "such models are not supported" if dtype == torch.float32 else f"give --dtype float32 instead of {dtype}"
         )

@@ -70,12 +70,19 @@ def prepare_for_encoding(
 ) -> None:
     """Bring a model to its dtype and device, in evaluation mode, with the kernels that suit them.
 
-    Raises UserError when --torch_compile is asked for and there is no compiler.
+    Raises UserError when it does not fit there, or --torch_compile is asked for and there is no compiler.
     """
     backbone.eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
-    backbone.to(device)  # after that: float32 weights might not fit there
+    try:
+        backbone.to(device)  # after that: float32 weights might not fit there
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model does not fit into the memory of {device}: free some, or name another in CUDA_VISIBLE_DEVICES"
+        ) from error
     leave_out_cudnn_attention()
     if device.type == "cpu":
         replace_sdpa(backbone, _ATTENTION)

@@ -1,8 +1,9 @@
 """Texts laid end to end instead of padded, with attention that stays within each text.
 
 On a GPU of Ampere's kind or newer torch has a kernel for it, in half precision and without dropout. Then no padding is
-computed, and no kernel has to be planned for a new shape. Elsewhere the same attention goes text by text, which is slow
-and serves to try a model, and to test.
+computed, and texts
+of many lengths are launched at once. Elsewhere the same attention goes text by text, which is slow and serves to
+try a model, and to test.
 
 Shapes: n texts of S tokens in all, h heads, d dimensions of a head, H dimensions of a state.
 """
@@ -160,7 +161,7 @@ def packed_attention(
     query: (1, h, S, d). key, value: the same, or with fewer heads. Raises ValueError for what it does not do.
     """
     if dropout or attention_mask is not None or changes_attention(keywords.keys() - _OF_PACKING, keywords):
-        raise ValueError(f"packed attention takes no dropout, no mask and no {sorted(keywords)}")
+        raise ValueError(f"packed attention takes no dropout, no mask, and not all of {sorted(keywords)}")
     back = -1 if sliding_window is None else sliding_window - 1
     window = (back, 0 if is_causal_attention(module, keywords) else back)
     groups = query.shape[1] // key.shape[1]
@@ -181,14 +182,15 @@ def _by_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if value.dtype not in _HALF:  # autocast does not reach this operator
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    dtype = value.dtype
+    if dtype not in _HALF:  # autocast does not reach this operator
+        value = value.to(torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.bfloat16)
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary positions may have made them float32
     attended = varlen_attn(
         query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=window
     )
     assert isinstance(attended, Tensor)  # without the sums of the softmax, which were not asked for
-    return attended
+    return attended.to(dtype)
 
 
 def text_by_text(

@@ -22,8 +22,13 @@ from embedding_finetune.model.tokens import Tokens, batches_by_length, pad, padd
 _TOKENS_PER_SUB_BATCH = {"cpu": 1024, "mps": 8192}
 """Tokens per sub-batch where --tokens_per_sub_batch does not say, by kind of device; see benchmarks/README.md."""
 _TOKENS_ON_A_GPU = 2**14
-_COST_OF_A_SUB_BATCH = 1000
-"""What launching a sub-batch's kernels costs an accelerator, in tokens that it could have computed meanwhile."""
+_TOKENS_END_TO_END = 2**16
+"""Larger: where activations are kept anyway, a larger sub-batch without padding costs no memory."""
+_LAUNCH = 2**32
+"""Launching the kernels of one more sub-batch takes as long as computing 2^32 / H^2 tokens with H-dimensional states.
+
+Measured on an H200 (benchmarks/README.md): 26 to 31 ms with bge-base, as 8,000 tokens take; H is 768 there.
+"""
 
 
 class Texts(TypedDict):
@@ -121,16 +126,20 @@ def layout_for(
     *,
     limit: int,
     tokens_per_sub_batch: int | None = None,
+    hidden_size: int,
+    recompute: bool = False,
     packed_from: int | None = None,
 ) -> Layout:
-    """The layout that suits a device. tokens_per_sub_batch: None for the device's default.
+    """The layout that suits a device and a backbone with states of hidden_size dimensions.
 
+    tokens_per_sub_batch: None for the device's default. recompute: whether activations are kept of one sub-batch only.
     packed_from: the position id of a text's first token, for a backbone that takes packed texts.
     """
-    most = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(device.type, _TOKENS_ON_A_GPU)
     if packed_from is not None:
-        return PackedLayout(packed_from, most)
-    return PaddedLayout(tokenizer, limit, most, None if device.type == "cpu" else _COST_OF_A_SUB_BATCH)
+        by_default = _TOKENS_ON_A_GPU if recompute else _TOKENS_END_TO_END
+        return PackedLayout(packed_from, tokens_per_sub_batch or by_default)
+    most = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(device.type, _TOKENS_ON_A_GPU)
+    return PaddedLayout(tokenizer, limit, most, None if device.type == "cpu" else _LAUNCH // hidden_size**2)
 
 
 def padded_texts(

@@ -52,7 +52,7 @@ def has_dropout(backbone: PreTrainedModel) -> bool:
 
 
 def _dropouts(backbone: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
-    """The modules of a backbone, with the name of an attribute that holds a dropout's probability."""
+    """The modules of a backbone that hold a dropout's probability, and the attribute that does."""
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             yield module, "p"

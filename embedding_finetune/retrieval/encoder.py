@@ -146,9 +146,7 @@ class Encoder:
         if store is not None:
             store.refresh()
         first, stop, _ = share.indices(len(texts))
-        size = TEXTS_PER_BLOCK if self.device.type == "cpu" else TEXTS_PER_BLOCK * _ON_AN_ACCELERATOR
-        starts = range(first, stop, size)
-        parts = (slice(start, min(start + size, stop)) for start in starts)
+        parts = list(self._parts(first, stop))
         blocks = (self._prepare(part.start, texts[part], kind, instructions and instructions[part]) for part in parts)
         cut = encoded = 0
         with Progress(stop - first, f"Encoding {kind.name} texts", "text") as progress:
@@ -163,10 +161,19 @@ class Encoder:
                         store.put(encoded_texts, block.embeddings[block.missing], their_instructions)
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
-        if store is not None and not store.is_scratch and starts and not quiet:
+        if store is not None and not store.is_scratch and parts and not quiet:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
             logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
+
+    def _parts(self, first: int, stop: int) -> Iterator[slice]:
+        """Blocks of the texts from first to stop; on an accelerator larger ones, after a first that it has soon."""
+        size = TEXTS_PER_BLOCK
+        while first < stop:
+            yield slice(first, min(first + size, stop))
+            first += size
+            if self.device.type != "cpu":
+                size = TEXTS_PER_BLOCK * _ON_AN_ACCELERATOR
 
     def _prepare(self, start: int, texts: Sequence[str], kind: TextKind, instructions: Instructions) -> Block:
         store = self.stores.get(kind.name)
@@ -218,12 +225,13 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     digest = weights_digest(backbone, loaded.projection)  # as they are stored, before they change precision
     device = working_device()
     dtype = choose_dtype(options.dtype, device)
-    logger.info("%s: encoding in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     leave_out_pooler(backbone)
     position = first_position(backbone)
     packs = not options.torch_compile and pack_if_possible(
         backbone, device, dtype, first_position=position, limit=loaded.length_limit
     )
+    how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
+    logger.info("%s: encoding in %s", name_or_path, how)
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
     model = BiEncoder(backbone, loaded.config, projection=loaded.projection.to(device)).eval()
     if not packs:

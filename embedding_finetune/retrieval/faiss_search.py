@@ -7,6 +7,7 @@ Shapes: Q queries, q of them in a search, n passages in a block, H dimensions, k
 
 import functools
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ def import_faiss() -> Any:
     try:
         with uninterrupted():
             import faiss
+
+            if sys.platform == "darwin":
+                faiss.omp_set_num_threads(1)  # beside torch's, a second OpenMP with several threads may crash there
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"searching needs faiss, which cannot be imported ({first_line(error)}): pip install faiss-cpu"

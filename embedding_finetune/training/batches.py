@@ -22,7 +22,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.sub_batches import Layout, layout_for
+from embedding_finetune.model.sub_batches import Layout
 from embedding_finetune.model.tokens import Tokens, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.loss import PADDING_ID
@@ -173,7 +173,7 @@ class EmbedCollator:
     """Examples -> the arguments of RetrievalLoss.forward, `rows` and `cut_texts`; a repeated text is in a batch once.
 
     rows: (B,), the examples' numbers. cut_texts: (2, 2), how many queries were cut and how many there are; passages.
-    Both are numpy's: they stay on the host. layout: how texts are laid out; by default as it suits a CPU.
+    Both are numpy's: they stay on the host. layout: how texts are laid out.
     """
 
     def __init__(
@@ -184,12 +184,11 @@ class EmbedCollator:
         group_size: int,
         query_max_len: int,
         passage_max_len: int,
-        layout: Layout | None = None,
+        layout: Layout,
         with_teacher: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        limit = max(query_max_len, passage_max_len)
-        self.layout = layout or layout_for(torch.device("cpu"), tokenizer, limit=limit)
+        self.layout = layout
         self.group_size = group_size
         self.with_teacher = with_teacher
         self.query, self.passage = text_kinds(config, query_max_len=query_max_len, passage_max_len=passage_max_len)

@@ -117,14 +117,14 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
 
 
 def suit_the_device(args: RetrieverTrainingArguments, given: Container[str]) -> None:
-    """Choose what an accelerator needs, where the user did not: workers that make batches, no wait after a step."""
+    """Choose what an accelerator needs: workers that make batches, if the user gave no number, and no wait."""
     if args.device.type == "cpu":
         return
     if "dataloader_num_workers" not in given:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.dataloader_num_workers = min(max((os.cpu_count() or 1) // (2 * local_ranks), 1), _MOST_WORKERS)
-    if "logging_nan_inf_filter" not in given:
-        args.logging_nan_inf_filter = False  # LossWatch looks at every loss
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory  # copies that nobody waits for
+    args.logging_nan_inf_filter = False  # it waits for each step; LossWatch looks at every loss
 
 
 def check_together(

@@ -43,6 +43,8 @@ def seconds_of_step(
             if is_new:
                 _step_nowhere(optimizer, args.max_grad_norm)
             model.zero_grad()
+            if args.device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds.append(time.monotonic() - began)
             if gather_objects(len(seconds) > _FEWEST_TIMED and sum(seconds[1:]) >= wanted)[0]:
                 break

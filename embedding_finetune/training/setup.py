@@ -15,6 +15,7 @@ from embedding_finetune.model.attention import leave_out_cudnn_attention
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.model.checks import check_training
+from embedding_finetune.model.encoding_kernels import choose_dtype
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.limits import (
     check_instructions,
@@ -204,11 +205,17 @@ def training_layout(
     packs = not has_dropout(backbone) and pack_if_possible(
         backbone, args.device, dtype, first_position=position, limit=limit
     )
+    if dtype == torch.float32 and choose_dtype("auto", args.device) != dtype and args.device.type == "cuda":
+        logger.info("training in float32: with --bf16 True this GPU is several times as fast")
+    if packs:
+        logger.info("texts are trained end to end, without padding")
     return layout_for(
         args.device,
         tokenizer,
         limit=longest,
         tokens_per_sub_batch=args.tokens_per_sub_batch,
+        hidden_size=backbone.config.hidden_size,
+        recompute=args.recompute_sub_batches,
         packed_from=position if packs else None,
     )
 
