@@ -45,31 +45,21 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
     # Heavy imports come after flags and data have been checked.
     with importing():
-        from embedding_finetune.distributed import join_process_group, once_in_all, own_gpu, process_rank
-        from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY, write_evaluation
-        from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
+        from embedding_finetune.distributed import join_process_group, once_in_all, process_rank
+        from embedding_finetune.evaluation.files import write_evaluation
+        from embedding_finetune.evaluation.ranking import values_per_query
+        from embedding_finetune.evaluation.rankings import rank_all
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
-        from embedding_finetune.model.encoding_kernels import working_device
         from embedding_finetune.model.loading import check_models_are_there
-        from embedding_finetune.model.training_queries import read_training_queries
-        from embedding_finetune.retrieval.encoder import load_encoder
-        from embedding_finetune.retrieval.top_k import gpus_to_search_on
 
     join_process_group()
-    check_models_are_there(options.model_name[1:], flag="--model_name", cache_dir=options.cache_dir)
-    gpus = gpus_to_search_on(working_device(), use_gpu_for_searching=options.use_gpu_for_searching, own_gpu=own_gpu())
-    rankings, values, weights_digests, trained_queries = {}, {}, {}, {}
-    for name in options.model_name:
-        encoder = load_encoder(name, options, flag="--model_name")
-        weights_digests[name] = encoder.weights_digest
-        count = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
-        if count:
-            logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
-        trained_queries[name] = count
-        rankings[name] = rank_corpus(encoder, task, max(PASSAGES_PER_QUERY, *options.cutoffs), gpus=gpus)
-        values[name] = values_per_query(rankings[name], task, options.measures, options.cutoffs)
-
-    document = summarize(values, task, options, weights_digests, trained_queries)
+    check_models_are_there(options.dense_models[1:], flag="--model_name", cache_dir=options.cache_dir)
+    ranked = rank_all(task, options)
+    rankings = ranked.by_name
+    values = {
+        name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
+    }
+    document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
 
@@ -100,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="model folders or hub names, the first is the base",
+        help="model folders or hub names, the first is the base; bm25 ranks by words, and a+b is the fusion of two",
     )
     parser.add_argument(
         "--index_file_jsonl_path",
@@ -166,7 +156,7 @@ def threshold(text: str) -> tuple[str, float]:
 
 def fail_if_asked(document: Record, options: EvaluationOptions) -> None:
     """End with status 1, and say why, when the last model does not pass --fail_below or --fail_if_worse."""
-    base, last = options.model_name[0], options.model_name[-1]
+    base, last = options.base, options.model_name[-1]
     metrics = document["metrics"][last]
     reasons = [
         f"{name} is {metrics[name]:.4f}, below {limit}" for name, limit in options.fail_below if metrics[name] < limit

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.retrieval.reranker import check_reranker
 
     join_process_group()
-    check_models_are_there(options.model_name_or_path[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
+    check_models_are_there(options.dense_models[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
     mined = mine_negatives(rows, corpus, options, stopwatch)

@@ -106,10 +106,13 @@ def test_near_duplicates_are_all_pairs_of_a_high_cosine_whatever_the_blocks_and_
 def test_fusion_adds_reciprocal_ranks_and_breaks_ties_by_position():
     one, other = np.array([[5, 3, 8, 1], [2, -1, -1, -1]]), np.array([[8, 5, 0, 3], [-1, -1, -1, -1]])
     # 5: 1/61 + 1/62; 8: 1/63 + 1/61; 3: 1/62 + 1/64; 0: 1/63
-    assert fuse([one, other]).tolist() == [[5, 8, 3, 0], [2, -1, -1, -1]]
-    assert fuse([other, one]).tolist() == fuse([one, other]).tolist()
-    assert fuse([np.array([[7, 4]]), np.array([[4, 7]])]).tolist() == [[4, 7]]
-    assert fuse([one]).tolist() == one.tolist()
+    assert fuse([one, other], 4).positions.tolist() == [[5, 8, 3, 0], [2, -1, -1, -1]]
+    assert fuse([one, other], 4).scores[0] == pytest.approx([1 / 61 + 1 / 62, 1 / 63 + 1 / 61, 1 / 62 + 1 / 64, 1 / 63])
+    assert fuse([other, one], 4).positions.tolist() == fuse([one, other], 4).positions.tolist()
+    assert fuse([np.array([[7, 4]]), np.array([[4, 7]])], 2).positions.tolist() == [[4, 7]]
+    assert fuse([np.array([[7, 4]]), np.array([[4, 7]])], 2, ties="last").positions.tolist() == [[7, 4]]
+    assert fuse([one], 4).positions.tolist() == one.tolist()
+    assert fuse([one, other[:, :2]], 9).positions.tolist() == [[5, 8, 3, 1] + [-1] * 5, [2] + [-1] * 8]
 
 
 def test_gpu_search_without_gpu_support_says_what_to_do():

@@ -8,7 +8,7 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.columns import parse_columns
 from embedding_finetune.parser import repeated_model
-from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.arguments import BM25, EncodingOptions, check_bm25s
 
 FILES = ("metrics.json", "per_query.jsonl", "qrels.trec", "report.html")
 """The files in --output_dir, beside rankings."""
@@ -42,14 +42,44 @@ class EvaluationOptions(EncodingOptions):
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
-        if (repeated := repeated_model(self.model_name)) is not None:
-            raise UserError(f"--model_name: the same model is named twice, as {repeated}")
+        self._check_names()
         if self.fail_if_worse and len(self.model_name) == 1:
             raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
+        if self.fail_if_worse and self.model_name[-1] == self.base:
+            raise UserError(f"--fail_if_worse: {self.base}, the first model, comes last; put another one behind it")
         measured = [f"{measure}@{cutoff}" for cutoff in self.cutoffs for measure in self.measures]
         for name, _ in self.fail_below:
             if name not in measured:
                 raise UserError(f"--fail_below: {name} is not measured; these are: {', '.join(measured)}")
+
+    def parts_of(self, name: str) -> list[str]:
+        """The rankings that a name stands for: `a+b` is the fusion of two, unless a folder has that name."""
+        return [name] if os.path.exists(name) else name.split("+")
+
+    @property
+    def rankings(self) -> list[str]:
+        """The models to rank with, BM25 among them: each once, however often it is named."""
+        return list(dict.fromkeys(part for name in self.model_name for part in self.parts_of(name)))
+
+    @property
+    def dense_models(self) -> list[str]:
+        """Those of the rankings that embed texts."""
+        return [name for name in self.rankings if name != BM25]
+
+    @property
+    def base(self) -> str:
+        """What others are compared with: the first that embeds texts, if one is named by itself, else the first."""
+        return next((name for name in self.model_name if name in self.dense_models), self.model_name[0])
+
+    def _check_names(self) -> None:
+        if (repeated := repeated_model(self.model_name)) is not None:
+            raise UserError(f"--model_name: the same model is named twice, as {repeated}")
+        for name in self.model_name:
+            parts = self.parts_of(name)
+            if not all(parts) or len(set(parts)) < len(parts):
+                raise UserError(f"--model_name {name}: a fusion joins names of different models, as {BM25}+MODEL")
+        if BM25 in self.rankings:
+            check_bm25s("--model_name")
 
     def check_paths(self) -> None:
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""

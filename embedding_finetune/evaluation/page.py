@@ -38,7 +38,7 @@ _COLOURS = 6
 def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
     """The page for the document of summary.summarize, the task and each model's ranking (at least one model)."""
     ranks = {name: first_ranks(ranking, task) for name, ranking in rankings.items()}
-    depth = next(iter(rankings.values())).positions.shape[1]
+    depth = min(ranking.positions.shape[1] for ranking in rankings.values())
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
         "facts": _facts(task),
@@ -47,7 +47,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
         "measures": _measures(document),
         "charts": "".join(_chart(measure, document, ranks, depth) for measure in ("MRR", "Hit")),
         "distribution": _distribution(ranks, depth),
-        "outcomes": "".join(_outcomes(name, ranks) for name in list(ranks)[1:]),
+        "outcomes": "".join(_outcomes(name, document["base"], ranks) for name in ranks if name != document["base"]),
         "groups": _groups(document),
         "data": _embedded(_query_table(task, rankings, ranks, depth)),
     }
@@ -85,7 +85,7 @@ def warnings(document: Record) -> Iterator[str]:
 def _measures(document: Record) -> str:
     """A table of one model's measures, or for each further model a table beside the first."""
     metrics, differences = document["metrics"], document["differences"]
-    base = next(iter(metrics))
+    base = document["base"]
     if not differences:
         rows = [[name, _number(value)] for name, value in metrics[base].items()]
         return _table(["", base], rows)
@@ -177,9 +177,8 @@ def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
     return f'<table class="bars"><tr><th>rank</th><th>queries</th></tr>{"".join(rows)}</table>'
 
 
-def _outcomes(model: str, ranks: Mapping[str, np.ndarray]) -> str:
+def _outcomes(model: str, base: str, ranks: Mapping[str, np.ndarray]) -> str:
     """How many queries a model made better, left the same and made worse, by the rank of the best right passage."""
-    base = next(iter(ranks))
     change = _beyond_all(ranks[model]) - _beyond_all(ranks[base])
     counts = {"better": int((change < 0).sum()), "same": int((change == 0).sum()), "worse": int((change > 0).sum())}
     segments = "".join(f'<i class="{name}" style="flex-grow:{count}"></i>' for name, count in counts.items())

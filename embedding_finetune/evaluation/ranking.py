@@ -5,15 +5,25 @@ Under torchrun the processes share the encoding and the search, and all get the 
 Shapes: Q queries, K ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from embedding_finetune.data.corpus import Documents, RetrievalTask
+from embedding_finetune.data.texts import TextsOnDisk
 from embedding_finetune.evaluation.metrics import judged_of, per_query, relevance_of
 from embedding_finetune.retrieval.encoder import Encoder
-from embedding_finetune.retrieval.shared_search import encode_own_passages, encode_queries, merge_rankings
-from embedding_finetune.retrieval.top_k import Ranking, TopK
+from embedding_finetune.retrieval.shared_search import (
+    encode_own_passages,
+    encode_queries,
+    index_words,
+    merge_rankings,
+    rank_by_words,
+)
+from embedding_finetune.retrieval.top_k import Ranking, TopK, fuse
+
+FUSION_DEPTH = 100
+"""Ranks of a ranking that a fusion looks at."""
 
 
 def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> Ranking:
@@ -22,16 +32,40 @@ def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequ
     Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first. A text that several
     documents have is encoded once.
     """
+
+    def rank(texts: TextsOnDisk, most: int) -> Ranking:
+        queries = encode_queries(encoder, task.queries, task.instructions)
+        top = TopK(queries, most, ties="last", device=encoder.device, gpus=gpus)
+        for start, block in encode_own_passages(encoder, texts):
+            top.add(start, block)
+        merge_rankings(top)
+        return top.ranking()
+
+    return _rank_distinct(rank, task, top_k)
+
+
+def rank_corpus_by_words(task: RetrievalTask, top_k: int) -> Ranking:
+    """What rank_corpus gives, by BM25. Passages that share no word with a query are in no ranking of it."""
+
+    def rank(texts: TextsOnDisk, most: int) -> Ranking:
+        return rank_by_words(index_words(texts), task.queries, most, ties="last", among=len(texts))
+
+    return _rank_distinct(rank, task, top_k)
+
+
+def _rank_distinct(rank: Callable[[TextsOnDisk, int], Ranking], task: RetrievalTask, top_k: int) -> Ranking:
+    """The ranking of a corpus by `rank`, which takes distinct texts and how many are wanted for each query."""
     corpus = task.corpus
     repeating = corpus if isinstance(corpus, Documents) and corpus.duplicates else None
     texts = corpus.texts if repeating is None else corpus.texts.at(repeating.distinct)
-    queries = encode_queries(encoder, task.queries, task.instructions)
-    top = TopK(queries, min(top_k, len(texts)), ties="last", device=encoder.device, gpus=gpus)
-    for start, block in encode_own_passages(encoder, texts):
-        top.add(start, block)
-    merge_rankings(top)
-    ranking = top.ranking()
+    ranking = rank(texts, min(top_k, len(texts)))
     return ranking if repeating is None else rank_documents(ranking, repeating, min(top_k, len(corpus)))
+
+
+def fuse_rankings(rankings: Sequence[Ranking]) -> Ranking:
+    """The reciprocal-rank fusion of rankings, each to a depth of FUSION_DEPTH whatever is to be measured."""
+    parts = [ranking.positions[:, :FUSION_DEPTH] for ranking in rankings]
+    return fuse(parts, sum(part.shape[1] for part in parts), ties="last")
 
 
 def rank_documents(ranking: Ranking, documents: Documents, top_k: int) -> Ranking:

@@ -27,7 +27,7 @@ def summarize(
     values: model -> measure -> (Q,). weights_digests: by model. trained_queries: model -> how many of the queries it
     was trained on.
     """
-    base = options.model_name[0]
+    base = options.base
     members: dict[str, list[int]] = {
         group: [] for group in sorted({group for group in task.groups if group is not None})
     }
@@ -35,13 +35,15 @@ def summarize(
         if group is not None:
             members[group].append(number)
     return {
+        "base": base,
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: {
                 measure: compare(values[base][measure], scores, seed=options.seed)._asdict()
                 for measure, scores in values[name].items()
             }
-            for name in options.model_name[1:]
+            for name in options.model_name
+            if name != base
         },
         "groups": {
             group: {
@@ -67,7 +69,7 @@ def summarize(
 
 
 def evaluation_tables(document: Record) -> str:
-    """Text tables: measures by model, the differences of other models to the first, measures by group of queries.
+    """Text tables: measures by model, the differences of other models to the base, measures by group of queries.
 
     Before them stands what the queries are, where finetune.py held them out.
     """
@@ -77,7 +79,7 @@ def evaluation_tables(document: Record) -> str:
     parts = [] if by is None else [f"{document['queries']} queries, held out by {by}: {what_is_new(by)}"]
     parts += [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
     for name, differences in document["differences"].items():
-        rows = [[f"{name} - {names[0]}", "difference", "95% interval", "p"]]
+        rows = [[f"{name} - {document['base']}", "difference", "95% interval", "p"]]
         rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]
         parts.append(table(rows))
     if document["groups"]:

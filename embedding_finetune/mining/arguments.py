@@ -22,7 +22,7 @@ from embedding_finetune.parser import (
     repeated_model,
     seed,
 )
-from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.arguments import BM25, EncodingOptions, check_bm25s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class SelectionOptions:
         return ScoreFilters(self.max_score, self.min_score, self.absolute_margin, self.relative_margin)
 
 
+_ABOUT_SCORES = ("max_score", "min_score", "absolute_margin", "relative_margin")
 CHOICE_FLAGS = tuple(
     name.name for name in fields(SelectionOptions) if name.name not in ("keep_existing_negatives", "seed")
 )
@@ -65,6 +66,11 @@ class RankingOptions(EncodingOptions, SelectionOptions):
 
     model_name_or_path: list[str]
     reranker_name_or_path: str | None = None
+
+    @property
+    def dense_models(self) -> list[str]:
+        """The models that embed texts: all but BM25."""
+        return [name for name in self.model_name_or_path if name != BM25]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,22 @@ class MiningOptions(RankingOptions):
         parse_columns(self.columns)
         if (repeated := repeated_model(self.model_name_or_path)) is not None:
             raise UserError(f"--model_name_or_path: the same model is named twice, as {repeated}")
+        self._check_bm25()
+
+    def _check_bm25(self) -> None:
+        """Raise UserError where BM25 lacks its package, or a flag needs cosines and there is no other model."""
+        if BM25 not in self.model_name_or_path:
+            return
+        check_bm25s("--model_name_or_path")
+        if self.dense_models:
+            return
+        by_reranker = () if self.reranker_name_or_path is not None else _ABOUT_SCORES
+        for name in (*by_reranker, "near_duplicate_threshold"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name}: the scores of {BM25} are no cosines; name a model beside it in --model_name_or_path, "
+                    "or leave the flag out"
+                )
 
     def check_paths(self) -> None:
         """Raise UserError where a file is missing, or where an output would replace another file of the run."""

@@ -20,15 +20,19 @@ from embedding_finetune.distributed import gather_objects, own_gpu, own_share
 from embedding_finetune.mining.arguments import RankingOptions
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.model.encoding_kernels import working_device
+from embedding_finetune.retrieval.arguments import BM25
 from embedding_finetune.retrieval.encoder import Encoder, load_encoder
+from embedding_finetune.retrieval.keywords import KeywordIndex
 from embedding_finetune.retrieval.reranker import Reranker, load_reranker
 from embedding_finetune.retrieval.shared_search import (
     encode_own_passages,
     encode_passages,
     encode_queries,
+    index_words,
     merge_near_duplicates,
     merge_rankings,
     merge_scores,
+    rank_by_words,
 )
 from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK, fuse, gpus_to_search_on
 
@@ -82,22 +86,25 @@ def rank_candidates(
 ) -> Candidates:
     """Rank the corpus for every query and score `pairs`, as mine_hard_neg.py's flags say.
 
-    positives: positions of the texts whose near-duplicates are wanted. instructions: those of queries for the models; a
-    reranker reads the query alone. With several models the ranking is their
-    reciprocal-rank fusion; scores and near-duplicates come from the first. A reranker scores the window and the pairs
-    again, and sorts the window by its scores. A ranking is at most as long as the corpus. scratch: a temporary folder
-    that may hold embeddings of the first model, and may keep more; None where there is none.
+    positives: positions of the texts whose near-duplicates are wanted. instructions: those of queries for the models;
+    BM25 and a reranker read the query alone. With several models the ranking is their reciprocal-rank fusion; scores
+    and near-duplicates come from the first that is not BM25. A reranker scores the window and the pairs again, and
+    sorts the window by its scores. A ranking is at most as long as the corpus. scratch: a temporary folder that may
+    hold embeddings of the first model, and may keep more; None where there is none.
     Laps of the stopwatch are "load", "encode", "search" and "rescore".
     """
     start, stop = options.range_for_sampling
     options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
     gpus = gpus_to_search_on(working_device(), use_gpu_for_searching=options.use_gpu_for_searching, own_gpu=own_gpu())
     scratch = scratch or _scratch(options)
-    candidates = _rank_with_first_model(
-        queries, instructions, corpus, pairs, positives, options, gpus, stopwatch, scratch
-    )
+    if options.dense_models:
+        candidates = _rank_with_first_model(
+            queries, instructions, corpus, pairs, positives, options, gpus, stopwatch, scratch
+        )
+    else:
+        candidates = _rank_by_words(queries, corpus, pairs, options, stopwatch)
     if len(options.model_name_or_path) > 1:
-        candidates = _fuse_with_other_models(candidates, queries, instructions, corpus, options, gpus, stopwatch)
+        candidates = _fuse_with_others(candidates, queries, instructions, corpus, options, gpus, stopwatch)
     if options.reranker_name_or_path is not None:
         reranker = load_reranker(options.reranker_name_or_path, options)
         stopwatch.lap("load")
@@ -118,7 +125,7 @@ def _rank_with_first_model(
     stopwatch: Stopwatch,
     scratch: str | None,
 ) -> Candidates:
-    name = options.model_name_or_path[0]
+    name = options.dense_models[0]
     encoder = load_encoder(name, options, flag=_FLAG, scratch=scratch)
     stopwatch.lap("load")
     embedded = encode_queries(encoder, queries, instructions)
@@ -154,7 +161,32 @@ def _scratch(options: RankingOptions) -> str | None:
     return tempfile.mkdtemp(dir=scratch_folder())
 
 
-def _fuse_with_other_models(
+def _rank_by_words(
+    queries: Sequence[str], corpus: Corpus, pairs: Pairs, options: RankingOptions, stopwatch: Stopwatch
+) -> Candidates:
+    """The candidates by BM25 alone, with its scores."""
+    index = index_words(corpus.texts)
+    start, stop = options.range_for_sampling
+    ranking = rank_by_words(index, queries, stop, ties="first", among=len(corpus))
+    score = partial(_keyword_scores, index, queries)
+    candidates = Candidates(
+        ranking=ranking.positions,
+        window_scores=ranking.scores[:, start:],
+        pair_scores=score(pairs),
+        near_duplicates=np.empty((0, 2), dtype=np.int64),
+        score=score,
+        weights_digests={},
+    )
+    stopwatch.lap("search")
+    return candidates
+
+
+def _keyword_scores(index: KeywordIndex, queries: Sequence[str], pairs: Pairs) -> np.ndarray:
+    share = own_share(len(pairs.rows))
+    return np.concatenate(gather_objects(index.pair_scores(queries, pairs.rows[share], pairs.positions[share])))
+
+
+def _fuse_with_others(
     candidates: Candidates,
     queries: Sequence[str],
     instructions: Instructions,
@@ -163,17 +195,21 @@ def _fuse_with_other_models(
     gpus: Sequence[int],
     stopwatch: Stopwatch,
 ) -> Candidates:
-    """The candidates by the fused ranking of all models."""
+    """The candidates by the fused ranking of all models, BM25 among them where it is named."""
     rankings, digests = [candidates.ranking], dict(candidates.weights_digests)
-    for name in options.model_name_or_path[1:]:
+    stop = options.range_for_sampling[1]
+    if BM25 in options.model_name_or_path:
+        index = index_words(corpus.texts)
+        rankings.append(rank_by_words(index, queries, stop, ties="first", among=len(corpus)).positions)
+    for name in options.dense_models[1:]:
         encoder = load_encoder(name, options, flag=_FLAG)
         stopwatch.lap("load")
         embedded = encode_queries(encoder, queries, instructions)
-        top = TopK(embedded, options.range_for_sampling[1], device=encoder.device, gpus=gpus)
+        top = TopK(embedded, stop, device=encoder.device, gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
         rankings.append(top.ranking().positions)
         digests[name] = encoder.weights_digest
-    candidates = candidates._replace(ranking=fuse(rankings), weights_digests=digests)
+    candidates = candidates._replace(ranking=fuse(rankings, stop).positions, weights_digests=digests)
     stopwatch.lap("search")
     return candidates._replace(window_scores=_window_scores(candidates, options.range_for_sampling[0]))
 

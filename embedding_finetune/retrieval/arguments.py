@@ -1,11 +1,16 @@
 """The flags about encoding and searching, as one value."""
 
 import argparse
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from embedding_finetune.command_line import UserError
 from embedding_finetune.model.pooling import POOLING_METHODS, PoolingMethod
 from embedding_finetune.parser import add_switch, boolean, positive_int
+
+BM25 = "bm25"
+"""Stands among the names of models: ranking by words, see keywords.py."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -29,6 +34,12 @@ class EncodingOptions:
     use_gpu_for_searching: bool = False
     trust_remote_code: bool = False
     cache_dir: str | None = None
+
+
+def check_bm25s(flag: str) -> None:
+    """Raise UserError where the package is missing. flag: the one that named BM25."""
+    if importlib.util.find_spec("bm25s") is None:
+        raise UserError(f"{flag} {BM25} needs the package bm25s: pip install bm25s")
 
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,14 +10,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from embedding_finetune.data.texts import Instructions
+from embedding_finetune.data.texts import Instructions, TextsOnDisk
 from embedding_finetune.distributed import gather_objects, own_share
 from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.retrieval.encoder import Encoder
-from embedding_finetune.retrieval.results import best_of
-from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK
+from embedding_finetune.retrieval.keywords import KeywordIndex
+from embedding_finetune.retrieval.results import Ties, best_of, positions_of, scores_of
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, Ranking, TopK
 
 _QUERIES_PER_GATHER = 8192
+_TEXTS_PER_READ = 8192
 
 
 def encode_queries(encoder: Encoder, queries: Sequence[str], instructions: Instructions = None) -> np.ndarray:
@@ -40,6 +42,22 @@ def encode_passages(encoder: Encoder, passages: Sequence[str], share: slice) -> 
     """Embeddings of all passages, in every process: (N, H). share: the part of them that this process encodes."""
     own_blocks = [block for _, block in encoder.encode_passages(passages, share)]
     return np.concatenate([block for blocks in gather_objects(own_blocks) for block in blocks])
+
+
+def index_words(texts: TextsOnDisk) -> KeywordIndex:
+    """An index of all texts by their words, in every process."""
+    parts = (texts[first : first + _TEXTS_PER_READ] for first in range(0, len(texts), _TEXTS_PER_READ))
+    return KeywordIndex((text for part in parts for text in part), len(texts))
+
+
+def rank_by_words(index: KeywordIndex, queries: Sequence[str], top_k: int, *, ties: Ties, among: int) -> Ranking:
+    """The top_k best of the first `among` texts for every query; -1 past those that share a word with it.
+
+    Each process ranks for its share of the queries.
+    """
+    results = index.results(queries[own_share(len(queries))], top_k, ties=ties, among=among)
+    best = np.concatenate(gather_objects(results))
+    return Ranking(positions_of(best, ties), scores_of(best))
 
 
 def merge_rankings(ranking: TopK) -> None:

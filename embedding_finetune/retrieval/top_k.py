@@ -17,7 +17,14 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval import device_search, faiss_search
 from embedding_finetune.retrieval.device_search import DeviceSearch, searches_on
 from embedding_finetune.retrieval.faiss_search import FaissSearch
-from embedding_finetune.retrieval.results import Ties, exact_scores, positions_of, scores_of
+from embedding_finetune.retrieval.results import (
+    NO_RESULT,
+    Ties,
+    as_results,
+    exact_scores,
+    positions_of,
+    scores_of,
+)
 
 _CPU = torch.device("cpu")
 _FUSION_OFFSET = 60
@@ -130,21 +137,21 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
 
 
-def fuse(rankings: Sequence[np.ndarray]) -> np.ndarray:
+def fuse(rankings: Sequence[np.ndarray], top_k: int, *, ties: Ties = "first") -> Ranking:
     """Reciprocal-rank fusion (Cormack et al., SIGIR 2009): rank by the sum over rankings of 1 / (60 + rank from 1).
 
-    rankings: positions (Q, k) each, best first, -1 past the end. Returns positions (Q, k); ties go by position.
+    rankings: positions (Q, any) each, best first, -1 past the end. Returns the top_k best; scores are the sums.
     """
-    fused = np.full_like(rankings[0], -1)
+    fused = np.full((len(rankings[0]), top_k), NO_RESULT, dtype=np.int64)
     credit = np.concatenate([1 / (_FUSION_OFFSET + np.arange(1, r.shape[1] + 1)) for r in rankings])
     for row in range(len(fused)):
         positions, places = np.unique(np.concatenate([ranking[row] for ranking in rankings]), return_inverse=True)
         # Rounding makes sums of the same terms in another order equal.
-        scores = np.bincount(places, weights=credit).round(12)
-        scores[positions < 0] = -1
-        best = np.lexsort((positions, -scores))[: fused.shape[1]]
-        fused[row, : len(best)] = np.where(scores[best] > 0, positions[best], -1)
-    return fused
+        scores = np.bincount(places, weights=credit).round(12).astype(np.float32)
+        found = positions >= 0
+        best = np.sort(as_results(scores[found], positions[found], ties))[:top_k]
+        fused[row, : len(best)] = best
+    return Ranking(positions_of(fused, ties), scores_of(fused))
 
 
 def gpus_to_search_on(device: torch.device, *, use_gpu_for_searching: bool, own_gpu: int | None = None) -> list[int]:

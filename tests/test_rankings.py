@@ -1,0 +1,109 @@
+"""evaluate.py with BM25 and fusions among its models."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.data import TOPICS, passage_about, write_jsonl
+
+import evaluate
+
+
+@pytest.fixture
+def data(tmp_path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    queries = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
+    rows = write_jsonl(tmp_path / "rows.jsonl", queries)
+    return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(rows)]
+
+
+def test_evaluate_compares_keywords_a_model_and_their_fusion_with_the_model(tiny_bert, data, capsys, tmp_path):
+    model, output = str(tiny_bert), tmp_path / "out"
+    names = ["bm25", model, f"bm25+{model}"]
+    metrics = evaluate.main(["--model_name", *names, *data, "--output_dir", str(output)])
+    assert list(metrics) == names
+    assert metrics["bm25"]["MRR@1"] == 1.0  # only one passage has the word
+    out = capsys.readouterr().out
+    assert f"bm25 - {model}" in out
+    assert f"bm25+{model} - {model}" in out
+    document = evaluate.json.loads((output / "metrics.json").read_text())
+    assert document["base"] == model
+    assert list(document["differences"]) == ["bm25", f"bm25+{model}"]
+    assert list(document["weights_sha256"]) == [model]
+    alone = evaluate.main(["--model_name", model, *data])
+    assert alone == metrics[model]
+    assert len(list(output.glob("run.*.trec"))) == 3
+
+
+def test_each_ranking_of_a_fusion_is_computed_once_and_need_not_stand_alone(tiny_bert, other_bert, data, monkeypatch):
+    from embedding_finetune.evaluation import rankings
+
+    loaded = []
+    load = rankings.load_encoder
+    monkeypatch.setattr(
+        rankings, "load_encoder", lambda name, *rest, **named: loaded.append(name) or load(name, *rest, **named)
+    )
+    one, other = str(tiny_bert), str(other_bert)
+    metrics = evaluate.main(["--model_name", one, f"{one}+{other}", f"{other}+bm25", *data])
+    assert loaded == [one, other]
+    assert list(metrics) == [one, f"{one}+{other}", f"{other}+bm25"]
+
+
+def test_cutoffs_do_not_change_what_a_fusion_sees(tiny_bert, data):
+    names = ["--model_name", str(tiny_bert), f"bm25+{tiny_bert}"]
+    few = evaluate.main([*names, *data, "--cutoffs", "1"])
+    many = evaluate.main([*names, *data, "--cutoffs", "1", "500"])
+    assert few[f"bm25+{tiny_bert}"]["MRR@1"] == many[f"bm25+{tiny_bert}"]["MRR@1"]
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_model(tiny_bert, data, tmp_path):
+    folder = tmp_path / "a+b"
+    folder.symlink_to(tiny_bert)
+    assert evaluate.main(["--model_name", str(folder), *data]) == evaluate.main(["--model_name", str(tiny_bert), *data])
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["bm25+"], "--model_name bm25+: a fusion joins names of different models"),
+        (["bm25+bm25"], "--model_name bm25+bm25: a fusion joins names"),
+        (["bm25", "{model}", "--fail_if_worse"], "--fail_if_worse: {model}, the first model, comes last"),
+        (["bm25", "bm25"], "--model_name: the same model is named twice, as bm25"),
+    ],
+)
+def test_names_that_make_no_sense_end_in_one_line(tiny_bert, data, capsys, names, complaint):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", *(name.format(model=tiny_bert) for name in names), *data])
+    assert exit.value.code == 2
+    assert complaint.format(model=tiny_bert) in capsys.readouterr().err
+
+
+def test_fail_if_worse_compares_with_the_first_model_that_embeds(tiny_bert, other_bert, data, capsys):
+    one, other = sorted([str(tiny_bert), str(other_bert)])
+    metrics = evaluate.main(["--model_name", "bm25", one, other, *data])
+    flags = ["--model_name", "bm25", one, f"{other}+bm25", *data, "--fail_if_worse"]
+    assert evaluate.main(flags)[one] == metrics[one]  # bm25 is better than both
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_without_the_package_one_line_says_what_to_install(tiny_bert, data, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", "bm25", *data])
+    assert exit.value.code == 2
+    assert "--model_name bm25 needs the package bm25s: pip install bm25s" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(tiny_bert, data, tmp_path):
+    script = evaluate.__file__
+    flags = ["--model_name", "bm25", str(tiny_bert), f"bm25+{tiny_bert}", *data, "--dtype", "float32"]
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        command = [sys.executable, *launcher, script, *flags, "--output_dir", str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True)
+    for path in (tmp_path / "one").iterdir():
+        if path.suffix in (".trec", ".jsonl"):
+            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
