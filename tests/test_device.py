@@ -32,10 +32,12 @@ from embedding_finetune.retrieval import token_encoder
 from embedding_finetune.retrieval.budget import TokenBudget
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.reranker import load_reranker
+from embedding_finetune.training import loss_watch
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainExample
 from embedding_finetune.training.flag_errors import memory_errors_name_the_remedy
 from embedding_finetune.training.loss import LossOptions, RetrievalLoss
+from embedding_finetune.training.loss_watch import LossWatch
 
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
 
@@ -175,6 +177,34 @@ def test_where_a_remedy_was_taken_the_next_one_is_named(flags, remedies, tmp_pat
         out_of_memory()
     with pytest.raises(RuntimeError, match="another"), memory_errors_name_the_remedy(args):
         raise RuntimeError("another")
+
+
+def test_running_out_of_memory_in_an_evaluation_blames_no_flag_of_training(tiny_bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("embedding_finetune.training.trainer.measure", out_of_memory)
+    with pytest.raises(SystemExit) as exit:
+        train(tiny_bert, write_rows(tmp_path), tmp_path / "out", "--hold_out", "3")
+    assert exit.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .splitlines()[-1]
+        .endswith("error: out of GPU memory in an evaluation: use a GPU that nothing else uses")
+    )
+
+
+def test_a_loss_that_is_no_number_is_told_before_its_weights_are_measured(tiny_bert, tmp_path, monkeypatch, capsys):
+    """The last loss has not come yet when the evaluation begins."""
+
+    def send(losses, loss, *, step, rows):
+        value = torch.tensor(float("nan") if step == 3 else 1.0)
+        losses._on_their_way.append(loss_watch._Seen(value, step, rows, None))
+
+    monkeypatch.setattr(LossWatch, "look_at", send)
+    flags = ("--hold_out", "3", "--eval_strategy", "steps", "--eval_steps", "3")
+    with pytest.raises(SystemExit) as exit:
+        train(tiny_bert, write_rows(tmp_path), tmp_path / "out", *flags)
+    assert exit.value.code == 2
+    assert "the loss is nan at step 3, in a batch of the rows" in capsys.readouterr().err
 
 
 LONG = "reset the pump valve filter motor gate panel sensor alarm pressure light " * 4

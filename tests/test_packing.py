@@ -3,16 +3,31 @@
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel
+from transformers import AutoModel, BertConfig
 
+from embedding_finetune.model import packing
 from embedding_finetune.model.bi_encoder import BiEncoder, pool
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.limits import first_position
-from embedding_finetune.model.packing import Packed, kernel_serves, places_of, pool_packed, takes_packed, text_by_text
+from embedding_finetune.model.packing import (
+    Packed,
+    kernel_serves,
+    pack_if_possible,
+    places_of,
+    pool_packed,
+    takes_packed,
+    text_by_text,
+)
 
 LENGTHS = [40, 1, 13, 150, 2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_tried(monkeypatch):
+    monkeypatch.setattr(packing, "_tried", {})
 
 
 def model_of(kind):
@@ -85,6 +100,47 @@ def test_a_model_that_gives_packed_texts_other_states_keeps_the_padded_path(kind
     assert not takes_packed(backbone, first_position=first_position(backbone), limit=160)
     assert backbone.config._attn_implementation == ("eager" if kind == "mpnet" else "sdpa")
     assert not backbone.training
+
+
+def test_an_architecture_is_tried_once(monkeypatch):
+    tried = []
+    trial = packing._try_packed
+    monkeypatch.setattr(packing, "_try_packed", lambda *given: tried.append(1) or trial(*given))
+    assert [takes_packed(model_of("bert"), first_position=0, limit=160) for _ in range(3)] == [True] * 3
+    assert not takes_packed(model_of("bert"), first_position=2, limit=160)
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize(("heads", "fits"), [(4, True), (8, False), (2, True)])
+def test_heads_that_the_kernel_refuses_keep_the_padded_path(heads, fits):
+    """32 dimensions: heads of 8, 4 and 16."""
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=heads, intermediate_size=48
+    )
+    backbone = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    assert takes_packed(backbone, first_position=0, limit=160) is fits
+
+
+def test_a_tokenizer_without_special_tokens_could_give_texts_without_tokens(monkeypatch):
+    monkeypatch.setattr(packing, "kernel_serves", lambda *_: True)
+    tokenizer, backbone = make_tokenizer(), model_of("bert")
+    given = torch.device("cuda"), torch.bfloat16
+    assert pack_if_possible(backbone, tokenizer, *given, first_position=0, limit=160)
+    assert backbone.config._attn_implementation == "packed"
+    tokenizer.backend_tokenizer.post_processor = None
+    assert not pack_if_possible(model_of("bert"), tokenizer, *given, first_position=0, limit=160)
+
+
+def test_a_window_too_large_to_be_tried_is_refused_unless_no_text_is_longer():
+    from transformers import AutoConfig
+
+    options = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model(
+        "mistral", **options, intermediate_size=48, num_key_value_heads=2, sliding_window=2000
+    )
+    backbone = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    assert not takes_packed(backbone, first_position=0, limit=2001)
+    assert takes_packed(backbone, first_position=0, limit=2000)
 
 
 def test_a_wrong_first_position_is_found_out():

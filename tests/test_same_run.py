@@ -1,5 +1,6 @@
 """A run that is resumed goes on as it began, or not at all."""
 
+import json
 import shutil
 
 import pytest
@@ -55,3 +56,14 @@ def test_an_adapter_is_not_trained_on_with_another_base(tiny_bert, mined, tmp_pa
     assert "go on with another --model_name_or_path" in refusal(argv, capsys)
     moved = shutil.copytree(tiny_bert, tmp_path / "moved")
     finetune.main(flags(moved, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given))
+
+
+def test_how_batches_are_copied_decides_nothing_also_in_runs_of_earlier_versions(tiny_bert, mined, tmp_path):
+    folder = tmp_path / "out"
+    finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2))
+    for path in folder.rglob("training_run.json"):
+        run = json.loads(path.read_text())
+        assert "accelerator_config" not in run["decided_by"]
+        run["decided_by"]["accelerator_config"] = "AcceleratorConfig(non_blocking=True)"
+        path.write_text(json.dumps(run))
+    finetune.main(flags(tiny_bert, mined, folder, save_strategy="steps", save_steps=2, resume_from_checkpoint=True))

@@ -138,7 +138,7 @@ def test_the_layout_suits_the_device():
     cpu, gpu = layout_on("cpu"), layout_on("cuda", hidden_size=1024)
     assert (cpu.tokens_per_sub_batch, cpu.cost_of_a_sub_batch) == (1024, None)
     assert (gpu.tokens_per_sub_batch, gpu.cost_of_a_sub_batch) == (16_384, 4096)
-    assert layout_on("mps").tokens_per_sub_batch == 8192
+    assert (layout_on("mps").tokens_per_sub_batch, layout_on("mps").cost_of_a_sub_batch) == (8192, None)
     assert layout_on("cuda", tokens_per_sub_batch=7).tokens_per_sub_batch == 7
     assert layout_on("cuda", packed_from=2) == PackedLayout(2, 65_536)
     assert layout_on("cuda", packed_from=2, recompute=True) == PackedLayout(2, 16_384)

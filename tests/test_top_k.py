@@ -143,3 +143,17 @@ def test_a_faiss_that_is_needed_and_missing_is_told_before_anything_is_encoded(d
 def test_rankings_that_no_memory_holds_are_one_line():
     with pytest.raises(UserError, match="the 1000000000000 best passages of 3 queries do not fit into memory"):
         TopK(np.ones((3, 2), np.float32), 10**12)
+
+
+def test_where_queries_do_not_fit_into_the_gpu_faiss_searches(monkeypatch, caplog):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(top_k, "DeviceSearch", full)
+    rng = np.random.default_rng(0)
+    q, p = rng.standard_normal((3, 8)).astype(np.float32), rng.standard_normal((20, 8)).astype(np.float32)
+    on_gpu, on_cpu = TopK(q, 4, device=torch.device("cuda")), TopK(q, 4)
+    for one in (on_gpu, on_cpu):
+        one.add(0, p)
+    assert np.array_equal(on_gpu.ranking().positions, on_cpu.ranking().positions)
+    assert "do not fit into the GPU: faiss searches on the CPU" in caplog.text

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_help_begins_with_a_usage_of_one_line_and_the_commands_of_the_docstring(
 @pytest.mark.parametrize(("ranks", "cpus", "workers"), [("1", 16, 8), ("8", 16, 1), ("2", 16, 4), ("1", 1, 1)])
 def test_on_an_accelerator_workers_make_batches_and_nobody_waits(tmp_path, monkeypatch, ranks, cpus, workers):
     monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device("cuda"))
-    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cpus)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     args = RetrieverTrainingArguments(str(tmp_path))
     args.dataloader_pin_memory = True  # transformers found no accelerator and switched it off
@@ -75,10 +76,21 @@ def test_on_an_accelerator_workers_make_batches_and_nobody_waits(tmp_path, monke
     assert args.accelerator_config.non_blocking
 
 
-def test_what_the_user_gave_stands_and_a_cpu_keeps_the_defaults(tmp_path, monkeypatch):
+def test_without_shared_memory_there_are_no_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**26))
     args = RetrieverTrainingArguments(str(tmp_path))
     suit_the_device(args, set())
-    assert (args.dataloader_num_workers, args.logging_nan_inf_filter) == (0, True)
+    assert args.dataloader_num_workers == 0
+
+
+def test_what_the_user_gave_stands_and_a_cpu_keeps_the_defaults(tmp_path, monkeypatch):
+    for kind in ("cpu", "mps"):
+        monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device(kind))
+        args = RetrieverTrainingArguments(str(tmp_path))
+        suit_the_device(args, set())
+        assert (args.dataloader_num_workers, args.logging_nan_inf_filter) == (0, True)
+        assert not args.accelerator_config.non_blocking  # pageable memory may be used anew before it is copied
     monkeypatch.setattr(RetrieverTrainingArguments, "device", torch.device("cuda"))
     suit_the_device(args, {"dataloader_num_workers"})
     assert (args.dataloader_num_workers, args.logging_nan_inf_filter) == (0, False)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.encoding_kernels import is_out_of_memory
+from embedding_finetune.model.packing import Packed, places_of
 from embedding_finetune.model.sub_batches import padded_texts
 from embedding_finetune.model.tokens import pad
 
@@ -98,13 +99,24 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     check_padding([states_of_text], backbone, tokenizer, limit=limit, what=what)
 
 
-def check_encoding(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a model prepared for encoding gives a text the same embedding alone and padded."""
+def check_encoding(
+    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str, packed_from: int | None = None
+) -> None:
+    """Raise UserError unless a model prepared for encoding gives a text the same embedding alone and beside another.
+
+    packed_from: the position id of a text's first token, for a backbone that takes packed texts.
+    """
 
     @torch.no_grad()
     def embedding(inputs: Inputs) -> Tensor:
-        embeddings: Tensor = model(**inputs)
-        return embeddings[0]
+        if packed_from is None:
+            embeddings: Tensor = model(**inputs)
+            return embeddings[0]
+        real = inputs["attention_mask"].bool()
+        lengths = real.sum(dim=1).tolist()
+        position_ids, ends = (torch.from_numpy(array).to(real.device) for array in places_of(lengths, packed_from))
+        packed = Packed(position_ids, ends, max(lengths))
+        return model.embed_packed(packed, None, input_ids=inputs["input_ids"][real][None])[0]
 
     check_padding([embedding], model.backbone, tokenizer, limit=limit, what=what)
 

@@ -1,13 +1,13 @@
 """Texts laid end to end instead of padded, with attention that stays within each text.
 
 On a GPU of Ampere's kind or newer torch has a kernel for it, in half precision and without dropout. Then no padding is
-computed, and texts
-of many lengths are launched at once. Elsewhere the same attention goes text by text, which is slow and serves to
-try a model, and to test.
+computed, and texts of many lengths are launched at once. Elsewhere the same attention goes text by text, which is slow
+and serves to try a model, and to test.
 
 Shapes: n texts of S tokens in all, h heads, d dimensions of a head, H dimensions of a state.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.model.attention import (
     attends_like_sdpa,
@@ -32,8 +32,10 @@ _AMPERE = (8, 0)
 _TOLERANCE = 1e-4
 """Of the difference of states to their length, in float32."""
 _TRIED_SHORT = (9, 5)
-_MOST_TRIED, _TRIED_BY_DEFAULT = 512, 160
-"""Tokens of the longest text of the trial."""
+_TRIED_BY_DEFAULT, _SMALL_LIMIT, _LARGEST_WINDOW = 160, 512, 1024
+"""Tokens of the longest text of the trial: this many; the limit of a model with a small one, whose table of positions
+all texts together exceed; a little more than a window that is not too large to be tried."""
+_LARGEST_HEAD = 256
 
 
 class Packed(NamedTuple):
@@ -55,6 +57,7 @@ class Packed(NamedTuple):
             "cu_seq_lens_k": self.boundaries,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
+            "use_cache": False,  # of keys and values, which decoders would fill
         }
 
 
@@ -73,7 +76,7 @@ def pool_packed(states: Tensor, texts: Packed, method: str, prompt_lengths: Tens
     if method == "lasttoken":
         return states[ends - 1]
     if method == "cls":
-        return states[starts if prompt_lengths is None else starts + prompt_lengths]
+        return states[starts if prompt_lengths is None else torch.minimum(starts + prompt_lengths, ends - 1)]
     if method != "mean":
         raise ValueError(f"unknown pooling method {method!r}")
     lengths = ends - starts
@@ -93,37 +96,60 @@ def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_if_possible(
-    backbone: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, first_position: int, limit: int
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    first_position: int,
+    limit: int,
 ) -> bool:
-    """Prepare a backbone for packed texts, if the device and the model allow it; whether they do.
+    """Prepare a backbone for packed texts, if device, tokenizer and model allow it; whether they do.
 
     dtype: what it computes in. The backbone is still in float32 on the CPU; there it is tried. first_position: the
     position id of a text's first token. limit: the most tokens that the model takes.
     """
-    if not kernel_serves(device, dtype) or not attends_like_sdpa(backbone):
+    # Without special tokens a text may have no token at all, and no place in a pack.
+    if not kernel_serves(device, dtype) or not tokenizer.num_special_tokens_to_add():
         return False
-    if not takes_packed(backbone, first_position=first_position, limit=limit):
+    if not attends_like_sdpa(backbone) or not takes_packed(backbone, first_position=first_position, limit=limit):
         return False
     replace_sdpa(backbone, _ATTENTION)
     return True
 
 
-@torch.no_grad()
+_tried: dict[tuple[str, str, int, int], bool] = {}
+"""What takes_packed found out, by architecture: a run loads models of the same one again and again."""
+
+
 def takes_packed(backbone: PreTrainedModel, *, first_position: int, limit: int) -> bool:
     """Whether texts that lie end to end get the states that each gets alone: tried in float32 on the CPU."""
+    config = json.dumps(backbone.config.to_diff_dict(), sort_keys=True, default=str)
+    key = type(backbone).__name__, config, first_position, limit
+    if key not in _tried:
+        _tried[key] = _try_packed(backbone, first_position, limit)
+    return _tried[key]
+
+
+@torch.no_grad()
+def _try_packed(backbone: PreTrainedModel, first_position: int, limit: int) -> bool:
+    window = getattr(backbone.config, "sliding_window", None) or 0
+    if _LARGEST_WINDOW < window < limit:
+        return False
     modes = {module: module.training for module in backbone.modules()}
     own_attention = backbone.config._attn_implementation
     backbone.eval()
     try:
-        texts = _texts_to_try(backbone, limit)
+        texts = _texts_to_try(backbone, limit, window)
         alone = torch.cat([backbone(input_ids=ids[None]).last_hidden_state[0] for ids in texts])
         backbone.set_attn_implementation(_ATTENTION)
         lengths = [len(ids) for ids in texts]
         position_ids, boundaries = map(torch.from_numpy, places_of(lengths, first_position))
         keywords = Packed(position_ids, boundaries, max(lengths)).keywords()
-        embedded = backbone.get_input_embeddings()(torch.cat(texts))[None]
-        packed = backbone(inputs_embeds=embedded, **keywords).last_hidden_state[0]
-        return bool((packed - alone).norm() <= _TOLERANCE * alone.norm())
+        ids = torch.cat(texts)[None]
+        ways = ({"input_ids": ids}, {"inputs_embeds": backbone.get_input_embeddings()(ids)})  # encoding, training
+        packed = [backbone(**inputs, **keywords).last_hidden_state[0] for inputs in ways]
+        return all(bool((states - alone).norm() <= _TOLERANCE * alone.norm()) for states in packed)
     except Exception:  # whatever a model says that was not made for it
         return False
     finally:
@@ -132,10 +158,13 @@ def takes_packed(backbone: PreTrainedModel, *, first_position: int, limit: int) 
             module.training = training
 
 
-def _texts_to_try(backbone: PreTrainedModel, limit: int) -> list[Tensor]:
-    """Three texts. Their tokens are more than a table of 512 positions has, and the first is longer than a window."""
-    window = getattr(backbone.config, "sliding_window", None) or 0
-    longest = _MOST_TRIED if limit <= _MOST_TRIED or _TRIED_BY_DEFAULT < window < _MOST_TRIED else _TRIED_BY_DEFAULT
+def _texts_to_try(backbone: PreTrainedModel, limit: int, window: int) -> list[Tensor]:
+    """Three texts, the first of them long."""
+    longest = _TRIED_BY_DEFAULT
+    if limit <= _SMALL_LIMIT:
+        longest = limit
+    elif window < limit:
+        longest = max(longest, window + 32)
     known = min(getattr(backbone.get_input_embeddings(), "num_embeddings", 2), 1000)
     ids = 1 + torch.arange(min(longest, limit)) * 7 % (known - 1)
     ids = torch.where(ids == (backbone.config.pad_token_id or 0), ids - 1, ids)
@@ -162,6 +191,9 @@ def packed_attention(
     """
     if dropout or attention_mask is not None or changes_attention(keywords.keys() - _OF_PACKING, keywords):
         raise ValueError(f"packed attention takes no dropout, no mask, and not all of {sorted(keywords)}")
+    size = query.shape[-1]
+    if size % 8 or size > _LARGEST_HEAD or size != value.shape[-1]:
+        raise ValueError(f"the kernel takes no heads of {size} and {value.shape[-1]} dimensions")
     back = -1 if sliding_window is None else sliding_window - 1
     window = (back, 0 if is_causal_attention(module, keywords) else back)
     groups = query.shape[1] // key.shape[1]

@@ -139,7 +139,7 @@ def layout_for(
         by_default = _TOKENS_ON_A_GPU if recompute else _TOKENS_END_TO_END
         return PackedLayout(packed_from, tokens_per_sub_batch or by_default)
     most = tokens_per_sub_batch or _TOKENS_PER_SUB_BATCH.get(device.type, _TOKENS_ON_A_GPU)
-    return PaddedLayout(tokenizer, limit, most, None if device.type == "cpu" else _LAUNCH // hidden_size**2)
+    return PaddedLayout(tokenizer, limit, most, _LAUNCH // hidden_size**2 if device.type == "cuda" else None)
 
 
 def padded_texts(

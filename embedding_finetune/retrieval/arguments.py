@@ -80,7 +80,7 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens_per_batch",
         type=positive_int,
         metavar="N",
-        help="padded tokens that go through the model at once (default: 4096 on CPU, 8192 on MPS, 65536 on CUDA)",
+        help="tokens that go through the model at once (default: 4096 on CPU, 8192 on MPS, 65536 on CUDA)",
     )
     add_switch(
         group, "--torch_compile", "compile the model; on a CPU this needs g++, and gained nothing where it was measured"

@@ -228,21 +228,22 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     leave_out_pooler(backbone)
     position = first_position(backbone)
     packs = not options.torch_compile and pack_if_possible(
-        backbone, device, dtype, first_position=position, limit=loaded.length_limit
+        backbone, loaded.tokenizer, device, dtype, first_position=position, limit=loaded.length_limit
     )
     how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
     logger.info("%s: encoding in %s", name_or_path, how)
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
     model = BiEncoder(backbone, loaded.config, projection=loaded.projection.to(device)).eval()
-    if not packs:
-        check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=f"{flag} {name_or_path}")
+    packed_from = position if packs else None
+    what = f"{flag} {name_or_path}"
+    check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=what, packed_from=packed_from)
     encoder = Encoder(
         model,
         loaded.tokenizer,
         query_max_len=loaded.query_max_len,
         passage_max_len=loaded.passage_max_len,
         tokens_per_batch=options.tokens_per_batch,
-        packed_from=position if packs else None,
+        packed_from=packed_from,
         weights_digest=digest,
     )
     if options.embeddings_dir is not None:

@@ -118,7 +118,7 @@ class TokenEncoder:
         lengths = [len(tokens.ids) for tokens in texts]
         position_ids, boundaries = places_of(lengths, self.packed_from)
         batch = {
-            "input_ids": torch.from_numpy(np.concatenate([tokens.ids for tokens in texts])),  # (S,) int32
+            "input_ids": torch.from_numpy(np.concatenate([tokens.ids for tokens in texts]).astype(np.int64)),  # (S,)
             "position_ids": torch.from_numpy(position_ids),
             "boundaries": torch.from_numpy(boundaries),
         }
@@ -134,9 +134,9 @@ class TokenEncoder:
     def _there(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the model's device; from pinned memory nobody waits for the copy."""
         device = self.model.backbone.device
-        if device.type == "cuda":
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        if device.type != "cuda":  # a copy from other memory must be waited for: it may be used anew
+            return {name: tensor.to(device) for name, tensor in batch.items()}
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def _sent_home(self, embeddings: Tensor) -> _InFlight:
         if embeddings.device.type != "cuda":

@@ -6,6 +6,7 @@ Where a GPU encodes, torch searches there (device_search.py); elsewhere, and for
 Shapes: Q queries, q of them in a part, n passages in a block, H dimensions, k results per query.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from embedding_finetune.retrieval.results import (
     positions_of,
     scores_of,
 )
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _FUSION_OFFSET = 60
@@ -60,13 +63,16 @@ class TopK:
         self.queries = queries
         self.top_k = top_k
         self.ties: Ties = ties
+        self._search: DeviceSearch | FaissSearch
         try:
-            self._search: DeviceSearch | FaissSearch = (
-                DeviceSearch(queries, top_k, ties=ties, device=device)
-                if searches_on(device) and not gpus
-                else FaissSearch(queries, top_k, ties=ties, gpus=gpus)
-            )
-        except (MemoryError, torch.OutOfMemoryError) as error:
+            if searches_on(device) and not gpus:
+                try:
+                    self._search = DeviceSearch(queries, top_k, ties=ties, device=device)
+                    return
+                except torch.OutOfMemoryError:
+                    logger.warning("warning: queries and results do not fit into the GPU: faiss searches on the CPU")
+            self._search = FaissSearch(queries, top_k, ties=ties, gpus=gpus)
+        except MemoryError as error:
             raise UserError(
                 f"the {top_k} best passages of {len(queries)} queries do not fit into memory: lower the end of "
                 "--range_for_sampling (mine_hard_neg.py) or --cutoffs (evaluate.py)"

@@ -65,6 +65,7 @@ class CheckpointingTrainer(Trainer):
 
     def snapshot(self) -> Snapshot:
         """The model as it stands, to be loaded for mining and measuring. All processes call this together."""
+        self.check_weights()
         return self._snapshots.of(self.state.global_step)
 
     def seconds_of_checkpoint(self) -> float:

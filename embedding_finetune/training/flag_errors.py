@@ -42,13 +42,15 @@ def errors_name_their_flag(given: Mapping[str, object]) -> Iterator[None]:
 
 
 @contextmanager
-def memory_errors_name_the_remedy(args: "RetrieverTrainingArguments") -> Iterator[None]:
-    """Raise UserError with the flags that save memory where training runs out of the device's."""
+def memory_errors_name_the_remedy(args: "RetrieverTrainingArguments | None") -> Iterator[None]:
+    """Raise UserError with the flags that save memory where training runs out of the device's; None for measuring."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        if args is None:
+            raise UserError("out of GPU memory in an evaluation: use a GPU that nothing else uses") from error
         raise UserError(f"out of GPU memory: {_saving_memory(args)}") from error
 
 

@@ -1,6 +1,7 @@
 """The command line of finetune.py: help in groups, and checks of flags that belong to several dataclasses."""
 
 import os
+import shutil
 from argparse import Action
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,8 @@ _HELP = {
 _TRANSFORMERS = "training, as transformers does it"
 _REFUSED = "transformers' flags that are refused, since they would do nothing or harm here"
 _MOST_WORKERS = 8
+_SHARED_MEMORY, _LEAST_SHARED_MEMORY = "/dev/shm", 2**30
+"""Workers hand batches over there. In a container it may have 64 MB."""
 _USAGE = "finetune.py --model_name_or_path MODEL --train_data FILE --output_dir DIR [further flags]"
 
 Arguments = tuple[ModelArguments, DataArguments, RetrieverTrainingArguments]
@@ -117,14 +120,21 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
 
 
 def suit_the_device(args: RetrieverTrainingArguments, given: Container[str]) -> None:
-    """Choose what an accelerator needs: workers that make batches, if the user gave no number, and no wait."""
-    if args.device.type == "cpu":
+    """Choose what a CUDA GPU needs: workers that make batches, if the user gave no number, and no wait."""
+    if args.device.type != "cuda":
         return
     if "dataloader_num_workers" not in given:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.dataloader_num_workers = min(max((os.cpu_count() or 1) // (2 * local_ranks), 1), _MOST_WORKERS)
+        args.dataloader_num_workers = _workers()
     args.accelerator_config.non_blocking = args.dataloader_pin_memory  # copies that nobody waits for
     args.logging_nan_inf_filter = False  # it waits for each step; LossWatch looks at every loss
+
+
+def _workers() -> int:
+    """Half of the cores that this process may use; none where they would lack memory to hand batches over in."""
+    if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).free < _LEAST_SHARED_MEMORY:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 1), _MOST_WORKERS)
 
 
 def check_together(

@@ -36,8 +36,8 @@ def seconds_of_step(
     with random_numbers_kept():
         drawing = time.monotonic()
         while step := list(itertools.islice(batches, args.gradient_accumulation_steps)):
-            # Workers draw the batches while steps are made.
-            began = time.monotonic() if args.dataloader_num_workers else drawing
+            began = time.monotonic()
+            drawn = began - drawing
             for batch in step:
                 trainer.training_step(model, batch)
             if is_new:
@@ -45,7 +45,9 @@ def seconds_of_step(
             model.zero_grad()
             if args.device.type != "cpu":
                 torch.accelerator.synchronize()
-            seconds.append(time.monotonic() - began)
+            stepped, workers = time.monotonic() - began, args.dataloader_num_workers
+            # Workers draw batches while steps are made.
+            seconds.append(max(stepped, drawn / workers) if workers else drawn + stepped)
             if gather_objects(len(seconds) > _FEWEST_TIMED and sum(seconds[1:]) >= wanted)[0]:
                 break
             drawing = time.monotonic()

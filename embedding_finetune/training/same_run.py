@@ -24,8 +24,11 @@ _DECIDES_NOTHING = re.compile(
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
     r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool|embeddings_dir"
+    r"|accelerator_config"
 )
 """Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
+_OF_THE_DEVICE = "accelerator_config"
+"""Set by the suite alone, to how batches are copied. Runs of earlier versions have it among what decides."""
 
 
 def what_decides(
@@ -59,7 +62,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     began = None if checkpoint is None else read_run(Path(checkpoint))
     if began is None or "decided_by" not in began:
         return
-    before, now = began["decided_by"], decided_by["decided_by"]
+    before, now = ({**run["decided_by"], _OF_THE_DEVICE: None} for run in (began, decided_by))
     names = before.keys() | now.keys() if "base_weights" in now else (before.keys() | now.keys()) - {"base_weights"}
     for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
         if before.get(name) != now.get(name):

@@ -200,10 +200,10 @@ def training_layout(
 
     limit: the most tokens that the model takes. longest: the most tokens that a text has.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision), torch.float32)
     position = first_position(backbone)
     packs = not has_dropout(backbone) and pack_if_possible(
-        backbone, args.device, dtype, first_position=position, limit=limit
+        backbone, tokenizer, args.device, dtype, first_position=position, limit=limit
     )
     if dtype == torch.float32 and choose_dtype("auto", args.device) != dtype and args.device.type == "cuda":
         logger.info("training in float32: with --bf16 True this GPU is several times as fast")

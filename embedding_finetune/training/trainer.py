@@ -183,7 +183,7 @@ class RetrievalTrainer(PacedTrainer):
         They are those that evaluate.py gives for the weights as they are.
         """
         began = time.monotonic()
-        with random_numbers_kept():
+        with random_numbers_kept(), memory_errors_name_the_remedy(None):
             snapshot, options = self.snapshot(), self.encoding
             if not self.mines_with_weights_that_are_measured():
                 options = dataclasses.replace(options, embeddings_dir=None)  # nobody would look for them there
