@@ -35,11 +35,11 @@ DEMO_QUERIES := --index_file_jsonl_path .demo/finetuned/held_out_candidates.json
   --query_file_jsonl_path .demo/finetuned/held_out.jsonl
 endif
 
-demo: .venv/cpu $(if $(filter .demo/model,$(MODEL)),.demo/model)
+demo: .venv/demo $(if $(filter .demo/model,$(MODEL)),.demo/model)
 	mkdir -p .demo
 	$(BIN)/python finetune.py --recipe domain --model_name_or_path $(MODEL) $(DEMO_ROWS) \
 	  --output_dir .demo/finetuned --overwrite_output_dir True
-	$(BIN)/python evaluate.py --model_name $(MODEL) .demo/finetuned $(DEMO_QUERIES) \
+	$(BIN)/python evaluate.py --model_name bm25 $(MODEL) .demo/finetuned $(DEMO_QUERIES) \
 	  --output_dir .demo/evaluation > .demo/evaluation.txt
 	@echo; echo "Held-out questions, before and after:"; sed '$$d' .demo/evaluation.txt
 	@echo; echo "Query by query: .demo/evaluation/report.html; the model: .demo/finetuned"
@@ -64,6 +64,10 @@ clean:
 .venv/cpu: requirements_cpu.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements_cpu.txt
+	touch $@
+
+.venv/demo: .venv/cpu
+	$(BIN)/pip install --quiet "bm25s>=0.3,<0.4"
 	touch $@
 
 .venv/dev: requirements_dev.txt .venv/cpu

@@ -6,8 +6,9 @@
         --query_file_jsonl_path example.jsonl
 
 With several models after --model_name, all are measured on the same data and each is compared with the first: the
-difference, its 95% bootstrap interval, and the p-value of a paired randomisation test over queries. The last line on
-stdout is the metrics as a Python dict. The exit status is 1 when the last model fails --fail_below or --fail_if_worse.
+difference, its 95% bootstrap interval, and the p-value of a paired randomisation test over queries, corrected for the
+number of measures. bm25 among the models ranks by words, and a+b is the fusion of two. The last line on stdout is the
+metrics as a Python dict. The exit status is 1 when the last model fails --fail_below or --fail_if_worse.
 """
 
 import argparse
@@ -163,9 +164,9 @@ def fail_if_asked(document: Record, options: EvaluationOptions) -> None:
     ]
     if options.fail_if_worse:
         reasons += [
-            f"{name} is {-difference['mean']:.4f} below that of {base} (p = {difference['p_value']:.4f})"
+            f"{name} is {-difference['mean']:.4f} below that of {base} (p = {difference['p_holm']:.4f})"
             for name, difference in document["differences"][last].items()
-            if difference["mean"] < 0 and difference["p_value"] < SIGNIFICANT
+            if difference["mean"] < 0 and difference["p_holm"] < SIGNIFICANT
         ]
     for reason in reasons:
         print(f"evaluate.py: failed: {last}: {reason}", file=sys.stderr)

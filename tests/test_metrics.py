@@ -6,7 +6,16 @@ from helpers.running import search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_finetune.evaluation.metrics import MEASURES, Judged, compare, judged_of, means, per_query, relevance_of
+from embedding_finetune.evaluation.metrics import (
+    MEASURES,
+    Judged,
+    compare,
+    holm,
+    judged_of,
+    means,
+    per_query,
+    relevance_of,
+)
 
 # Four queries over a corpus of five passages; answers beyond them are not in the corpus.
 POSITIONS = np.array([[3, 1, 0], [2, 4, 1], [0, 1, 2], [4, -1, -1]])
@@ -153,3 +162,26 @@ def test_a_cutoff_far_beyond_any_rank_costs_nothing_and_changes_precision_alone(
     # Answers that no ranking holds count in the ideal one: 4 relevant texts, 1 found at rank 1 of 1.
     ideal = 1 + 1 / np.log2(3) + 1 / 2 + 1 / np.log2(5)
     assert MEASURES["nDCG"](np.array([[1]]), binary([4]), 10**12) == pytest.approx([1 / ideal])
+
+
+def test_corrected_p_values_are_holms():
+    # 4 * 0.01, then 3 * 0.02 and 2 * 0.03, which is no less, then 0.04 itself, which may not be less than 0.06
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_no_correction_lowers_a_p_value_or_changes_the_order(p_values):
+    corrected = holm(p_values)
+    assert all(value >= p or value == 1 for value, p in zip(corrected, p_values))
+    assert max(corrected) <= 1
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(corrected)[order]) >= 0).all()
+    # Holm rejects what step by step is below the level that the remaining number leaves.
+    for level in (0.05, 0.3):
+        rejected = 0
+        while rejected < len(p_values) and p_values[order[rejected]] * (len(p_values) - rejected) <= level:
+            rejected += 1
+        assert sum(value <= level for value in corrected) == rejected

@@ -101,7 +101,7 @@ def test_the_page_opens_without_errors_and_its_numbers_are_those_of_metrics_json
             f"{document['metrics'][other][name]:.4f}",
             f"{d['mean']:+.4f}",
             f"{d['low']:+.4f} .. {d['high']:+.4f}",
-            f"{d['p_value']:.4f}",
+            f"{d['p_holm']:.4f}",
         ]
     dots = chromium.execute_script("return [...document.querySelectorAll('circle title')].map(t => t.textContent)")
     assert sorted(dots) == sorted(

@@ -6,7 +6,7 @@ import pytest
 from embedding_finetune import __version__
 from embedding_finetune.data.corpus import Corpus, RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
-from embedding_finetune.evaluation.metrics import compare
+from embedding_finetune.evaluation.metrics import compare, holm
 from embedding_finetune.evaluation.summary import evaluation_tables, summarize, table
 
 TASK = RetrievalTask(
@@ -63,7 +63,10 @@ def test_every_model_but_the_first_is_compared_with_it():
     differences = document()["differences"]
     assert list(differences) == ["tuned"]
     for measure, difference in differences["tuned"].items():
-        assert difference == compare(VALUES["base"][measure], VALUES["tuned"][measure], seed=3)._asdict()
+        expected = compare(VALUES["base"][measure], VALUES["tuned"][measure], seed=3)._asdict()
+        assert difference == {**expected, "p_holm": difference["p_holm"]}
+    p_values = [difference["p_value"] for difference in differences["tuned"].values()]
+    assert [difference["p_holm"] for difference in differences["tuned"].values()] == holm(p_values)
     assert differences["tuned"]["MRR@1"]["mean"] == pytest.approx(0.375)
 
 

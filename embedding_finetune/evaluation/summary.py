@@ -12,7 +12,7 @@ from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import EvaluationOptions
-from embedding_finetune.evaluation.metrics import compare, means
+from embedding_finetune.evaluation.metrics import compare, holm, means
 
 
 def summarize(
@@ -38,12 +38,7 @@ def summarize(
         "base": base,
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
-            name: {
-                measure: compare(values[base][measure], scores, seed=options.seed)._asdict()
-                for measure, scores in values[name].items()
-            }
-            for name in options.model_name
-            if name != base
+            name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base
         },
         "groups": {
             group: {
@@ -65,6 +60,16 @@ def summarize(
         "weights_sha256": dict(weights_digests),
         "version": __version__,
         "settings": {name: value for name, value in vars(options).items() if name != "model_name"},
+    }
+
+
+def compared(base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], *, seed: int) -> Record:
+    """Measure -> how much better the other model is; p_holm is the p-value corrected for the number of measures."""
+    found = {measure: compare(base[measure], scores, seed=seed) for measure, scores in other.items()}
+    corrected = holm([difference.p_value for difference in found.values()])
+    return {
+        measure: {**difference._asdict(), "p_holm": p_holm}
+        for (measure, difference), p_holm in zip(found.items(), corrected)
     }
 
 
@@ -92,9 +97,9 @@ def evaluation_tables(document: Record) -> str:
 
 
 def difference_cells(difference: Mapping[str, float]) -> list[str]:
-    """A difference, as metrics.json has it, as three cells of a table: mean, 95% interval, p-value."""
+    """A difference, as metrics.json has it, as three cells of a table: mean, 95% interval, corrected p-value."""
     interval = f"{difference['low']:+.4f} .. {difference['high']:+.4f}"
-    return [f"{difference['mean']:+.4f}", interval, f"{difference['p_value']:.4f}"]
+    return [f"{difference['mean']:+.4f}", interval, f"{difference['p_holm']:.4f}"]
 
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
