@@ -6,6 +6,7 @@ pairs of neighbouring characters instead. Nothing is stemmed, and no word is lef
 Shapes: Q queries, N passages, k ranks.
 """
 
+import logging
 import re
 import unicodedata
 from array import array
@@ -53,6 +54,7 @@ class KeywordIndex:
     def __init__(self, passages: Iterable[str], count: int) -> None:  # N of them
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._count = count
         self._numbers: dict[str, int] = {}
         words, ends = array("i"), array("q", [0])
