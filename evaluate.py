@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     """
     options = parse_arguments(argv)
     corpus = read_corpus(options.index_file_jsonl_path, options.columns)
-    task = load_task(options.query_file_jsonl_path, corpus, options.columns)
+    task = load_task(options.query_file_jsonl_path, corpus, options.columns, may_lack_answers=True)
 
     # Heavy imports come after flags and data have been checked.
     with importing():
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.evaluation.ranking import values_per_query
         from embedding_finetune.evaluation.rankings import rank_all
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
+        from embedding_finetune.evaluation.thresholds import all_thresholds
         from embedding_finetune.model.loading import check_models_are_there
 
     join_process_group()
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
     }
     document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
+    document["thresholds"] = all_thresholds(ranked, task, options) if options.thresholds else None
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            if len(metrics) > 1 or document["groups"] or document["held_out_by"]:
+            if len(metrics) > 1 or document["groups"] or document["held_out_by"] or options.thresholds:
                 print(evaluation_tables(document))
             print(result)
         if options.output_dir is not None:
@@ -136,6 +138,12 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--fail_if_worse",
         "exit with status 1 when the last model is significantly worse than the first on any measure "
         f"(p < {SIGNIFICANT})",
+    )
+    add_switch(
+        parser,
+        "--thresholds",
+        "also say at which score to answer: the lowest at which the first passage is right for 80, 90 and 95%% of the "
+        "questions that reach it, how many do, and what becomes of the first model's thresholds with the last model",
     )
     add_encoding_arguments(parser)
     flags = vars(parser.parse_args(argv))

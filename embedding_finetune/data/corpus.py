@@ -132,7 +132,8 @@ class RetrievalTask(NamedTuple):
     relevant: for each query, the positions of its answers, and how relevant each is, from 1. Answers that the corpus
     does not hold have positions from len(corpus) on. ids name the queries in TREC files. groups: None for a query
     without. instructions: those that queries have of their own.
-    held_out_by: what all of them were kept out of training by, if so, see hold_out.py.
+    held_out_by: what all of them were kept out of training by, if so, see hold_out.py. unanswered: further questions,
+    which the corpus does not answer; they are in no measure.
     """
 
     queries: list[str]
@@ -142,6 +143,17 @@ class RetrievalTask(NamedTuple):
     groups: list[str | None]
     instructions: Instructions = None
     held_out_by: str | None = None
+    unanswered: "RetrievalTask | None" = None
+
+    def asked(self) -> "RetrievalTask":
+        """The task with the questions that the corpus does not answer behind the others."""
+        if self.unanswered is None:
+            return self
+        parts = (self, self.unanswered)
+        return self._replace(
+            queries=[query for part in parts for query in part.queries],
+            instructions=[own for part in parts for own in part.instructions or [None] * len(part.queries)],
+        )
 
     def findable(self, number: int) -> list[int]:
         """The positions of a query's answers that the corpus holds, in ascending order."""
@@ -172,10 +184,13 @@ def read_corpus(path: AnyPath, columns: Sequence[str] = ()) -> Corpus | Document
     return Documents(beir.corpus_file(path)) if beir.is_beir(path) else Corpus(read_passages(path, columns))
 
 
-def load_task(query_file: AnyPath, corpus: Corpus | Documents, columns: Sequence[str] = ()) -> RetrievalTask:
+def load_task(
+    query_file: AnyPath, corpus: Corpus | Documents, columns: Sequence[str] = (), *, may_lack_answers: bool = False
+) -> RetrievalTask:
     """Read queries from a file and find their positives in the corpus, see make_task; or those of a BEIR folder.
 
-    Raises UserError where one of the two is of a BEIR folder, and the other is not.
+    may_lack_answers: whether a query's `pos` may be empty; such queries become `unanswered`, if others are not. Raises
+    UserError where one of the two is of a BEIR folder, and the other is not.
     """
     if beir.is_beir(query_file):
         if not isinstance(corpus, Documents):
@@ -189,7 +204,16 @@ def load_task(query_file: AnyPath, corpus: Corpus | Documents, columns: Sequence
             f"{query_file}: is no BEIR folder, and the passages are one's, known by their ids: give a BEIR folder as "
             f"the queries too, or {corpus.path} as the passages"
         )
-    return make_task(list(read_queries(query_file, columns)), corpus)
+    rows = list(read_queries(query_file, columns, may_lack_answers=may_lack_answers))
+    answered = [row for row in rows if row["pos"]]
+    if rows and not answered:
+        answered = list(read_queries(query_file, columns))  # which raises
+    task = make_task(answered, corpus)
+    if len(answered) == len(rows):
+        return task
+    others = [row for row in rows if not row["pos"]]
+    logger.info("%d further questions have no answer: they are in no measure, and count in --thresholds", len(others))
+    return task._replace(unanswered=_task_of(others, corpus))
 
 
 def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
@@ -201,19 +225,24 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
         found = dict.fromkeys(positions[positions >= 0].tolist(), 1)
         missing = len({canonical(text) for text in row["pos"]}) - len(found)
         relevant.append({**found, **dict.fromkeys(itertools.islice(beyond, missing), 1)})
+    task = _task_of(rows, corpus)._replace(relevant=relevant)
+    logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
+    _warn_of_missing(task)
+    return task
+
+
+def _task_of(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
+    """The queries of rows, with no answer known."""
     digits = len(str(len(rows)))
-    task = RetrievalTask(
+    return RetrievalTask(
         queries=[row["query"] for row in rows],
         corpus=corpus,
-        relevant=relevant,
+        relevant=[{} for _ in rows],
         ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
         groups=[row.get("group") for row in rows],
         instructions=[row.get("instruction") for row in rows],
         held_out_by=_held_out_by(rows),
     )
-    logger.info("%d queries, %d distinct passages (%d duplicates)", len(rows), len(corpus), corpus.duplicates)
-    _warn_of_missing(task)
-    return task
 
 
 def _make_beir_task(split: beir.Split, corpus: Documents) -> RetrievalTask:

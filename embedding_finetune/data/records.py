@@ -93,8 +93,10 @@ def _check_training_row(place: Place, record: Record) -> None:
         _check_scores(place, record, field)
 
 
-def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]:
+def read_queries(path: AnyPath, columns: Sequence[str] = (), *, may_lack_answers: bool = False) -> Iterator[Record]:
     """Rows `{"query": str, "pos": [str, ...]}` for evaluation; raises like read_training_rows.
+
+    may_lack_answers: whether a `pos` may be empty, for a question that the passages do not answer.
 
     They may have an `instruction`, a `group` (any string) and an `id` (a string without whitespace or a whole number).
     Either all rows have an `id` or none has, and no two are the same. null is the same as missing. A log line counts
@@ -107,7 +109,7 @@ def read_queries(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[Record]
     for place, record in read(path, columns, fields=_QUERY_FIELDS, others=False):
         _drop_nulls(record, "id", "group", "instruction")
         _require_text(place, record, "query")
-        _require_texts(place, record, "pos")
+        _require_texts(place, record, "pos", may_be_empty=may_lack_answers)
         _check_instruction(place, record)
         if "group" in record:
             _require_text(place, record, "group")

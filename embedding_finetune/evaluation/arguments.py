@@ -39,6 +39,7 @@ class EvaluationOptions(EncodingOptions):
     seed: int = 42
     fail_below: list[tuple[str, float]] = field(default_factory=list)
     fail_if_worse: bool = False
+    thresholds: bool = False
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
@@ -47,6 +48,8 @@ class EvaluationOptions(EncodingOptions):
             raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
         if self.fail_if_worse and self.model_name[-1] == self.base:
             raise UserError(f"--fail_if_worse: {self.base}, the first model, comes last; put another one behind it")
+        if self.thresholds and not self.dense_alone:
+            raise UserError(f"--thresholds: scores of {BM25} and of fusions mean nothing by themselves; name a model")
         measured = [f"{measure}@{cutoff}" for cutoff in self.cutoffs for measure in self.measures]
         for name, _ in self.fail_below:
             if name not in measured:
@@ -67,9 +70,14 @@ class EvaluationOptions(EncodingOptions):
         return [name for name in self.rankings if name != BM25]
 
     @property
+    def dense_alone(self) -> list[str]:
+        """The names that stand for one model that embeds texts."""
+        return [name for name in self.model_name if name in self.dense_models]
+
+    @property
     def base(self) -> str:
         """What others are compared with: the first that embeds texts, if one is named by itself, else the first."""
-        return next((name for name in self.model_name if name in self.dense_models), self.model_name[0])
+        return next(iter(self.dense_alone), self.model_name[0])
 
     def _check_names(self) -> None:
         if (repeated := repeated_model(self.model_name)) is not None:

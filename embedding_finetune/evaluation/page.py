@@ -10,7 +10,7 @@ Shapes: Q queries, K ranks.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +20,10 @@ import numpy as np
 from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.evaluation.markup import COLOURS, table
 from embedding_finetune.evaluation.metrics import relevance_of
 from embedding_finetune.evaluation.summary import difference_cells
+from embedding_finetune.evaluation.threshold_page import threshold_section
 from embedding_finetune.retrieval.top_k import Ranking
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -32,7 +34,6 @@ _QUERY_BYTES = 4_000_000
 """The most that the table of queries takes. The queries that matter most come first, and the page says when others are
 left out."""
 _ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-_COLOURS = 6
 
 
 def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
@@ -42,12 +43,13 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
         "facts": _facts(task),
-        "legend": "".join(f'<li class="m{i % _COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
+        "legend": "".join(f'<li class="m{i % COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
         "warnings": "".join(f"<li>{escape(text)}</li>" for text in warnings(document)),
         "measures": _measures(document),
         "charts": "".join(_chart(measure, document, ranks, depth) for measure in ("MRR", "Hit")),
         "distribution": _distribution(ranks, depth),
         "outcomes": "".join(_outcomes(name, document["base"], ranks) for name in ranks if name != document["base"]),
+        "thresholds": threshold_section(document["thresholds"], list(rankings)),
         "groups": _groups(document),
         "data": _embedded(_query_table(task, rankings, ranks, depth)),
     }
@@ -88,14 +90,14 @@ def _measures(document: Record) -> str:
     base = document["base"]
     if not differences:
         rows = [[name, _number(value)] for name, value in metrics[base].items()]
-        return _table(["", base], rows)
+        return table(["", base], rows)
     tables = []
     for model, by_measure in differences.items():
         rows = [
             [name, _number(metrics[base][name]), _number(metrics[model][name]), *difference_cells(difference)]
             for name, difference in by_measure.items()
         ]
-        tables.append(_table(["", base, model, "difference", "95% interval", "p"], rows))
+        tables.append(table(["", base, model, "difference", "95% interval", "p"], rows))
     return "".join(tables)
 
 
@@ -108,16 +110,7 @@ def _groups(document: Record) -> str:
         for group, outcome in document["groups"].items()
         for model, values in outcome["metrics"].items()
     ]
-    return "<section><h2>By group</h2>" + _table(["group", "queries", "model", *measures], rows) + "</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names the rows. It escapes the texts."""
-    lines = ["<tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr>"]
-    for first, *others in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return "<section><h2>By group</h2>" + table(["group", "queries", "model", *measures], rows) + "</section>"
 
 
 def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], depth: int) -> str:
@@ -145,10 +138,10 @@ def _chart(measure: str, document: Record, ranks: Mapping[str, np.ndarray], dept
         share_at_rank = np.bincount(model_ranks, minlength=depth + 1)[1:] / len(model_ranks)  # (K,), of the queries
         values = np.cumsum(share_at_rank / cutoffs if measure == "MRR" else share_at_rank)  # (K,)
         path = " ".join(f"{x(k):.1f},{y(value):.1f}" for k, value in zip(cutoffs.tolist(), values.tolist()))
-        marks.append(f'<polyline class="m{number % _COLOURS}" points="{path}"/>')
+        marks.append(f'<polyline class="m{number % COLOURS}" points="{path}"/>')
         measured = {k: document["metrics"][name].get(f"{measure}@{k}") for k in document["settings"]["cutoffs"]}
         marks += [
-            f'<circle class="m{number % _COLOURS}" cx="{x(min(k, depth)):.1f}" cy="{y(value):.1f}" r="3.5">'
+            f'<circle class="m{number % COLOURS}" cx="{x(min(k, depth)):.1f}" cy="{y(value):.1f}" r="3.5">'
             f"<title>{escape(name)}: {measure}@{k} {_number(value)}</title></circle>"
             for k, value in measured.items()
             if value is not None
@@ -169,7 +162,7 @@ def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
         for number, best in enumerate(ranks.values()):
             count = int((best == 0).sum() if high is None else ((best > low) & (best <= high)).sum())
             cells.append(
-                f'<div class="bar m{number % _COLOURS}"><i style="width:{85 * count / max(len(best), 1):.2f}%"></i>'
+                f'<div class="bar m{number % COLOURS}"><i style="width:{85 * count / max(len(best), 1):.2f}%"></i>'
                 f"<span>{count:,}</span></div>"
             )
         label = f"beyond {low}" if high is None else str(high) if high == low + 1 else f"{low + 1}-{high}"

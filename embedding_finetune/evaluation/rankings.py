@@ -18,9 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 class Rankings(NamedTuple):
-    """by_name: of each --model_name. By dense model: weights_digests, and how many of the queries it was trained on."""
+    """By --model_name, of the task's queries and of those without an answer.
+
+    By model that embeds texts: weights_digests, and how many of the queries it was trained on.
+    """
 
     by_name: dict[str, Ranking]
+    of_unanswered: dict[str, Ranking]
     weights_digests: dict[str, str]
     trained_queries: dict[str, int]
 
@@ -33,9 +37,10 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
     depth = max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, *options.cutoffs)
     rankings: dict[str, Ranking] = {}
     digests, trained = {}, {}
+    asked, count_answered = task.asked(), len(task.queries)
     for name in options.rankings:
         if name == BM25:
-            rankings[name] = rank_corpus_by_words(task, depth)
+            rankings[name] = rank_corpus_by_words(asked, depth)
             continue
         encoder = load_encoder(name, options, flag="--model_name")
         digests[name] = encoder.weights_digest
@@ -43,9 +48,14 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
         if count:
             logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
         trained[name] = count
-        rankings[name] = rank_corpus(encoder, task, depth, gpus=gpus)
+        rankings[name] = rank_corpus(encoder, asked, depth, gpus=gpus)
     by_name = {
         name: rankings[of[0]] if len(of) == 1 else fuse_rankings([rankings[part] for part in of])
         for name, of in parts.items()
     }
-    return Rankings(by_name, digests, trained)
+    return Rankings(
+        {name: Ranking(*(part[:count_answered] for part in ranking)) for name, ranking in by_name.items()},
+        {name: Ranking(*(part[count_answered:] for part in ranking)) for name, ranking in by_name.items()},
+        digests,
+        trained,
+    )

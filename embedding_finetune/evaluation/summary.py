@@ -36,6 +36,7 @@ def summarize(
             members[group].append(number)
     return {
         "base": base,
+        "thresholds": None,
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base
@@ -87,6 +88,7 @@ def evaluation_tables(document: Record) -> str:
         rows = [[f"{name} - {document['base']}", "difference", "95% interval", "p"]]
         rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]
         parts.append(table(rows))
+    parts += threshold_tables(document["thresholds"])
     if document["groups"]:
         rows = [["group", "queries", "model", *measures]]
         for group, outcome in document["groups"].items():
@@ -94,6 +96,51 @@ def evaluation_tables(document: Record) -> str:
                 rows.append([group, str(outcome["queries"]), name, *_scores(outcome["metrics"][name])])
         parts.append(table(rows))
     return "\n\n".join(parts)
+
+
+def threshold_tables(thresholds: Record | None) -> list[str]:
+    """Where to answer, for each model, and what becomes of the first one's thresholds with the last one's scores."""
+    if thresholds is None:
+        return []
+    found = thresholds["models"].items()
+    parts = [table([threshold_head(name, one), *threshold_rows(one)]) for name, one in found]
+    return [*parts, "\n".join(moved_lines(thresholds))] if thresholds["moved"] else parts
+
+
+def threshold_head(name: str, found: Record) -> list[str]:
+    """The head of the table of a model's thresholds."""
+    head = [f"{name}: first passage right", "answer from", "95% interval", "answered", "95% interval"]
+    return head if found["area"] is None else [*head, "refused"]
+
+
+def threshold_rows(found: Record) -> list[list[str]]:
+    """A row for each precision: the score to answer from, the share of questions answered, and of others refused."""
+    rows = []
+    for target in found["targets"]:
+        cells = ["never", "", "0.0%", ""]
+        if target["threshold"] is not None:
+            cells = [
+                f"{target['threshold']:.4f}",
+                f"{target['threshold_low']:.4f} .. {target['threshold_high']:.4f}",
+                f"{target['answered']:.1%}",
+                f"{target['answered_low']:.1%} .. {target['answered_high']:.1%}",
+            ]
+        refused = [] if target["refused"] is None else [f"{target['refused']:.1%}"]
+        rows.append([f"{target['precision']:.0%}", *cells, *refused])
+    return rows
+
+
+def moved_lines(thresholds: Record) -> list[str]:
+    """A line for each threshold of the first model: what it gives with the last one's scores, and what to use."""
+    change, lines = thresholds["moved"], []
+    for target in change["targets"]:
+        now = "answers nothing" if target["now"] is None else f"gives {target['now']:.1%}"
+        use = "no score does" if target["use"] is None else f"use {target['use']:.4f}"
+        lines.append(
+            f"{change['from']}'s threshold {target['threshold']:.4f} for {target['precision']:.0%} {now} with "
+            f"{change['to']}; {use}"
+        )
+    return lines
 
 
 def difference_cells(difference: Mapping[str, float]) -> list[str]:

@@ -1,0 +1,182 @@
+"""Precision and coverage as the score moves: worked numbers, and scikit-learn's area."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+import evaluate
+from embedding_finetune.evaluation.thresholds import FirstPassages, area, moved, precision_at, thresholds_of
+
+
+def first_passages(scores, right, answerable=None):
+    answerable = [True] * len(scores) if answerable is None else answerable
+    return FirstPassages(np.array(scores, dtype=np.float32), np.array(right, bool), np.array(answerable, bool))
+
+
+TEN = first_passages([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05], [1, 1, 1, 1, 0, 1, 1, 0, 0, 0])
+
+
+def target_of(found, precision):
+    return next(target for target in found["targets"] if target["precision"] == precision)
+
+
+def test_the_lowest_threshold_is_where_precision_is_still_reached():
+    # Precision from the top: 1, 1, 1, 1, 4/5, 5/6, 6/7, 6/8, 6/9, 6/10.
+    found = thresholds_of(TEN, seed=0)
+    at_80 = target_of(found, 0.8)
+    assert (at_80["threshold"], at_80["answered"]) == (pytest.approx(0.3), pytest.approx(0.7))
+    at_90 = target_of(found, 0.9)
+    assert (at_90["threshold"], at_90["answered"]) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert target_of(found, 0.95)["threshold"] == pytest.approx(0.6)
+    assert at_80["threshold_low"] <= 0.3 <= at_80["threshold_high"]
+    assert at_80["answered_low"] <= 0.7 <= at_80["answered_high"]
+    assert (at_80["refused"], found["area"]) == (None, None)
+    assert [point["precision"] for point in found["curve"]][-3:] == pytest.approx([6 / 8, 6 / 9, 6 / 10])
+    assert [point["answered"] for point in found["curve"]][-1] == 1
+
+
+def test_rounds_that_leave_out_the_first_question_do_not_count_as_wrong_answers():
+    found = thresholds_of(first_passages([0.9, 0.8, 0.7], [1, 1, 1]), seed=0)
+    assert [(point["low"], point["high"]) for point in found["curve"]] == [(1, 1)] * 3
+
+
+def test_questions_of_one_score_are_answered_together():
+    found = thresholds_of(first_passages([0.5, 0.5, 0.5, 0.4], [1, 0, 1, 1]), seed=0)
+    assert [point["precision"] for point in found["curve"]] == pytest.approx([2 / 3, 3 / 4])
+    assert target_of(found, 0.8)["threshold"] is None
+    assert target_of(found, 0.8)["answered"] == 0
+
+
+def test_questions_without_an_answer_are_answered_wrongly_or_refused():
+    first = first_passages([0.9, 0.8, 0.7, 0.6, 0.5], [1, 0, 1, 0, 1], [True, False, True, False, True])
+    found = thresholds_of(first, seed=0)
+    at_80 = target_of(found, 0.8)
+    assert (at_80["threshold"], at_80["answered"]) == (pytest.approx(0.9), pytest.approx(1 / 3))
+    assert at_80["refused"] == 1.0
+    assert found["area"] == pytest.approx(3 / 6)  # of the pairs .9 > .8, .9 > .6, .7 > .6
+
+
+@given(
+    scores=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), min_size=2, max_size=12),
+    data=st.data(),
+)
+def test_the_area_is_scikit_learns(scores, data):
+    answerable = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
+    if len(set(answerable)) == 2:
+        first = first_passages(scores, [False] * len(scores), answerable)
+        assert area(first) == pytest.approx(roc_auc_score(answerable, first.scores))
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=15))
+def test_thresholds_and_curve_agree_with_counting(rows):
+    first = first_passages(*zip(*rows))
+    found = thresholds_of(first, seed=1)
+    for point in found["curve"]:
+        assert point["precision"] == pytest.approx(precision_at(first, point["threshold"]))
+        assert point["answered"] == pytest.approx((first.scores >= point["threshold"]).mean())
+    for target in found["targets"]:
+        good = [score for score in set(first.scores.tolist()) if precision_at(first, score) >= target["precision"]]
+        assert target["threshold"] == (min(good) if good else None)
+
+
+def test_the_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Right with probability equal to the score: precision above t is (1 + t) / 2, so 0.9 is reached at 0.8."""
+    held = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scores = rng.random(400)
+        target = target_of(thresholds_of(first_passages(scores, rng.random(400) < scores), seed=seed), 0.9)
+        held += target["threshold_low"] <= 0.8 <= target["threshold_high"]
+    assert held >= 34  # of 40; 38 on average
+
+
+def test_thresholds_of_one_model_are_tried_with_the_scores_of_another():
+    tuned = first_passages([0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05], [1, 1, 1, 1, 1, 1, 1, 1, 0, 0])
+    before, after = thresholds_of(TEN, seed=0), thresholds_of(tuned, seed=0)
+    rows = moved(before, after, tuned)
+    assert [row["precision"] for row in rows] == [0.8, 0.9, 0.95]
+    assert rows[0] == {"precision": 0.8, "threshold": pytest.approx(0.3), "now": 1.0, "use": pytest.approx(0.05)}
+    assert rows[1]["now"] is None  # no score is so high any more
+    assert rows[1]["use"] == pytest.approx(0.15)
+
+
+def test_the_seed_decides_the_intervals():
+    rng = np.random.default_rng(0)
+    scores = rng.random(500)
+    first = first_passages(scores, rng.random(500) < scores)
+    assert thresholds_of(first, seed=3) == thresholds_of(first, seed=3)
+    assert thresholds_of(first, seed=3) != thresholds_of(first, seed=4)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Ten questions with an answer, and three without."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
+    rows[4:4] = [{"query": query, "pos": []} for query in ("red light", "who is it", "my badge")]
+    return [
+        "--index_file_jsonl_path",
+        str(corpus),
+        "--query_file_jsonl_path",
+        str(write_jsonl(tmp_path / "q.jsonl", rows)),
+    ]
+
+
+def test_evaluate_tells_thresholds_of_the_models_that_embed_and_measures_answered_questions_alone(
+    tiny_bert, other_bert, data, tmp_path, capsys, caplog
+):
+    caplog.set_level("INFO")
+    one, other, output = str(tiny_bert), str(other_bert), tmp_path / "out"
+    names = ["bm25", one, other]
+    metrics = evaluate.main(["--model_name", *names, *data, "--thresholds", "--output_dir", str(output)])
+    out = capsys.readouterr()
+    assert "3 further questions have no answer: they are in no measure" in caplog.text
+    assert f"{one}: first passage right" in out.out
+    assert "bm25: first passage right" not in out.out
+    document = json.loads((output / "metrics.json").read_text())
+    assert document["queries"] == len(TOPICS) == len(read_jsonl(output / "per_query.jsonl"))
+    assert list(document["thresholds"]["models"]) == [one, other]
+    for name in (one, other):
+        found = document["thresholds"]["models"][name]
+        assert found["curve"][-1]["precision"] == pytest.approx(metrics[name]["Hit@1"] * 10 / 13)
+        assert 0 <= found["area"] <= 1
+    assert (document["thresholds"]["moved"]["from"], document["thresholds"]["moved"]["to"]) == (one, other)
+    for line in document["thresholds"]["moved"]["targets"]:
+        assert f"{one}'s threshold {line['threshold']:.4f} for {line['precision']:.0%}" in out.out
+    without = write_jsonl(tmp_path / "answered.jsonl", [row for row in read_jsonl(tmp_path / "q.jsonl") if row["pos"]])
+    assert evaluate.main(["--model_name", *names, *data[:3], str(without)]) == metrics
+
+
+def test_only_questions_without_an_answer_are_the_error_they_were(tiny_bert, data, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "none.jsonl", [{"query": "a", "pos": []}])
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", str(tiny_bert), *data[:3], str(rows)])
+    assert exit.value.code == 2
+    assert 'none.jsonl:1: "pos" is empty, expected at least one string' in capsys.readouterr().err
+
+
+def test_bm25_alone_has_no_thresholds(data, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", "bm25", *data, "--thresholds"])
+    assert exit.value.code == 2
+    assert "--thresholds: scores of bm25 and of fusions mean nothing by themselves" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_tell_the_thresholds_of_one(tiny_bert, data, tmp_path):
+    documents = []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([], torchrun):
+        output = tmp_path / str(len(launcher))
+        command = [sys.executable, *launcher, evaluate.__file__, "--model_name", str(tiny_bert), *data]
+        flags = ["--thresholds", "--dtype", "float32", "--output_dir", str(output)]
+        subprocess.run([*command, *flags], check=True, capture_output=True)
+        documents.append(json.loads((output / "metrics.json").read_text())["thresholds"])
+    assert documents[0] == documents[1]
