@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
     }
     document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
+    document["sizes"] = ranked.sizes
     document["thresholds"] = all_thresholds(ranked, task, options) if options.thresholds else None
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            if len(metrics) > 1 or document["groups"] or document["held_out_by"] or options.thresholds:
+            if len(metrics) > 1 or document["groups"] or document["held_out_by"] or options.thresholds or options.sizes:
                 print(evaluation_tables(document))
             print(result)
         if options.output_dir is not None:
@@ -144,6 +145,11 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--thresholds",
         "also say at which score to answer: the lowest at which the first passage is right for 80, 90 and 95%% of the "
         "questions that reach it, how many do, and what becomes of the first model's thresholds with the last model",
+    )
+    add_switch(
+        parser,
+        "--sizes",
+        "also measure smaller indices: fewer dimensions, and 8, 4 and 1 bit for each, with the bytes of a passage",
     )
     add_encoding_arguments(parser)
     flags = vars(parser.parse_args(argv))

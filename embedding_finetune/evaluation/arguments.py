@@ -40,6 +40,7 @@ class EvaluationOptions(EncodingOptions):
     fail_below: list[tuple[str, float]] = field(default_factory=list)
     fail_if_worse: bool = False
     thresholds: bool = False
+    sizes: bool = False
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)
@@ -48,6 +49,8 @@ class EvaluationOptions(EncodingOptions):
             raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
         if self.fail_if_worse and self.model_name[-1] == self.base:
             raise UserError(f"--fail_if_worse: {self.base}, the first model, comes last; put another one behind it")
+        if self.sizes and not self.dense_alone:
+            raise UserError(f"--sizes: {BM25} and fusions have no embeddings; name a model by itself")
         if self.thresholds and not self.dense_alone:
             raise UserError(f"--thresholds: scores of {BM25} and of fusions mean nothing by themselves; name a model")
         measured = [f"{measure}@{cutoff}" for cutoff in self.cutoffs for measure in self.measures]

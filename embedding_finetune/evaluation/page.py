@@ -22,7 +22,7 @@ from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.markup import COLOURS, table
 from embedding_finetune.evaluation.metrics import relevance_of
-from embedding_finetune.evaluation.summary import difference_cells
+from embedding_finetune.evaluation.summary import difference_cells, size_head, size_rows
 from embedding_finetune.evaluation.threshold_page import threshold_section
 from embedding_finetune.retrieval.top_k import Ranking
 
@@ -50,6 +50,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
         "distribution": _distribution(ranks, depth),
         "outcomes": "".join(_outcomes(name, document["base"], ranks) for name in ranks if name != document["base"]),
         "thresholds": threshold_section(document["thresholds"], list(rankings)),
+        "sizes": _sizes(document["sizes"]),
         "groups": _groups(document),
         "data": _embedded(_query_table(task, rankings, ranks, depth)),
     }
@@ -99,6 +100,15 @@ def _measures(document: Record) -> str:
         ]
         tables.append(table(["", base, model, "difference", "95% interval", "p"], rows))
     return "".join(tables)
+
+
+def _sizes(sizes: Record) -> str:
+    if not sizes:
+        return ""
+    tables = [table(size_head(name, records), size_rows(records)) for name, records in sizes.items()]
+    measure = next(iter(sizes.values()))[0]["measure"]
+    told = f"Bytes of a passage. The difference is that of {measure} to float32 with all dimensions."
+    return f'<section id="sizes"><h2>Smaller indices</h2>{"".join(tables)}<p class="soft">{told}</p></section>'
 
 
 def _groups(document: Record) -> str:

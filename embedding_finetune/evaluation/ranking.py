@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from embedding_finetune.data.corpus import Documents, RetrievalTask
+from embedding_finetune.data.corpus import Corpus, Documents, RetrievalTask
 from embedding_finetune.data.texts import TextsOnDisk
+from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.metrics import judged_of, per_query, relevance_of
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.shared_search import (
@@ -26,18 +27,30 @@ FUSION_DEPTH = 100
 """Ranks of a ranking that a fusion looks at."""
 
 
-def rank_corpus(encoder: Encoder, task: RetrievalTask, top_k: int, *, gpus: Sequence[int] = ()) -> Ranking:
+def rank_corpus(
+    encoder: Encoder,
+    task: RetrievalTask,
+    top_k: int,
+    *,
+    gpus: Sequence[int] = (),
+    keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> Ranking:
     """The top_k best passages for each query with their scores, or all passages where the corpus is smaller.
 
     Ties are broken as trec_eval does: the passage that comes last in the corpus ranks first. A text that several
-    documents have is encoded once.
+    documents have is encoded once. keep: takes the embeddings of the queries and of all distinct texts, if given.
     """
 
     def rank(texts: TextsOnDisk, most: int) -> Ranking:
         queries = encode_queries(encoder, task.queries, task.instructions)
         top = TopK(queries, most, ties="last", device=encoder.device, gpus=gpus)
+        blocks = []
         for start, block in encode_own_passages(encoder, texts):
             top.add(start, block)
+            if keep is not None:
+                blocks.append(block)
+        if keep is not None:
+            keep(queries, np.concatenate([block for part in gather_objects(blocks) for block in part]))
         merge_rankings(top)
         return top.ranking()
 
@@ -58,8 +71,14 @@ def _rank_distinct(rank: Callable[[TextsOnDisk, int], Ranking], task: RetrievalT
     corpus = task.corpus
     repeating = corpus if isinstance(corpus, Documents) and corpus.duplicates else None
     texts = corpus.texts if repeating is None else corpus.texts.at(repeating.distinct)
-    ranking = rank(texts, min(top_k, len(texts)))
-    return ranking if repeating is None else rank_documents(ranking, repeating, min(top_k, len(corpus)))
+    return as_documents(rank(texts, min(top_k, len(texts))), corpus, top_k)
+
+
+def as_documents(ranking: Ranking, corpus: Corpus | Documents, top_k: int) -> Ranking:
+    """The ranking of a corpus, of that of its distinct texts."""
+    if not isinstance(corpus, Documents) or not corpus.duplicates:
+        return ranking
+    return rank_documents(ranking, corpus, min(top_k, len(corpus)))
 
 
 def fuse_rankings(rankings: Sequence[Ranking]) -> Ranking:

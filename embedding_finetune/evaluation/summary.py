@@ -37,6 +37,7 @@ def summarize(
     return {
         "base": base,
         "thresholds": None,
+        "sizes": {},
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base
@@ -89,6 +90,7 @@ def evaluation_tables(document: Record) -> str:
         rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]
         parts.append(table(rows))
     parts += threshold_tables(document["thresholds"])
+    parts += [table([size_head(name, records), *size_rows(records)]) for name, records in document["sizes"].items()]
     if document["groups"]:
         rows = [["group", "queries", "model", *measures]]
         for group, outcome in document["groups"].items():
@@ -141,6 +143,26 @@ def moved_lines(thresholds: Record) -> list[str]:
             f"{change['to']}; {use}"
         )
     return lines
+
+
+def size_head(name: str, records: Sequence[Record]) -> list[str]:
+    """The head of the table of a model's smaller indices."""
+    first = records[0]
+    return [f"{name}: dimensions", "precision", "bytes", *first["metrics"], "difference", "95% interval"]
+
+
+def size_rows(records: Sequence[Record]) -> list[list[str]]:
+    """A row for each index: what a passage takes, measures, and the difference to the whole one in float32."""
+    return [
+        [
+            str(record["dimensions"]),
+            record["precision"],
+            f"{record['bytes']:g}",
+            *_scores(record["metrics"]),
+            *difference_cells({**record["difference"], "p_holm": 1})[:2],
+        ]
+        for record in records
+    ]
 
 
 def difference_cells(difference: Mapping[str, float]) -> list[str]:
