@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     """
     options = parse_arguments(argv)
     corpus = read_corpus(options.index_file_jsonl_path, options.columns)
-    task = load_task(options.query_file_jsonl_path, corpus, options.columns, may_lack_answers=True)
+    task = load_task(options.query_file_jsonl_path, corpus, options.columns, may_lack_answers=options.thresholds)
 
     # Heavy imports come after flags and data have been checked.
     with importing():
@@ -55,15 +55,18 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.model.loading import check_models_are_there
 
     join_process_group()
-    check_models_are_there(options.dense_models[1:], flag="--model_name", cache_dir=options.cache_dir)
+    first_is_loaded_first = options.rankings[0] in options.dense_models
+    check_models_are_there(
+        options.dense_models[first_is_loaded_first:], flag="--model_name", cache_dir=options.cache_dir
+    )
     ranked = rank_all(task, options)
     rankings = ranked.by_name
     values = {
         name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
     }
+    thresholds = all_thresholds(ranked, task, options) if options.thresholds else None
     document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
-    document["sizes"] = ranked.sizes
-    document["thresholds"] = all_thresholds(ranked, task, options) if options.thresholds else None
+    document |= {"thresholds": thresholds, "sizes": ranked.sizes}
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
 
@@ -94,7 +97,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="model folders or hub names, the first is the base; bm25 ranks by words, and a+b is the fusion of two",
+        help="model folders or hub names, the first of these is the base; bm25 ranks by words, a+b fuses two",
     )
     parser.add_argument(
         "--index_file_jsonl_path",
@@ -128,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     )
     parser.add_argument(
         "--fail_below",
-        type=threshold,
+        type=limit,
         nargs="+",
         default=[],
         metavar="MEASURE@K=X",
@@ -138,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         parser,
         "--fail_if_worse",
         "exit with status 1 when the last model is significantly worse than the first on any measure "
-        f"(p < {SIGNIFICANT})",
+        f"(corrected p < {SIGNIFICANT})",
     )
     add_switch(
         parser,
@@ -159,7 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     return options
 
 
-def threshold(text: str) -> tuple[str, float]:
+def limit(text: str) -> tuple[str, float]:
     """`MRR@10=0.75` -> ("MRR@10", 0.75)."""
     match = re.fullmatch(r"(\w+@[0-9]+)=([0-9]*\.?[0-9]+)", text)
     if not match:

@@ -276,7 +276,11 @@ def test_make_demo_goes_the_whole_way_with_a_file_of_ones_own(demo_model, tmp_pa
     given = ["DATA=my.csv", f"MODEL={demo_model}", f"BIN={os.path.dirname(sys.executable)}"]
     given.append("DATA_COLUMNS=query=question pos=answer")
     result = subprocess.run(
-        ["make", "--old-file=.venv/cpu", "demo", *given], cwd=tmp_path, capture_output=True, text=True, check=False
+        ["make", "--old-file=.venv/cpu", "--old-file=.venv/demo", "demo", *given],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     shown = result.stdout[result.stdout.index("Held-out questions, before and after:") :]

@@ -8,6 +8,7 @@ from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluate
 import mine_hard_neg
 from embedding_finetune.retrieval.keywords import KeywordIndex, words_of
 from embedding_finetune.retrieval.results import positions_of, scores_of
@@ -35,6 +36,10 @@ def ranking(passages, queries, top_k, ties="first", among=None):
         ("펌프를 재설정", ["펌프를", "재설정"]),
         ("पंप को रीसेट", ["पंप", "को", "रीसेट"]),
         ("ปั๊ม", ["ปั", "ั๊", "๊ม"]),
+        ("यह है।", ["यह", "है"]),
+        ("\u0643\u064e\u062a\u064e\u0628\u064e", ["\u0643\u064e\u062a\u064e\u0628\u064e"]),  # vowels of Arabic
+        ("foo_bar", ["foo", "bar"]),
+        ("བོད་སྐད", ["བོད", "སྐད"]),
         ("... ?!", []),
         ("", []),
     ],
@@ -129,3 +134,14 @@ def test_flags_that_need_cosines_are_refused_with_keywords_alone(data, tmp_path,
         mined(["bm25"], data, tmp_path, flag, "0.5")
     assert exit.value.code == 2
     assert f"{flag}: the scores of bm25 are no cosines; name a model beside it" in capsys.readouterr().err
+
+
+def test_in_a_beir_folder_with_equal_documents_a_query_without_common_words_ranks_nothing(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    texts = ["reset the pump", "reset the pump", "open the gate"]
+    documents = [{"_id": f"d{number}", "title": "", "text": text} for number, text in enumerate(texts)]
+    write_jsonl(tmp_path / "corpus.jsonl", documents)
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "a", "text": "the gate"}, {"_id": "b", "text": "xyz"}])
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\td2\t1\nb\td0\t1\n")
+    files = ["--index_file_jsonl_path", str(tmp_path), "--query_file_jsonl_path", str(tmp_path)]
+    assert evaluate.main(["--model_name", "bm25", *files])["MRR@10"] == 0.5

@@ -232,4 +232,5 @@ def test_first_ranks_take_the_best_of_several_answers(tmp_path):
     corpus = Corpus("abcd")
     task = load_task(write_jsonl(tmp_path / "q.jsonl", [{"query": "q", "pos": ["c", "b"]}] * 2), corpus)
     ranking = Ranking(np.array([[0, 2, 1], [0, 3, 3]]), np.array([[3, 2, 1]] * 2, np.float32))
-    assert first_ranks(ranking, task).tolist() == [2, 0]
+    assert first_ranks(ranking, task, 3).tolist() == [2, 0]
+    assert first_ranks(ranking, task, 1).tolist() == [0, 0]

@@ -1,5 +1,6 @@
 """evaluate.py with BM25 and fusions among its models."""
 
+import json
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def test_evaluate_compares_keywords_a_model_and_their_fusion_with_the_model(tiny
     out = capsys.readouterr().out
     assert f"bm25 - {model}" in out
     assert f"bm25+{model} - {model}" in out
-    document = evaluate.json.loads((output / "metrics.json").read_text())
+    document = json.loads((output / "metrics.json").read_text())
     assert document["base"] == model
     assert list(document["differences"]) == ["bm25", f"bm25+{model}"]
     assert list(document["weights_sha256"]) == [model]
@@ -67,6 +68,7 @@ def test_a_folder_with_a_plus_in_its_name_is_a_model(tiny_bert, data, tmp_path):
     [
         (["bm25+"], "--model_name bm25+: a fusion joins names of different models"),
         (["bm25+bm25"], "--model_name bm25+bm25: a fusion joins names"),
+        (["{model}+{model}/"], "--model_name {model}+{model}/: a fusion joins names"),
         (["bm25", "{model}", "--fail_if_worse"], "--fail_if_worse: {model}, the first model, comes last"),
         (["bm25", "bm25"], "--model_name: the same model is named twice, as bm25"),
     ],
@@ -78,12 +80,53 @@ def test_names_that_make_no_sense_end_in_one_line(tiny_bert, data, capsys, names
     assert complaint.format(model=tiny_bert) in capsys.readouterr().err
 
 
-def test_fail_if_worse_compares_with_the_first_model_that_embeds(tiny_bert, other_bert, data, capsys):
-    one, other = sorted([str(tiny_bert), str(other_bert)])
-    metrics = evaluate.main(["--model_name", "bm25", one, other, *data])
-    flags = ["--model_name", "bm25", one, f"{other}+bm25", *data, "--fail_if_worse"]
-    assert evaluate.main(flags)[one] == metrics[one]  # bm25 is better than both
-    assert "failed" not in capsys.readouterr().err
+def test_fail_if_worse_compares_with_the_first_model_that_embeds(tiny_bert, other_bert, data, monkeypatch):
+    from embedding_finetune.evaluation import metrics, summary
+
+    compared = []
+
+    def worse(base, other, *, seed):
+        compared.append((base.tolist(), other.tolist()))
+        return metrics.Difference(-0.1, -0.2, -0.05, 0.0001)
+
+    one, other = str(tiny_bert), str(other_bert)
+    values = evaluate.main(["--model_name", "bm25", one, other, *data, "--cutoffs", "1", "--measures", "MRR"])
+    monkeypatch.setattr(summary, "compare", worse)
+    flags = ["--model_name", "bm25", one, other, *data, "--cutoffs", "1", "--measures", "MRR", "--fail_if_worse"]
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(flags)
+    assert exit.value.code == 1
+    means = [(sum(base) / len(base), sum(values_of) / len(values_of)) for base, values_of in compared]
+    assert means == [(values[one]["MRR@1"], values["bm25"]["MRR@1"]), (values[one]["MRR@1"], values[other]["MRR@1"])]
+
+
+def test_cutoffs_deeper_than_a_fusion_end_in_a_report_and_a_warning(tiny_bert, tmp_path, caplog):
+    texts = [f"{passage_about(topic)} {number}" for number in range(26) for topic in TOPICS]
+    corpus = write_jsonl(tmp_path / "many.jsonl", [{"text": text} for text in texts])
+    rows = write_jsonl(
+        tmp_path / "q.jsonl", [{"query": f"the {topic}", "pos": [texts[n]]} for n, topic in enumerate(TOPICS)]
+    )
+    names = ["--model_name", "bm25", str(tiny_bert), f"bm25+{tiny_bert}"]
+    files = ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(rows)]
+    evaluate.main([*names, *files, "--cutoffs", "10", "260", "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "fusions look at 100 ranks of each model" in caplog.text
+
+
+def test_a_misspelt_model_behind_bm25_is_told_before_anything_is_indexed(data, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", "bm25", "no/such/model", *data])
+    assert exit.value.code == 2
+    told = capsys.readouterr().err
+    assert "no/such/model" in told
+    assert "Indexing words" not in told
+
+
+def test_the_report_compares_with_the_base_also_query_by_query(tiny_bert, other_bert, data, tmp_path):
+    output = tmp_path / "out"
+    evaluate.main(["--model_name", "bm25", str(tiny_bert), str(other_bert), *data, "--output_dir", str(output)])
+    page = (output / "report.html").read_text()
+    assert '"base":1' in page
 
 
 def test_without_the_package_one_line_says_what_to_install(tiny_bert, data, capsys, monkeypatch):

@@ -63,7 +63,6 @@ def test_quantised_rankings_are_those_of_rounded_values(kind, bits, agree):
 def data(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
     rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    rows.insert(3, {"query": "red", "pos": []})
     queries = write_jsonl(tmp_path / "q.jsonl", rows)
     return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(queries)]
 

@@ -65,8 +65,10 @@ def test_every_model_but_the_first_is_compared_with_it():
     for measure, difference in differences["tuned"].items():
         expected = compare(VALUES["base"][measure], VALUES["tuned"][measure], seed=3)._asdict()
         assert difference == {**expected, "p_holm": difference["p_holm"]}
-    p_values = [difference["p_value"] for difference in differences["tuned"].values()]
-    assert [difference["p_holm"] for difference in differences["tuned"].values()] == holm(p_values)
+    # MRR@1 and Hit@1 are one measure. The others are not the same for every query.
+    distinct = [name for name in differences["tuned"] if name != "Hit@1"]
+    expected = holm([differences["tuned"][name]["p_value"] for name in distinct])
+    assert [differences["tuned"][name]["p_holm"] for name in distinct] == expected
     assert differences["tuned"]["MRR@1"]["mean"] == pytest.approx(0.375)
 
 

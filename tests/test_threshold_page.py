@@ -61,7 +61,8 @@ def test_the_section_of_the_report_shows_the_numbers_of_metrics_json(chromium, t
 def test_without_thresholds_there_is_no_section_and_names_are_escaped():
     assert threshold_section(None, []) == ""
     point = {"threshold": 0.5, "precision": 0.9, "low": 0.4, "high": 1.0, "answered": 0.5}
-    target = {"precision": 0.9, "threshold": None, "refused": None}
+    target = {"precision": 0.9, "threshold": None, "threshold_low": 0.7, "threshold_high": None, "answered": 0.0}
+    target |= {"answered_low": 0.0, "answered_high": 0.1, "on_new_questions": None, "refused": None}
     found = {"curve": [point], "targets": [target], "area": None}
     html = threshold_section({"models": {"<b>&": found}, "moved": None}, ["other", "<b>&"])
     assert "<b>&" not in html
@@ -69,3 +70,4 @@ def test_without_thresholds_there_is_no_section_and_names_are_escaped():
     assert 'polyline class="m1"' in html
     assert ">40%<" not in html  # the axis begins at the lowest part of a band, and has round marks
     assert ">never<" in html
+    assert ">0.7000 .. never<" in html

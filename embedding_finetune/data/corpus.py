@@ -205,6 +205,8 @@ def load_task(
             f"the queries too, or {corpus.path} as the passages"
         )
     rows = list(read_queries(query_file, columns, may_lack_answers=may_lack_answers))
+    if not all(row["pos"] for row in rows):  # ids stay those of the places in the file
+        rows = [{**row, "id": name} for row, name in zip(rows, _ids(rows))]
     answered = [row for row in rows if row["pos"]]
     if rows and not answered:
         answered = list(read_queries(query_file, columns))  # which raises
@@ -233,16 +235,21 @@ def make_task(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
 
 def _task_of(rows: Sequence[Record], corpus: Corpus) -> RetrievalTask:
     """The queries of rows, with no answer known."""
-    digits = len(str(len(rows)))
     return RetrievalTask(
         queries=[row["query"] for row in rows],
         corpus=corpus,
         relevant=[{} for _ in rows],
-        ids=[str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)],
+        ids=_ids(rows),
         groups=[row.get("group") for row in rows],
         instructions=[row.get("instruction") for row in rows],
         held_out_by=_held_out_by(rows),
     )
+
+
+def _ids(rows: Sequence[Record]) -> list[str]:
+    """The rows' own ids, or their numbers, with zeros before them so that they sort."""
+    digits = len(str(len(rows)))
+    return [str(row.get("id", f"{number:0{digits}d}")) for number, row in enumerate(rows)]
 
 
 def _make_beir_task(split: beir.Split, corpus: Documents) -> RetrievalTask:

@@ -87,7 +87,7 @@ class EvaluationOptions(EncodingOptions):
             raise UserError(f"--model_name: the same model is named twice, as {repeated}")
         for name in self.model_name:
             parts = self.parts_of(name)
-            if not all(parts) or len(set(parts)) < len(parts):
+            if not all(parts) or repeated_model(parts) is not None:
                 raise UserError(f"--model_name {name}: a fusion joins names of different models, as {BM25}+MODEL")
         if BM25 in self.rankings:
             check_bm25s("--model_name")

@@ -38,8 +38,8 @@ _ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> str:
     """The page for the document of summary.summarize, the task and each model's ranking (at least one model)."""
-    ranks = {name: first_ranks(ranking, task) for name, ranking in rankings.items()}
     depth = min(ranking.positions.shape[1] for ranking in rankings.values())
+    ranks = {name: first_ranks(ranking, task, depth) for name, ranking in rankings.items()}
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
         "facts": _facts(task),
@@ -52,7 +52,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
         "thresholds": threshold_section(document["thresholds"], list(rankings)),
         "sizes": _sizes(document["sizes"]),
         "groups": _groups(document),
-        "data": _embedded(_query_table(task, rankings, ranks, depth)),
+        "data": _embedded(_query_table(task, rankings, ranks, depth, document["base"])),
     }
     # One pass, so that text within a part is never taken for a placeholder.
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
@@ -64,9 +64,9 @@ def _facts(task: RetrievalTask) -> str:
     return escape(f"{len(task.queries):,} queries, {len(task.corpus):,} passages{kind}")
 
 
-def first_ranks(ranking: Ranking, task: RetrievalTask) -> np.ndarray:
-    """The rank, from 1, of each query's best relevant passage, 0 where none is in the ranking: (Q,)."""
-    relevance = relevance_of(ranking.positions, task.relevant) > 0  # (Q, K)
+def first_ranks(ranking: Ranking, task: RetrievalTask, depth: int) -> np.ndarray:
+    """The rank, from 1, of each query's best relevant passage, 0 where none is among the first `depth`: (Q,)."""
+    relevance = relevance_of(ranking.positions[:, :depth], task.relevant) > 0  # (Q, depth)
     return np.where(relevance.any(axis=1), relevance.argmax(axis=1) + 1, 0)
 
 
@@ -195,7 +195,7 @@ def _beyond_all(ranks: np.ndarray) -> np.ndarray:
 
 
 def _query_table(
-    task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int
+    task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int, base: str
 ) -> Record:
     """The JSON from which the browser makes the table of queries.
 
@@ -215,7 +215,7 @@ def _query_table(
             passages.append(_cut(task.corpus.texts[position], _PASSAGE_CHARACTERS))
         return place_of[position]
 
-    for number in _most_telling_first(ranks):
+    for number in _most_telling_first(ranks, base):
         passages_before = len(passages)
         rank = int(ranks[model][number])
         right, above = [], []
@@ -241,13 +241,14 @@ def _query_table(
             break
         queries.append(query)
     total = len(task.queries)
-    return {"models": list(rankings), "depth": depth, "total": total, "passages": passages, "queries": queries}
+    models = list(rankings)
+    compared = {"models": models, "base": models.index(base), "depth": depth}
+    return {**compared, "total": total, "passages": passages, "queries": queries}
 
 
-def _most_telling_first(ranks: Mapping[str, np.ndarray]) -> list[int]:
-    """Query numbers: first those that lost most from the first model to the last, then those that fail."""
-    ranks_by_model = [_beyond_all(best) for best in ranks.values()]
-    first, last = ranks_by_model[0], ranks_by_model[-1]
+def _most_telling_first(ranks: Mapping[str, np.ndarray], base: str) -> list[int]:
+    """Query numbers: first those that lost most from the base to the last model, then those that fail."""
+    first, last = _beyond_all(ranks[base]), _beyond_all(list(ranks.values())[-1])
     lost = np.maximum(1 / first - 1 / last, 0)  # in reciprocal rank: from 1 to 2 is worse than from 50 to 60
     return np.lexsort((-last, -lost)).tolist()
 

@@ -101,6 +101,8 @@ def rank_documents(ranking: Ranking, documents: Documents, top_k: int) -> Rankin
     )
     for row, (texts, text_scores) in enumerate(zip(*ranking)):
         texts = texts[texts >= 0]
+        if not len(texts):
+            continue
         own = np.concatenate([by_text[starts[text] : starts[text] + counts[text]] for text in texts])
         scores = np.repeat(text_scores[: len(texts)], counts[texts])
         best = np.lexsort((-own, -scores))[:top_k]

@@ -43,6 +43,11 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
     parts = {name: options.parts_of(name) for name in options.model_name}
     fused = any(len(names) > 1 for names in parts.values())
     depth = max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, *options.cutoffs)
+    if fused and max(options.cutoffs) > FUSION_DEPTH:
+        logger.warning(
+            "warning: fusions look at %d ranks of each model: beyond, their measures are below what they could be",
+            FUSION_DEPTH,
+        )
     rankings: dict[str, Ranking] = {}
     digests, trained, sizes = {}, {}, {}
     asked, count_answered = task.asked(), len(task.queries)

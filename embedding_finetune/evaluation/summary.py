@@ -66,13 +66,15 @@ def summarize(
 
 
 def compared(base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], *, seed: int) -> Record:
-    """Measure -> how much better the other model is; p_holm is the p-value corrected for the number of measures."""
+    """Measure -> how much better the other model is; p_holm is the p-value corrected for the number of measures.
+
+    Measures that are the same for every query, as MRR@1 and Hit@1 are, count as one.
+    """
     found = {measure: compare(base[measure], scores, seed=seed) for measure, scores in other.items()}
-    corrected = holm([difference.p_value for difference in found.values()])
-    return {
-        measure: {**difference._asdict(), "p_holm": p_holm}
-        for (measure, difference), p_holm in zip(found.items(), corrected)
-    }
+    same_as = {measure: (base[measure].tobytes(), scores.tobytes()) for measure, scores in other.items()}
+    distinct = {key: found[measure].p_value for measure, key in reversed(same_as.items())}
+    corrected = dict(zip(distinct, holm(list(distinct.values()))))
+    return {name: {**found[name]._asdict(), "p_holm": corrected[key]} for name, key in same_as.items()}
 
 
 def evaluation_tables(document: Record) -> str:
@@ -111,32 +113,35 @@ def threshold_tables(thresholds: Record | None) -> list[str]:
 
 def threshold_head(name: str, found: Record) -> list[str]:
     """The head of the table of a model's thresholds."""
-    head = [f"{name}: first passage right", "answer from", "95% interval", "answered", "95% interval"]
+    head = [f"{name}: first passage right", "answer from", "range", "answered", "range", "right on new questions"]
     return head if found["area"] is None else [*head, "refused"]
 
 
 def threshold_rows(found: Record) -> list[list[str]]:
-    """A row for each precision: the score to answer from, the share of questions answered, and of others refused."""
+    """A row for each precision: the score to answer from, the share of questions answered, and what to expect."""
     rows = []
     for target in found["targets"]:
-        cells = ["never", "", "0.0%", ""]
-        if target["threshold"] is not None:
-            cells = [
-                f"{target['threshold']:.4f}",
-                f"{target['threshold_low']:.4f} .. {target['threshold_high']:.4f}",
-                f"{target['answered']:.1%}",
-                f"{target['answered_low']:.1%} .. {target['answered_high']:.1%}",
-            ]
-        refused = [] if target["refused"] is None else [f"{target['refused']:.1%}"]
-        rows.append([f"{target['precision']:.0%}", *cells, *refused])
+        low, high = (_score(target[f"threshold_{end}"]) for end in ("low", "high"))
+        cells = [_score(target["threshold"]), f"{low} .. {high}", f"{target['answered']:.1%}"]
+        cells.append(f"{target['answered_low']:.1%} .. {target['answered_high']:.1%}")
+        cells.append("" if target["on_new_questions"] is None else f"{target['on_new_questions']:.1%}")
+        if target["refused"] is not None:
+            cells.append(f"{target['refused']:.1%}")
+        rows.append([f"{target['precision']:.0%}", *cells])
     return rows
+
+
+def _score(threshold: float | None) -> str:
+    return "never" if threshold is None else f"{threshold:.4f}"
 
 
 def moved_lines(thresholds: Record) -> list[str]:
     """A line for each threshold of the first model: what it gives with the last one's scores, and what to use."""
     change, lines = thresholds["moved"], []
     for target in change["targets"]:
-        now = "answers nothing" if target["now"] is None else f"gives {target['now']:.1%}"
+        now = "answers nothing"
+        if target["now"] is not None:
+            now = f"answers {target['answered']:.1%}, {target['now']:.1%} of it right,"
         use = "no score does" if target["use"] is None else f"use {target['use']:.4f}"
         lines.append(
             f"{change['from']}'s threshold {target['threshold']:.4f} for {target['precision']:.0%} {now} with "

@@ -50,7 +50,8 @@ def _curves(models: Record, names: Sequence[str]) -> str:
         f'<text x="{x(share):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{share:.0%}</text>'
         for share in (0, 0.25, 0.5, 0.75, 1)
     ]
-    marks.append(f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 1}" text-anchor="middle">of the questions answered</text>')
+    axis = "of the questions that have an answer"
+    marks.append(f'<text x="{x(0.5):.1f}" y="{_HEIGHT - 1}" text-anchor="middle">{axis}</text>')
     for name, found in models.items():
         curve, colour = found["curve"], f"m{list(names).index(name) % COLOURS}"
         band = [(p["answered"], p["high"]) for p in curve] + [(p["answered"], p["low"]) for p in reversed(curve)]
@@ -63,7 +64,7 @@ def _curves(models: Record, names: Sequence[str]) -> str:
             f"{p['answered']:.1%} answered</title></circle>"
             for p in curve
         ]
-    label = "Share of first passages that are right, over the share of questions answered"
+    label = "Share of first passages that are right, over the share of answerable questions answered"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
         f"<figcaption>{label}; each dot is a threshold, bands are 95% intervals</figcaption></figure>"

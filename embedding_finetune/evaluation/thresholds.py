@@ -48,114 +48,138 @@ def all_thresholds(ranked: "Rankings", task: RetrievalTask, options: EvaluationO
 
 
 def first_passages(ranked: "Rankings", task: RetrievalTask, name: str) -> FirstPassages:
-    """What a model puts first for each question, those without an answer last."""
+    """What a model puts first for each question; some have no answer in the corpus."""
     of_answered, of_others = ranked.by_name[name], ranked.of_unanswered[name]
     right = relevance_of(of_answered.positions[:, :1], task.relevant)[:, 0] > 0
     others = np.zeros(len(of_others.scores), dtype=bool)
     scores = np.concatenate([of_answered.scores[:, 0], of_others.scores[:, 0]])
-    return FirstPassages(scores, np.concatenate([right, others]), np.concatenate([np.ones_like(right), others]))
+    answerable = np.array([bool(task.findable(number)) for number in range(len(right))], dtype=bool)
+    return FirstPassages(scores, np.concatenate([right, others]), np.concatenate([answerable, others]))
 
 
 class _Sorted:
     """First passages from the highest score to the lowest, and what stands above each distinct score."""
 
     def __init__(self, first: FirstPassages) -> None:
-        self.order = np.argsort(-first.scores, kind="stable")
-        scores = first.scores[self.order]
-        self.right, self.answerable = first.right[self.order], first.answerable[self.order]
+        order = np.argsort(-first.scores, kind="stable")
+        scores = first.scores[order]
+        self.right, self.answerable = first.right[order], first.answerable[order]
         self.ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # the last of each distinct score
         self.thresholds = scores[self.ends]
 
-    def at_all(self, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Precision, share of the answerable questions answered, share of the others refused, at each threshold.
+    def answered(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many answers there are at each threshold, and how many of them are right.
 
-        weights: (Q,), how often each question counts, in the order of the scores; by default once.
+        weights: (Q,), how often each question counts, in the order of the scores.
         """
-        w = np.ones(len(self.right)) if weights is None else weights
-        answered = np.cumsum(w)[self.ends]
-        none = np.where(answered > 0, answered, np.nan)  # where nothing is answered, nothing is right or wrong
-        precision = np.cumsum(w * self.right)[self.ends] / none
-        of_answerable = np.cumsum(w * self.answerable)
-        others = np.cumsum(w * ~self.answerable)
-        coverage = of_answerable[self.ends] / max(of_answerable[-1], 1e-12)
-        refused = 1 - others[self.ends] / max(others[-1], 1e-12)
-        return precision, coverage, refused
+        return np.cumsum(weights)[self.ends], np.cumsum(weights * self.right)[self.ends]
+
+    def share_answered(self, which: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The share of some questions, (Q,) bool in the order of the scores, that is answered at each threshold."""
+        of_them = np.cumsum(weights * which)
+        return of_them[self.ends] / max(of_them[-1], 1e-12)
 
 
-def lowest_threshold(precision: np.ndarray, target: float) -> int | None:
+def lowest_threshold(right: np.ndarray, answers: np.ndarray, target: float) -> int | None:
     """The place of the lowest threshold, of descending ones, at which precision is `target`; None where none is."""
-    reached = np.flatnonzero(precision >= target - 1e-12)
+    reached = np.flatnonzero((right >= target * answers - 1e-9) & (answers > 0))
     return int(reached[-1]) if len(reached) else None
 
 
 def thresholds_of(first: FirstPassages, *, seed: int) -> Record:
-    """The thresholds for TARGETS with bootstrap intervals, a curve, and how well scores tell what has an answer.
+    """The thresholds for TARGETS, a curve of precision, and how well scores tell what has an answer.
 
-    A threshold is chosen anew in each round of the bootstrap, so that the intervals hold for choosing it. A round in
-    which no threshold reaches a target counts as answering nothing.
+    A threshold is chosen anew in each round of the bootstrap. On the questions that chose it its precision is too good,
+    on those that the round has not drawn a little too bad. `on_new_questions` weighs the two as Efron's .632
+    estimator does (JASA 1983). A round in which no threshold reaches a target counts as answering nothing.
     """
     by_score = _Sorted(first)
-    found = by_score.at_all()
-    places = np.unique(np.linspace(0, len(by_score.thresholds) - 1, _POINTS).round().astype(int))
-    chosen, answered, precisions = [], [], []  # (R, targets), (R, targets), (R, points)
-    for precision, coverage, _ in _resampled(by_score, seed):
-        own = [lowest_threshold(precision, target) for target in TARGETS]
-        chosen.append([np.nan if place is None else by_score.thresholds[place] for place in own])
-        answered.append([0.0 if place is None else coverage[place] for place in own])
-        precisions.append(precision[places])
+    once = np.ones(len(first.right))
+    answers, right = by_score.answered(once)
+    rounds = np.array([_round(by_score, weights) for weights in _resampled(len(once), seed)])  # (R, targets, 4)
     return {
-        "targets": _targets(by_score, found, np.array(chosen), np.array(answered)),
-        "curve": _curve(by_score, found, places, np.array(precisions)),
+        "targets": [_target(by_score, target, rounds[:, number]) for number, target in enumerate(TARGETS)],
+        "curve": _curve(by_score, answers, right),
         "area": None if first.answerable.all() else area(first),
     }
 
 
-def _resampled(by_score: _Sorted, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    rng, count = np.random.default_rng(seed), len(by_score.right)
+def _resampled(count: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
     for _ in range(_ROUNDS):
-        yield by_score.at_all(np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64))
+        yield np.bincount(rng.integers(0, count, count), minlength=count).astype(np.float64)
 
 
-def _targets(
-    by_score: _Sorted, found: tuple[np.ndarray, ...], chosen: np.ndarray, answered: np.ndarray
-) -> list[Record]:
-    precision, coverage, refused = found
-    targets = []
-    for number, target in enumerate(TARGETS):
-        place, found_in_rounds = lowest_threshold(precision, target), chosen[:, number]
-        found_in_rounds = found_in_rounds[~np.isnan(found_in_rounds)]
-        low, high = np.quantile(found_in_rounds, [0.025, 0.975]).tolist() if len(found_in_rounds) else (None, None)
-        answered_low, answered_high = np.quantile(answered[:, number], [0.025, 0.975]).tolist()
-        targets.append(
-            {
-                "precision": target,
-                "threshold": None if place is None else float(by_score.thresholds[place]),
-                "threshold_low": low,
-                "threshold_high": high,
-                "answered": 0.0 if place is None else float(coverage[place]),
-                "answered_low": answered_low,
-                "answered_high": answered_high,
-                "refused": None if by_score.answerable.all() else 1.0 if place is None else float(refused[place]),
-            }
+def _round(by_score: _Sorted, weights: np.ndarray) -> list[list[float]]:
+    """For each target: the threshold, the share answered, and answers and right ones of the questions not drawn."""
+    answers, right = by_score.answered(weights)
+    new_answers, new_right = by_score.answered((weights == 0).astype(np.float64))
+    share = by_score.share_answered(by_score.answerable, weights)
+    found = []
+    for target in TARGETS:
+        place = lowest_threshold(right, answers, target)
+        found.append(
+            [np.inf, 0.0, 0.0, 0.0]
+            if place is None
+            else [by_score.thresholds[place], share[place], new_answers[place], new_right[place]]
         )
-    return targets
+    return found
 
 
-def _curve(
-    by_score: _Sorted, found: tuple[np.ndarray, ...], places: np.ndarray, precisions: np.ndarray
-) -> list[Record]:
+def _target(by_score: _Sorted, target: float, rounds: np.ndarray) -> Record:
+    """The record of a target. rounds: (R, 4), as _round has them."""
+    once = np.ones(len(by_score.right))
+    answers, right = by_score.answered(once)
+    place = lowest_threshold(right, answers, target)
+    thresholds, shares, new_answers, new_right = rounds.T
+    low, high = np.quantile(thresholds, [0.025, 0.975], method="nearest").tolist()
+    share_low, share_high = np.quantile(shares, [0.025, 0.975]).tolist()
+    record: Record = {
+        "precision": target,
+        "threshold": None,
+        "threshold_low": None if np.isinf(low) else low,
+        "threshold_high": None if np.isinf(high) else high,
+        "answered": 0.0,
+        "answered_low": share_low,
+        "answered_high": share_high,
+        "on_new_questions": None,
+        "refused": None if by_score.answerable.all() else 1.0,
+    }
+    if place is None:
+        return record
+    record["threshold"] = float(by_score.thresholds[place])
+    record["answered"] = float(by_score.share_answered(by_score.answerable, once)[place])
+    if (has_new := new_answers > 0).any():
+        on_others = (new_right[has_new] / new_answers[has_new]).mean()
+        record["on_new_questions"] = float(0.368 * right[place] / answers[place] + 0.632 * on_others)
+    if record["refused"] is not None:
+        record["refused"] = 1 - float(by_score.share_answered(~by_score.answerable, once)[place])
+    return record
+
+
+def _curve(by_score: _Sorted, answers: np.ndarray, right: np.ndarray) -> list[Record]:
     """Precision, with its interval, and coverage at thresholds spread over the questions, from the highest down."""
-    low, high = np.nanquantile(precisions, [0.025, 0.975], axis=0)
+    places = np.unique(np.linspace(0, len(by_score.thresholds) - 1, _POINTS).round().astype(int))
+    share = by_score.share_answered(by_score.answerable, np.ones(len(by_score.right)))
+    low, high = wilson(right[places], answers[places])
     return [
         {
             "threshold": float(by_score.thresholds[place]),
-            "precision": float(found[0][place]),
+            "precision": float(right[place] / answers[place]),
             "low": float(low[number]),
             "high": float(high[number]),
-            "answered": float(found[1][place]),
+            "answered": float(share[place]),
         }
         for number, place in enumerate(places.tolist())
     ]
+
+
+def wilson(right: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% intervals of shares right / answers (Wilson 1927): of 3 right out of 3 from 0.44 on."""
+    z, share = 1.959964, right / answers
+    middle = (share + z**2 / (2 * answers)) / (1 + z**2 / answers)
+    half = z / (1 + z**2 / answers) * np.sqrt(share * (1 - share) / answers + z**2 / (4 * answers**2))
+    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
 
 
 def area(first: FirstPassages) -> float:
@@ -169,24 +193,23 @@ def area(first: FirstPassages) -> float:
     return float((below + not_above).sum() / (2 * len(with_answer) * len(without)))
 
 
-def precision_at(first: FirstPassages, threshold: float) -> float | None:
-    """The precision of the answers at a threshold; None where there is none."""
-    answered = first.scores >= threshold
-    return float(first.right[answered].mean()) if answered.any() else None
-
-
 def moved(before: Record, after: Record, first: FirstPassages) -> list[Record]:
     """What the thresholds of one model give with another's scores, and what to use instead.
 
     before, after: thresholds_of the two. first: the other's.
     """
-    return [
-        {
-            "precision": old["precision"],
-            "threshold": old["threshold"],
-            "now": precision_at(first, old["threshold"]),
-            "use": new["threshold"],
-        }
-        for old, new in zip(before["targets"], after["targets"])
-        if old["threshold"] is not None
-    ]
+    lines = []
+    for old, new in zip(before["targets"], after["targets"]):
+        if old["threshold"] is None:
+            continue
+        answered = first.scores >= old["threshold"]
+        lines.append(
+            {
+                "precision": old["precision"],
+                "threshold": old["threshold"],
+                "now": float(first.right[answered].mean()) if answered.any() else None,
+                "answered": float(answered[first.answerable].mean()),
+                "use": new["threshold"],
+            }
+        )
+    return lines

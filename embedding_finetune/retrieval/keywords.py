@@ -6,6 +6,7 @@ pairs of neighbouring characters instead. Nothing is stemmed, and no word is lef
 Shapes: Q queries, N passages, k ranks.
 """
 
+import functools
 import logging
 import re
 import unicodedata
@@ -19,19 +20,23 @@ from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.results import NO_RESULT, Ties, as_results
 
 _K1, _B = 1.5, 0.75
-_MARKS = "\u0300-\u036f\u0900-\u0dff\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
-"""Vowel signs and tone marks belong to their words; Python's \\w leaves them out."""
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Thai, Lao, Burmese, Khmer, kana and Han."""
-_WORD = re.compile(rf"[\w{_MARKS}]+")
 _RUN = re.compile(rf"[{_UNSPACED}]+|[^{_UNSPACED}]+")
 _HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    """A run of letters and digits, with their vowel signs and accents, which Python's \\w leaves out."""
+    marks = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+    return re.compile(rf"(?:[^\W_]|[{re.escape(marks)}])+")
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order: `words_of("Reset 泵阀门") == ["reset", "泵阀", "阀门"]`."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    words = _WORD.findall(text)
+    words = _word().findall(text)
     if text.isascii() or not _HAS_UNSPACED.search(text):
         return words
     return [part for word in words for run in _RUN.findall(word) for part in _parts(run)]
