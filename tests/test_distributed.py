@@ -455,7 +455,7 @@ def test_accelerate_launch_gives_the_bits_of_torchrun(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "flags"),
-    [(None, ["--fsdp", "full_shard"]), (None, ["--deepspeed", "x.json"]), (("--use_fsdp", *TWO_BY_ACCELERATE[1:]), [])],
+    [(None, ["--fsdp", "full_shard"]), (("--use_fsdp", *TWO_BY_ACCELERATE[1:]), [])],
 )
 def test_sharded_training_is_refused_in_one_line_under_every_launcher(launcher, flags, data, tmp_path):
     model = make_tiny_bert(tmp_path / "bert")

@@ -139,14 +139,20 @@ def test_without_the_package_one_line_says_what_to_install(tiny_bert, data, caps
 
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(tiny_bert, data, tmp_path):
-    script = evaluate.__file__
     flags = ["--model_name", "bm25", str(tiny_bert), f"bm25+{tiny_bert}", *data, "--dtype", "float32"]
-    for name, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
-    ):
-        command = [sys.executable, *launcher, script, *flags, "--output_dir", str(tmp_path / name)]
-        subprocess.run(command, check=True, capture_output=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, evaluate.__file__, *flags, "--thresholds", "--sizes"]
+        subprocess.run([*command, "--output_dir", str(tmp_path / name)], check=True, capture_output=True)
+    documents = []
     for path in (tmp_path / "one").iterdir():
+        other = tmp_path / "two" / path.name
         if path.suffix in (".trec", ".jsonl"):
-            assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+            assert path.read_bytes() == other.read_bytes()
+        if path.name == "metrics.json":
+            documents = [json.loads(one.read_text()) for one in (path, other)]
+    for document in documents:
+        del document["settings"]["output_dir"]
+    assert documents[0] == documents[1]
+    assert documents[0]["thresholds"]
+    assert documents[0]["sizes"]

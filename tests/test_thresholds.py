@@ -1,8 +1,6 @@
 """Precision and coverage as the score moves: worked numbers, and scikit-learn's area."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -198,16 +196,3 @@ def test_bm25_alone_has_no_thresholds(data, capsys):
         evaluate.main(["--model_name", "bm25", *data, "--thresholds"])
     assert exit.value.code == 2
     assert "--thresholds: scores of bm25 and of fusions mean nothing by themselves" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_tell_the_thresholds_of_one(tiny_bert, data, tmp_path):
-    documents = []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launcher in ([], torchrun):
-        output = tmp_path / str(len(launcher))
-        command = [sys.executable, *launcher, evaluate.__file__, "--model_name", str(tiny_bert), *data]
-        flags = ["--thresholds", "--dtype", "float32", "--output_dir", str(output)]
-        subprocess.run([*command, *flags], check=True, capture_output=True)
-        documents.append(json.loads((output / "metrics.json").read_text())["thresholds"])
-    assert documents[0] == documents[1]
