@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import evaluate
 import mine_hard_neg
+from embedding_finetune.mining.audit import _told_of_high_scores
 from embedding_finetune.retrieval.keywords import KeywordIndex, words_of
 from embedding_finetune.retrieval.results import positions_of, scores_of
 
@@ -117,6 +118,15 @@ def test_mining_with_keywords_alone_takes_the_passages_that_share_words(data, tm
         scores = bm25([passage_about(topic) for topic in TOPICS], row["query"])
         assert row["pos_scores"] == pytest.approx([max(scores)], rel=1e-5)
         assert row["neg_scores"] == pytest.approx(sorted(scores)[-3:-1][::-1], rel=1e-5)
+
+
+def test_the_audit_of_keywords_alone_advises_no_flag_that_is_refused():
+    settings = {"sampling_strategy": "random", "range_for_sampling": (2, 9), "model_name_or_path": ["bm25"]}
+    (line,) = _told_of_high_scores({"negatives_above_their_positive": 0.5, "settings": settings})
+    assert "--relative_margin 0.05 with a model beside bm25 leaves out" in line
+    settings["reranker_name_or_path"] = "some/reranker"
+    (line,) = _told_of_high_scores({"negatives_above_their_positive": 0.5, "settings": settings})
+    assert "; --relative_margin 0.05 leaves out" in line
 
 
 def test_in_a_fusion_scores_stay_those_of_the_model_wherever_keywords_stand(tiny_bert, data, tmp_path):

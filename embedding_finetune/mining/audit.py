@@ -10,6 +10,7 @@ import numpy as np
 
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.mining.choice import Selection
+from embedding_finetune.retrieval.arguments import BM25
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _SHARE_ABOVE_TO_WARN = 0.1
@@ -115,15 +116,18 @@ def _told_of_high_scores(audit: Record) -> list[str]:
     if share is None or share <= _SHARE_ABOVE_TO_WARN:
         return []
     settings = audit["settings"]
+    margin = "--relative_margin 0.05"
+    if settings.get("model_name_or_path") == [BM25] and settings.get("reranker_name_or_path") is None:
+        margin += f" with a model beside {BM25}"
     if settings["sampling_strategy"] == "top" and settings["range_for_sampling"][0] == 0:
         return [
             f"{share:.0%} of the negatives score above their positive, as the very top does: right for "
             "--neighbours_in_batch, which only draws rows together; as a row's own negatives many may be answers that "
-            "nobody labelled, and --relative_margin 0.05 leaves out what scores too high"
+            f"nobody labelled, and {margin} leaves out what scores too high"
         ]
     return [
         f"warning: {share:.0%} of the negatives score above their positive: many may be answers that nobody "
-        "labelled; --relative_margin 0.05 leaves out what scores too high, and so does a later --range_for_sampling"
+        f"labelled; {margin} leaves out what scores too high, and so does a later --range_for_sampling"
     ]
 
 
