@@ -137,7 +137,6 @@ def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
 
     from embedding_finetune.model.encoding_kernels import PackedLinear
-    from embedding_finetune.model.tokens import tokenize
     from embedding_finetune.retrieval.budget import TokenBudget
 
     encoder = load(model, dtype)
@@ -148,8 +147,8 @@ def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     }
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        token_ids, _ = tokenize(encoder.tokenizer, texts, instruction="", max_length=encoder.passage.max_length)
-        whole, rest = divmod(sum(map(len, token_ids)), tokens)
+        texts_as_tokens, _ = encoder.passage.tokenize(encoder.tokenizer, texts)
+        whole, rest = divmod(sum(len(text.ids) for text in texts_as_tokens), tokens)
         with torch.no_grad():
             for layer in layers:
                 for _ in range(whole):

@@ -74,7 +74,7 @@ def texts(count: int, tokens: tuple[float, float], *, seed: int) -> list[str]:
 
 
 def model_folder(folder: Path, name: str) -> Path:
-    """The model of a size, with mean pooling, as a folder; made when it is first asked for."""
+    """The model of a size, with mean pooling, as a folder, which the first call makes."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.tokenizer_kinds import tokenize
 from helpers.training import TEXTS, embeddings, train, write_rows
 from safetensors.torch import load_file
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from embedding_finetune.model.adapters import adapter_rank, add_adapters, has_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.tokens import pad, tokenize
+from embedding_finetune.model.padding import pad
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder, pool
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.padding import batches_by_length
 from embedding_finetune.model.sub_batches import padded_texts
-from embedding_finetune.model.tokens import batches_by_length
 
 STATES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)  # (N, T, H)
 RIGHT = torch.tensor([[1, 1, 0], [1, 1, 1]])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers.data import read_jsonl
 from helpers.running import encoding_arguments
 from helpers.tiny import make_tiny_bert
+from helpers.tokenizer_kinds import tokenize
 from transformers import AutoModel, AutoTokenizer
 
 import finetune
@@ -16,7 +17,6 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.loading import load_backbone, load_projection
-from embedding_finetune.model.tokens import tokenize
 from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_evaluation, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,10 +97,7 @@ def test_passages_without_words_are_in_no_ranking():
 
 @pytest.fixture
 def data(tmp_path):
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    queries = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    rows = write_jsonl(tmp_path / "rows.jsonl", queries)
-    return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(rows)]
+    return write_evaluation(tmp_path)
 
 
 def mined(names, data, tmp_path, *flags):

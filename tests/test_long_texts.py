@@ -6,13 +6,13 @@ import random
 import pytest
 from helpers.data import DEMO_MODEL, REPOSITORY, read_jsonl
 from helpers.tiny import make_tiny_reranker, make_tokenizer
-from helpers.tokenizer_kinds import KINDS, PIECES, tokenizer_of
+from helpers.tokenizer_kinds import KINDS, PIECES, tokenize, tokenizer_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from embedding_finetune.model import tokens as batching
-from embedding_finetune.model.tokens import beginnings, pair_beginnings, tokenize
+from embedding_finetune.model.tokens import beginnings, pair_beginnings
 
 
 @given(

@@ -5,17 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.data import TOPICS, passage_about, write_evaluation, write_jsonl
 
 import evaluate
 
 
 @pytest.fixture
 def data(tmp_path):
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    queries = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    rows = write_jsonl(tmp_path / "rows.jsonl", queries)
-    return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(rows)]
+    return write_evaluation(tmp_path)
 
 
 def test_evaluate_compares_keywords_a_model_and_their_fusion_with_the_model(tiny_bert, data, capsys, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.data import write_evaluation
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,10 +61,7 @@ def test_quantised_rankings_are_those_of_rounded_values(kind, bits, agree):
 
 @pytest.fixture
 def data(tmp_path):
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    queries = write_jsonl(tmp_path / "q.jsonl", rows)
-    return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(queries)]
+    return write_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize("normalized", ["True", "False"])

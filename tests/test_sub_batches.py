@@ -11,6 +11,7 @@ from helpers.tiny import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedding_finetune.model.padding import batches_by_length
 from embedding_finetune.model.sub_batches import (
     PackedLayout,
     PaddedLayout,
@@ -19,7 +20,7 @@ from embedding_finetune.model.sub_batches import (
     layout_for,
     padded_texts,
 )
-from embedding_finetune.model.tokens import Tokens, batches_by_length
+from embedding_finetune.model.tokens import Tokens
 
 
 def tokens_of(ids, prompt_length=0):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from helpers import browser
-from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.data import write_evaluation
 
 import evaluate
 from embedding_finetune.evaluation.threshold_page import threshold_section
@@ -19,15 +19,7 @@ def chromium():
 @pytest.fixture
 def data(tmp_path):
     """Ten questions with an answer, and three without."""
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    rows[4:4] = [{"query": query, "pos": []} for query in ("red light", "who is it", "my badge")]
-    return [
-        "--index_file_jsonl_path",
-        str(corpus),
-        "--query_file_jsonl_path",
-        str(write_jsonl(tmp_path / "q.jsonl", rows)),
-    ]
+    return write_evaluation(tmp_path, ("red light", "who is it", "my badge"))
 
 
 def test_the_section_of_the_report_shows_the_numbers_of_metrics_json(chromium, tiny_bert, other_bert, data, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.data import TOPICS, read_jsonl, write_evaluation, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -64,6 +64,13 @@ def test_questions_without_an_answer_are_answered_wrongly_or_refused():
     assert (at_80["threshold"], at_80["answered"]) == (pytest.approx(0.9), pytest.approx(1 / 3))
     assert at_80["refused"] == 1.0
     assert found["area"] == pytest.approx(3 / 6)  # of the pairs .9 > .8, .9 > .6, .7 > .6
+
+
+def test_where_no_question_has_an_answer_nothing_is_said_of_those_that_have():
+    first = first_passages([0.9, 0.8], [0, 0], [False, False])
+    found = thresholds_of(first, seed=0)
+    assert (found["area"], target_of(found, 0.8)["threshold"], target_of(found, 0.8)["refused"]) == (None, None, 1.0)
+    assert moved(thresholds_of(TEN, seed=0), found, first)[0]["answered"] == 0
 
 
 @given(
@@ -133,15 +140,7 @@ def test_the_seed_decides_the_intervals():
 @pytest.fixture
 def data(tmp_path):
     """Ten questions with an answer, and three without."""
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
-    rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
-    rows[4:4] = [{"query": query, "pos": []} for query in ("red light", "who is it", "my badge")]
-    return [
-        "--index_file_jsonl_path",
-        str(corpus),
-        "--query_file_jsonl_path",
-        str(write_jsonl(tmp_path / "q.jsonl", rows)),
-    ]
+    return write_evaluation(tmp_path, ("red light", "who is it", "my badge"))
 
 
 def test_evaluate_tells_thresholds_of_the_models_that_embed_and_measures_answered_questions_alone(

@@ -3,7 +3,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from helpers.tiny import make_tokenizer
-from helpers.tokenizer_kinds import KINDS, PIECES, tokenizer_of
+from helpers.tokenizer_kinds import KINDS, PIECES, tokenize, tokenizer_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -13,44 +13,10 @@ from embedding_finetune.model import tokens as batching
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.tokens import (
     TextKind,
-    batches_by_length,
-    batches_of_one_length,
     first_rows,
-    pad,
-    padded_length,
     prompt_length,
     text_kinds,
-    tokenize,
 )
-
-
-@given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200))
-def test_batches_hold_every_text_once_within_the_token_budget(lengths, budget):
-    batches = list(batches_by_length(lengths, budget))
-    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
-    for batch in batches:
-        longest = padded_length(max(lengths[row] for row in batch), budget)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-    longest = [max(lengths[row] for row in batch) for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-
-
-@given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(1, 200), limit=st.integers(50, 60))
-def test_batches_of_one_length_pad_every_text_as_if_it_were_alone(lengths, budget, limit):
-    batches = batches_of_one_length(lengths, budget, limit=limit)
-    assert sorted(np.concatenate([*batches, []]).tolist()) == list(range(len(lengths)))
-    for batch in batches:
-        (length,) = {padded_length(max(lengths[row], 1), limit) for row in batch}
-        assert len(batch) == 1 or len(batch) * length <= budget
-
-
-def test_padding_stands_on_the_tokenizers_own_side():
-    ids = [[2, 7, 3], [2, 7, 8, 9, 3]]
-    right = pad(make_tokenizer(padding_side="right"), ids, limit=5)
-    assert right["input_ids"].tolist() == [[2, 7, 3, 0, 0], [2, 7, 8, 9, 3]]
-    assert right["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    left = pad(make_tokenizer(padding_side="left"), ids, limit=5)
-    assert left["input_ids"].tolist() == [[0, 0, 2, 7, 3], [2, 7, 8, 9, 3]]
 
 
 def test_token_ids_are_those_of_the_tokenizer_with_instruction_and_truncation():
@@ -77,12 +43,6 @@ def test_a_text_that_just_fits_is_not_counted_as_cut():
 
 def test_no_texts_give_no_tokens():
     assert tokenize(make_tokenizer(), [], instruction="", max_length=8) == ([], 0)
-
-
-def test_padded_lengths_are_few_and_never_pass_the_limit():
-    assert [padded_length(n, limit=20) for n in (1, 8, 9, 17, 20)] == [8, 8, 16, 20, 20]
-    assert pad(make_tokenizer(), [[2, 7, 3]], limit=128)["input_ids"].shape == (1, 8)
-    assert pad(make_tokenizer(), [[2, 7, 3]], limit=3)["input_ids"].shape == (1, 3)
 
 
 def test_texts_have_the_tokens_of_their_own_instructions_or_of_their_kinds():
@@ -221,20 +181,3 @@ def test_a_tokenizer_that_is_python_in_part_is_called():
     (ids, _), cut = tokenize(tokenizer, ["the pump", "the red pump"], instruction="", max_length=5)
     assert ids == make_tokenizer()("the pump !")["input_ids"]
     assert cut == 1
-
-
-@given(
-    token_ids=st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=20), min_size=1, max_size=8),
-    side=st.sampled_from(["left", "right"]),
-    limit=st.integers(1, 30),
-    packed=st.booleans(),
-)
-def test_every_row_is_padded_as_if_it_were_the_only_one(token_ids, side, limit, packed):
-    tokenizer = make_tokenizer(padding_side=side)
-    width = padded_length(max(map(len, token_ids)), limit)
-    batch = pad(tokenizer, [np.array(ids, np.int32) for ids in token_ids] if packed else token_ids, limit=limit)
-    for ids, row, mask in zip(token_ids, batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
-        padding, ones = [0] * (width - len(ids)), [1] * len(ids)
-        assert row == (padding + ids if side == "left" else ids + padding)
-        assert mask == (padding + ones if side == "left" else ones + padding)
-    assert {str(tensor.dtype) for tensor in batch.values()} == {"torch.int64"}

@@ -114,7 +114,7 @@ def threshold_tables(thresholds: Record | None) -> list[str]:
 def threshold_head(name: str, found: Record) -> list[str]:
     """The head of the table of a model's thresholds."""
     head = [f"{name}: first passage right", "answer from", "range", "answered", "range", "right on new questions"]
-    return head if found["area"] is None else [*head, "refused"]
+    return head if found["targets"][0]["refused"] is None else [*head, "refused"]
 
 
 def threshold_rows(found: Record) -> list[list[str]]:

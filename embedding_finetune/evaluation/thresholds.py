@@ -7,7 +7,7 @@ Shapes: Q questions, R rounds of the bootstrap.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import relevance_of
-
-if TYPE_CHECKING:
-    from embedding_finetune.evaluation.rankings import Rankings
+from embedding_finetune.evaluation.rankings import Rankings
 
 TARGETS = (0.8, 0.9, 0.95)
 """The precisions that thresholds are found for."""
@@ -34,7 +32,7 @@ class FirstPassages(NamedTuple):
     answerable: np.ndarray
 
 
-def all_thresholds(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions) -> Record:
+def all_thresholds(ranked: Rankings, task: RetrievalTask, options: EvaluationOptions) -> Record:
     """What metrics.json says under "thresholds": for each model that embeds texts, and from the first to the last."""
     firsts = {name: first_passages(ranked, task, name) for name in options.dense_alone}
     found = {name: thresholds_of(first, seed=options.seed) for name, first in firsts.items()}
@@ -47,7 +45,7 @@ def all_thresholds(ranked: "Rankings", task: RetrievalTask, options: EvaluationO
     }
 
 
-def first_passages(ranked: "Rankings", task: RetrievalTask, name: str) -> FirstPassages:
+def first_passages(ranked: Rankings, task: RetrievalTask, name: str) -> FirstPassages:
     """What a model puts first for each question; some have no answer in the corpus."""
     of_answered, of_others = ranked.by_name[name], ranked.of_unanswered[name]
     right = relevance_of(of_answered.positions[:, :1], task.relevant)[:, 0] > 0
@@ -100,7 +98,7 @@ def thresholds_of(first: FirstPassages, *, seed: int) -> Record:
     return {
         "targets": [_target(by_score, target, rounds[:, number]) for number, target in enumerate(TARGETS)],
         "curve": _curve(by_score, answers, right),
-        "area": None if first.answerable.all() else area(first),
+        "area": area(first) if first.answerable.any() and not first.answerable.all() else None,
     }
 
 
@@ -208,7 +206,7 @@ def moved(before: Record, after: Record, first: FirstPassages) -> list[Record]:
                 "precision": old["precision"],
                 "threshold": old["threshold"],
                 "now": float(first.right[answered].mean()) if answered.any() else None,
-                "answered": float(answered[first.answerable].mean()),
+                "answered": float((answered & first.answerable).sum() / max(first.answerable.sum(), 1)),
                 "use": new["threshold"],
             }
         )

@@ -14,8 +14,8 @@ from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.encoding_kernels import is_out_of_memory
 from embedding_finetune.model.packing import Packed, places_of
+from embedding_finetune.model.padding import pad
 from embedding_finetune.model.sub_batches import padded_texts
-from embedding_finetune.model.tokens import pad
 
 _TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
 _TRIED_TOKENS = 13

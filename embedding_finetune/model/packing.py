@@ -221,7 +221,7 @@ def _by_kernel(
     attended = varlen_attn(
         query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=window
     )
-    assert isinstance(attended, Tensor)  # without the sums of the softmax, which were not asked for
+    assert isinstance(attended, Tensor)  # return_aux was not given: no sums of the softmax
     return attended.to(dtype)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.model.packing import places_of
-from embedding_finetune.model.tokens import Tokens, batches_by_length, pad, padded_length
+from embedding_finetune.model.padding import batches_by_length, pad, padded_length
+from embedding_finetune.model.tokens import Tokens
 
 _TOKENS_PER_SUB_BATCH = {"cpu": 1024, "mps": 8192}
 """Tokens per sub-batch where --tokens_per_sub_batch does not say, by kind of device; see benchmarks/README.md."""

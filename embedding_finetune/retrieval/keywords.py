@@ -111,7 +111,7 @@ class KeywordIndex:
 
 
 class _Documents(Sequence[list[int]]):
-    """The numbers of each passage's words, as lists that are made when they are asked for."""
+    """The numbers of each passage's words, each list made when it is read."""
 
     def __init__(self, words: "array[int]", ends: "array[int]") -> None:
         self._words, self._ends = words, ends

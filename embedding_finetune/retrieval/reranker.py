@@ -25,7 +25,8 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.limits import length_limit
 from embedding_finetune.model.loading import errors_name_the_model, load_pretrained, weights_digest
-from embedding_finetune.model.tokens import batches_of_one_length, padded_length, pair_beginnings
+from embedding_finetune.model.padding import batches_of_one_length, padded_length
+from embedding_finetune.model.tokens import pair_beginnings
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.budget import TokenBudget

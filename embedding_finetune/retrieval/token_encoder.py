@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.packing import Packed, places_of
+from embedding_finetune.model.padding import batches_of_one_length, pad, padded_length
 from embedding_finetune.model.sub_batches import cuts_of_sums
-from embedding_finetune.model.tokens import Tokens, batches_of_one_length, pad, padded_length
+from embedding_finetune.model.tokens import Tokens
 from embedding_finetune.retrieval.budget import TokenBudget
 
 _TOKENS_STEP = 256

@@ -38,6 +38,15 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def write_evaluation(folder: Path, unanswered=()) -> list[str]:
+    """The flags of evaluate.py for ten passages with a question about each; from row 4 on, some without an answer."""
+    corpus = write_jsonl(folder / "corpus.jsonl", [{"text": passage_about(topic)} for topic in TOPICS])
+    rows = [{"query": f"how do i reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
+    rows[4:4] = [{"query": query, "pos": []} for query in unanswered]
+    queries = write_jsonl(folder / "q.jsonl", rows)
+    return ["--index_file_jsonl_path", str(corpus), "--query_file_jsonl_path", str(queries)]
+
+
 def padded_ids(texts):
     """The token ids (D, T) of padded texts, as sub_batches.Texts has them."""
     return texts["token_ids"][texts["positions"]]

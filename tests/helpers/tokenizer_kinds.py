@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from embedding_finetune.model.tokens import TextKind
 from helpers.data import REPOSITORY, read_jsonl
 from helpers.tiny import make_tokenizer
 
@@ -74,3 +75,9 @@ PIECES = st.sampled_from(
         ),
     ]
 )
+
+
+def tokenize(tokenizer, texts, *, instruction, max_length, lower_case=False):
+    """The token ids that TextKind.tokenize gives, as lists, and how many texts it has cut."""
+    tokens, cut = TextKind("passage", instruction, max_length, lower_case, True).tokenize(tokenizer, texts)
+    return [text.ids.tolist() for text in tokens], cut
