@@ -21,8 +21,10 @@ from pathlib import Path
 
 from embedding_finetune.command_line import command
 from embedding_finetune.data.columns import add_columns_argument
-from embedding_finetune.data.corpus import load_task, read_corpus
+from embedding_finetune.data.corpus import read_corpus
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.judgements import add_judgements_arguments, read_judgements
+from embedding_finetune.data.task import load_task
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES, SIGNIFICANT
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
@@ -42,17 +44,26 @@ def main(argv: Sequence[str] | None = None) -> Record:
     """
     options = parse_arguments(argv)
     corpus = read_corpus(options.index_file_jsonl_path, options.columns)
-    task = load_task(options.query_file_jsonl_path, corpus, options.columns, may_lack_answers=options.thresholds)
+    judgements = read_judgements(options.judgements)
+    task = load_task(
+        options.query_file_jsonl_path,
+        corpus,
+        options.columns,
+        may_lack_answers=options.thresholds,
+        judgements=judgements,
+    )
 
     # Heavy imports come after flags and data have been checked.
     with importing():
         from embedding_finetune.distributed import join_process_group, once_in_all, process_rank
+        from embedding_finetune.evaluation.doubts import doubts_of
         from embedding_finetune.evaluation.files import write_evaluation
-        from embedding_finetune.evaluation.ranking import values_per_query
+        from embedding_finetune.evaluation.ranking import judged_shares, values_per_query
         from embedding_finetune.evaluation.rankings import rank_all
         from embedding_finetune.evaluation.summary import evaluation_tables, summarize
         from embedding_finetune.evaluation.thresholds import all_thresholds
         from embedding_finetune.model.loading import check_models_are_there
+        from embedding_finetune.retrieval.doubts import write_doubts
 
     join_process_group()
     first_is_loaded_first = options.rankings[0] in options.dense_models
@@ -65,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> Record:
         name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
     }
     thresholds = all_thresholds(ranked, task, options) if options.thresholds else None
-    document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
+    judged = None
+    if judgements:
+        judged = {name: judged_shares(ranking, task, options.cutoffs) for name, ranking in rankings.items()}
+    document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries, judged)
     document |= {"thresholds": thresholds, "sizes": ranked.sizes}
     metrics = document["metrics"]
     result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
@@ -75,11 +89,14 @@ def main(argv: Sequence[str] | None = None) -> Record:
         if options.json:
             print(json.dumps(document, ensure_ascii=False))
         else:
-            if len(metrics) > 1 or document["groups"] or document["held_out_by"] or options.thresholds or options.sizes:
+            if len(document["metrics"]) > 1 or tells_more(document):
                 print(evaluation_tables(document))
             print(result)
         if options.output_dir is not None:
             write_evaluation(Path(options.output_dir), document, task, rankings)
+        if options.doubts_file is not None:
+            doubts = doubts_of({name: rankings[name] for name in options.single_models}, task)
+            write_doubts(options.doubts_file, doubts, task.queries, task.corpus.texts)
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
 
@@ -87,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> Record:
     if process_rank() == 0:
         fail_if_asked(document, options)
     return result
+
+
+def tells_more(document: Record) -> bool:
+    """Whether there is more to tell than one model's measures."""
+    return any(document[name] for name in ("groups", "held_out_by", "judged", "thresholds", "sizes"))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
@@ -112,6 +134,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         help='rows {"query": str, "pos": [str, ...]}, optionally with an "id" and a "group"; or a BEIR folder',
     )
     add_columns_argument(parser)
+    add_judgements_arguments(parser)
     parser.add_argument(
         "--cutoffs", type=positive_int, nargs="+", default=list(DEFAULT_CUTOFFS), metavar="K", help="the k of @k"
     )

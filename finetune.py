@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
 
     with importing():
+        from embedding_finetune.data.judgements import read_judgements
         from embedding_finetune.distributed import (
             leave_process_group_at_exit,
             once_in_all,
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     leave_process_group_at_exit()
     tell_of_processes_that_were_not_started()
-    rows = read_rows(data_args, args)
+    judgements = read_judgements(data_args.judgements)
+    rows = read_rows(data_args, args, judgements)
     tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:
         argv = with_recipe(argv, rows, model_args, data_args)
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model_args, data_args, args = parse_arguments(argv)
         except UserError as error:
             raise UserError(f"with the flags that --recipe {data_args.recipe} adds: {error}") from error
-    data = prepare(rows, model_args, data_args, args)
+    data = prepare(rows, model_args, data_args, args, judgements)
 
     given = flags_not_at_default(model_args, data_args, args, data_args.selection)
     decided_by = what_decides(given, args, data)

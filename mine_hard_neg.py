@@ -27,6 +27,7 @@ from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.formats import schema_to_write, write
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.judgements import add_judgements_arguments, read_judgements, settle_rows
 from embedding_finetune.data.records import SCORE_FIELDS, read_passages, read_training_rows
 from embedding_finetune.mining.arguments import MiningOptions, add_mining_output_arguments, add_selection_arguments
 from embedding_finetune.mining.choice import Selection
@@ -48,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read rows, rank the candidates for each, choose negatives, write the rows, log the audit."""
     stopwatch = Stopwatch()
     options = parse_arguments(argv)
-    rows = read_rows(options)
+    rows, confirmed = read_rows(options)
     columns_to_write(rows, options)  # tells in time where a column cannot hold what the rows have
-    corpus = Corpus(candidate_texts(rows, options), beyond=required_texts(rows, options))
+    corpus = Corpus(candidate_texts(rows, options), beyond=required_texts(rows, confirmed, options))
     logger.info("%d rows, %d distinct candidates", len(rows), len(corpus))
     stopwatch.lap("read")
 
@@ -66,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_models_are_there(options.dense_models[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
     if options.reranker_name_or_path is not None:
         check_reranker(options.reranker_name_or_path, options)
-    mined = mine_negatives(rows, corpus, options, stopwatch)
+    mined = mine_negatives(rows, corpus, options, stopwatch, confirmed=confirmed)
     if options.save_scores:
         fill_in_scores(mined.selections, mined.score)
     once_in_all(lambda: write_outcome(rows, corpus, mined, options, stopwatch))
+    if options.doubts_file is not None:
+        once_in_all(lambda: write_doubts_of(rows, confirmed, corpus, mined, options))
 
 
 def write_outcome(
@@ -95,6 +98,17 @@ def write_outcome(
         logger.info("%s\n", examples(dict(zip(drawn, to_write(drawn)))))
     logger.info("%s", audit_text(audit, wanted=options.negative_number))
     logger.info("wrote %s", options.output_file)
+
+
+def write_doubts_of(
+    rows: Sequence[Record], confirmed: Sequence[int], corpus: Corpus, mined: "Mined", options: MiningOptions
+) -> None:
+    """Write --doubts_file."""
+    from embedding_finetune.mining.doubts import doubts_of
+    from embedding_finetune.retrieval.doubts import write_doubts
+
+    doubts = doubts_of(rows, confirmed, corpus, mined)
+    write_doubts(str(options.doubts_file), doubts, [row["query"] for row in rows], corpus.texts)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
@@ -123,6 +137,7 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
     parser.add_argument(
         "--reranker_name_or_path", metavar="NAME", help="a cross-encoder whose scores replace the model's"
     )
+    add_judgements_arguments(parser)
     add_selection_arguments(parser)
     add_mining_output_arguments(parser)
     add_encoding_arguments(parser)
@@ -131,8 +146,11 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
     return options
 
 
-def read_rows(options: MiningOptions) -> list[Record]:
-    """The rows of --input_file. Log lines say which fields mining does not use, and whether scores are dropped."""
+def read_rows(options: MiningOptions) -> tuple[list[Record], list[int]]:
+    """The rows of --input_file as judged, and how many of the first "neg" of each are confirmed by --judgements.
+
+    Log lines say which fields mining does not use, and whether scores are dropped.
+    """
     rows = list(read_training_rows(options.input_file, options.columns, known=SCORE_FIELDS, others_are_kept=True))
     scored = sum(any(row.get(field) is not None for field in SCORE_FIELDS) for row in rows)
     if scored and not options.save_scores:
@@ -141,7 +159,8 @@ def read_rows(options: MiningOptions) -> list[Record]:
             options.input_file,
             scored,
         )
-    return rows
+    settled = list(settle_rows(rows, read_judgements(options.judgements), options.input_file))
+    return [row for row, _ in settled], [confirmed for _, confirmed in settled]
 
 
 def columns_to_write(rows: Sequence[Record], options: MiningOptions) -> "pa.Schema | None":
@@ -161,12 +180,11 @@ def candidate_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[
             yield from row.get("neg", ())
 
 
-def required_texts(rows: Sequence[Record], options: MiningOptions) -> Iterator[str]:
+def required_texts(rows: Sequence[Record], confirmed: Sequence[int], options: MiningOptions) -> Iterator[str]:
     """The texts of the rows that the corpus must hold, also where the pool does not."""
-    for row in rows:
+    for row, count in zip(rows, confirmed):
         yield from row["pos"]
-        if options.keep_existing_negatives:
-            yield from row.get("neg", ())
+        yield from row.get("neg", ()) if options.keep_existing_negatives else row.get("neg", [])[:count]
 
 
 def mined_rows(

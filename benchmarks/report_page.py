@@ -42,7 +42,8 @@ def main() -> None:
 
 def report(data: Path, count: int, depth: int) -> str:
     import evaluate
-    from embedding_finetune.data.corpus import Corpus, RetrievalTask
+    from embedding_finetune.data.corpus import Corpus
+    from embedding_finetune.data.task import RetrievalTask
     from embedding_finetune.evaluation.page import html_report
     from embedding_finetune.evaluation.ranking import values_per_query
     from embedding_finetune.evaluation.summary import summarize

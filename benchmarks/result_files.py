@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from common import new_parser
 
-from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import write
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.files import per_query_records, run_lines, write_lines
 from embedding_finetune.retrieval.top_k import Ranking
 

@@ -21,7 +21,7 @@ def main() -> None:
 
     from embedding_finetune.data.corpus import Corpus
     from embedding_finetune.mining.arguments import SelectionOptions
-    from embedding_finetune.mining.ranking import Candidates, Pairs
+    from embedding_finetune.mining.candidates import Candidates, Pairs
     from embedding_finetune.mining.selection import choose_negatives
     from embedding_finetune.mining.stopwatch import Stopwatch
 
@@ -38,7 +38,7 @@ def main() -> None:
     def score(pairs: Pairs) -> np.ndarray:
         return np.zeros(len(pairs.rows), dtype=np.float32)
 
-    candidates = Candidates(ranking, scores, positive_scores, near_duplicates, score, {})
+    candidates = Candidates(ranking, scores, positive_scores, near_duplicates, score, {}, {})
     rates = []
     for _ in range(args.rounds):
         began = time.perf_counter()

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from helpers.data import padded_ids, write_jsonl
 from helpers.tiny import make_tokenizer
 from torch.utils.data import DataLoader
 
+from embedding_finetune.data.judgements import Judgements
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.sub_batches import PaddedLayout
@@ -207,3 +210,32 @@ def test_a_row_without_weight_brings_no_negatives_and_no_loss(tmp_path):
     assert batch["weight"] == 0
     assert batch["passage_ids"].tolist() == [[PADDING_ID] * 3]
     assert "weight" not in collator(3)([dataset[0, 1]])
+
+
+def test_confirmed_negatives_are_drawn_before_others_and_their_ids_stand_in_the_batch(tmp_path):
+    rows = [
+        {"query": "q0", "pos": ["p0"], "neg": [f"n{n}" for n in range(9)]},
+        {"query": "q1", "pos": ["p1"], "neg": ["m0", "m1"]},
+    ]
+    judgements = Judgements([("q0", "n7", False), ("q0", "new", False), ("q1", "p0", True)])
+    loaded = load_rows(str(write_jsonl(tmp_path / "rows.jsonl", rows)), judgements=judgements)
+    assert loaded["neg"][0] == ["n7", "new", *(f"n{n}" for n in range(9) if n != 7)]
+    dataset = TrainDataset(loaded, group_size=4, seed=0)
+    drawn = [dataset[epoch, 0] for epoch in range(50)]
+    assert all(set(example.passages[1:3]) == {"n7", "new"} for example in drawn)
+    assert len({example.passages[3] for example in drawn}) == 8
+    one = TrainDataset(loaded, group_size=2, seed=0)
+    assert {one[epoch, 0].passages[1] for epoch in range(50)} == {"n7", "new"}
+    assert {dataset[epoch, 1].passages[0] for epoch in range(50)} == {"p0", "p1"}
+    batch = collator(4)([dataset[0, 0], dataset[0, 1]])
+    assert batch["confirmed_ids"].tolist() == [[text_id("n7"), text_id("new")], [PADDING_ID] * 2]
+    assert "confirmed_ids" not in collator(4)([dataset[0, 1]])
+
+
+def test_rows_without_judgements_draw_as_they_always_did(tmp_path):
+    rows = rows_of(tmp_path, many(5))
+    for index in range(5):
+        rng = random.Random(f"7:3:{index}")
+        positive, negatives = rng.choice(range(2)), rng.sample(range(6), 3)
+        expected = [rows[index]["pos"][positive], *(rows[index]["neg"][place] for place in negatives)]
+        assert TrainDataset(rows, group_size=4, seed=7)[3, index].passages == expected

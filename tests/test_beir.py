@@ -19,9 +19,10 @@ import evaluate
 import finetune
 import mine_hard_neg
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.beir import is_beir, read_judgements
-from embedding_finetune.data.corpus import Documents, load_task, read_corpus
+from embedding_finetune.data.beir import is_beir, read_qrels
+from embedding_finetune.data.corpus import Documents, read_corpus
 from embedding_finetune.data.records import read_passages, read_training_rows
+from embedding_finetune.data.task import load_task
 from embedding_finetune.evaluation.files import per_query_records, qrels_lines, run_lines
 from embedding_finetune.evaluation.metrics import MEASURES
 from embedding_finetune.evaluation.ranking import rank_corpus, values_per_query
@@ -83,7 +84,7 @@ def test_compressed_files_byte_order_marks_and_trec_columns_are_read(folder):
     trec = "".join(f"{q} 0  {d}\t{score}\r\n\n" for q, judged in TRAIN.items() for d, score in judged.items())
     (folder / "qrels" / "mine.tsv").write_text(trec, encoding="utf-8")
     assert list(read_training_rows(folder / "qrels" / "mine.tsv")) == rows
-    assert read_judgements(folder / "qrels" / "mine.tsv") == TRAIN
+    assert read_qrels(folder / "qrels" / "mine.tsv") == TRAIN
 
 
 @pytest.mark.parametrize(

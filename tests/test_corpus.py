@@ -1,10 +1,10 @@
 import unicodedata
 
-from helpers.data import write_jsonl
+from helpers.data import write_beir
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.data.corpus import Corpus, read_corpus
 
 SPELLINGS = st.sampled_from(["a", " a", "b\n", "\u00e9", "e\u0301", "A", "\x00", "\U0001f600 text", "long " * 50])
 
@@ -31,12 +31,18 @@ def test_texts_that_are_not_there_have_no_position():
     assert Corpus(["a"]).positions([]).tolist() == []
 
 
-def test_answers_are_found_by_canonical_text_and_counted_once(tmp_path, caplog):
-    rows = write_jsonl(
-        tmp_path / "queries.jsonl",
-        [{"query": "q", "pos": ["e\u0301", "\u00e9 ", "absent"]}, {"query": "r", "pos": ["absent"]}],
-    )
-    task = load_task(rows, Corpus(["x", "\u00e9", "x "]))
-    assert task.relevant == [{1: 1, 2: 1}, {3: 1}]
-    assert (task.missing, task.unanswerable, task.corpus.duplicates) == (2, 1, 1)
-    assert "2 positives are not in the corpus" in caplog.text
+@given(texts=st.lists(SPELLINGS, max_size=20), wanted=st.lists(SPELLINGS, max_size=5))
+def test_all_places_of_a_text_are_those_that_a_look_at_every_text_finds(texts, wanted, tmp_path_factory):
+    names = {plain(text) for text in wanted}
+    corpus = Corpus(texts)
+    assert corpus.positions_of_all(wanted) == {
+        plain(text): [place] for place, text in enumerate(corpus.texts[:]) if plain(text) in names
+    }
+    if any(text.strip() for text in texts):
+        path = tmp_path_factory.mktemp("beir")
+        documents = read_corpus(write_beir(path / "b", {f"d{n:02}": text for n, text in enumerate(texts)}, {}))
+        expected = {}
+        for place, text in enumerate(documents.texts[:]):
+            if plain(text) in names:
+                expected.setdefault(plain(text), []).append(place)
+        assert documents.positions_of_all(wanted) == expected

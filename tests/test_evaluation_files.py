@@ -8,7 +8,8 @@ from helpers.data import read_jsonl
 from helpers.running import evaluation
 
 import evaluate
-from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.files import (
     per_query_records,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from helpers.vectors import encoder_of
 
-from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure, rank_corpus, values_per_query
 

@@ -258,6 +258,8 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(folder, capsys, flag, va
         ("--hold_out 0.1 --hold_out_by pos", "--hold_out_by pos: give `passage`"),
         ("--hold_out 0.1 --hold_out_by title --columns query=title", "--hold_out_by title: give `passage`"),
         ("--hold_out 0.1 --candidate_pool none.jsonl", "--candidate_pool: none.jsonl does not exist"),
+        ("--judgements none.jsonl", "--judgements: none.jsonl does not exist"),
+        ("--judgements good.jsonl --distillation_weight 1", "give them to mine_hard_neg.py with --save_scores"),
         ("--warmup_ratio 0.1", "use --warmup_steps"),
         ("--evaluation_strategy epoch", "use --eval_strategy"),
         ("--no_such_flag 1", "--no_such_flag"),

@@ -104,6 +104,37 @@ def test_a_passage_far_above_the_positive_is_no_negative_worked_by_hand():
         assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
+def test_a_confirmed_negative_counts_however_high_it_scores_worked_by_hand():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    passages = torch.tensor([[[0.5, 0.1], [0.9, 0.2]], [[0.7, 0.8], [0.65, 0.3]]])
+    confirmed = torch.tensor([[False, False, True, False], [False] * 4])
+    first = math.log(1 + sum(math.exp(score - 0.5) for score in (0.9, 0.7)))  # 0.65 is masked, 0.7 was judged
+    second = math.log(1 + sum(math.exp(score - 0.8) for score in (0.3, 0.1, 0.2)))
+    loss = contrastive_loss(queries, passages, temperature=1.0, false_negative_margin=0.1, confirmed=confirmed)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+def test_the_margin_finds_confirmed_negatives_among_the_passages_of_a_batch_by_their_ids(tiny_bert):
+    backbone, _, config = load_backbone(str(tiny_bert), flag="--model")
+    ids = torch.tensor([[1, 2], [3, 4]])
+    embeddings = torch.nn.functional.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)))
+    queries, passages = embeddings[:2], embeddings[2:].reshape(2, 2, 32)
+    known = torch.full((2, 1), PADDING_ID)
+
+    def loss_of(margin, confirmed_ids):
+        options = LossOptions(temperature=0.5, false_negative_margin=margin)
+        return RetrievalLoss(BiEncoder(backbone, config), options)._contrastive(
+            queries, passages, ids, known, confirmed_ids
+        )
+
+    all_masked, plain = loss_of(0.0, None), loss_of(None, None)
+    everything = torch.tensor([[3, 4], [1, 2]])
+    assert all_masked < plain
+    assert torch.equal(loss_of(0.0, everything), plain)
+    assert torch.equal(loss_of(None, everything), plain)
+    assert torch.equal(loss_of(0.0, torch.full((2, 2), PADDING_ID)), all_masked)
+
+
 def test_an_infinite_margin_is_the_plain_loss_to_the_bit():
     queries, passages = torch.randn(7, 5), torch.randn(7, 3, 5)
     plain, infinite = (

@@ -8,7 +8,8 @@ from helpers.vectors import encoder_of
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.mining import ranking
 from embedding_finetune.mining.arguments import MiningOptions
-from embedding_finetune.mining.ranking import Pairs, rank_candidates
+from embedding_finetune.mining.candidates import Pairs
+from embedding_finetune.mining.ranking import rank_candidates
 from embedding_finetune.mining.stopwatch import Stopwatch
 
 

@@ -5,8 +5,8 @@ from helpers.data import TOPICS, passage_about
 
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.mining.arguments import RankingOptions
+from embedding_finetune.mining.candidates import Pairs
 from embedding_finetune.mining.negatives import mine_negatives
-from embedding_finetune.mining.ranking import Pairs
 from embedding_finetune.mining.stopwatch import Stopwatch
 
 

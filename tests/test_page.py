@@ -9,7 +9,8 @@ from helpers.data import TOPICS, passage_about, write_jsonl
 from helpers.tiny import make_tiny_bert
 
 import evaluate
-from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.task import load_task
 from embedding_finetune.evaluation.page import first_ranks, html_report
 from embedding_finetune.evaluation.ranking import values_per_query
 from embedding_finetune.evaluation.summary import summarize

@@ -118,6 +118,26 @@ def test_a_later_round_without_negatives_goes_on_and_the_first_is_refused(
     assert "no row has a negative: widen" in refusal(rounds(tiny_bert, pairs, pool, tmp_path / "other"), capsys)
 
 
+def test_each_round_mines_what_was_judged_first_and_never_what_answers(tiny_bert, pairs, pool, tmp_path, caplog):
+    rows, outside = read_jsonl(pairs), "Nobody has this passage in a pool."
+    query, candidate = rows[0]["query"], read_jsonl(pool)[3]["text"]
+    lines = [(query, outside, False), (query, candidate, True), (rows[1]["query"], candidate, False)]
+    judgements = write_jsonl(
+        tmp_path / "j.jsonl", [dict(zip(("query", "passage", "relevant"), line)) for line in lines]
+    )
+    folder = tmp_path / "out"
+    flags = {"judgements": judgements, "max_score": -1.5}  # which refuses everything else
+    finetune.main(rounds(tiny_bert, pairs, pool, folder, **flags))
+    audits = json.loads((folder / "training_summary.json").read_text())["mining_rounds"]
+    assert [(audit["negatives_confirmed"], audit["negatives"]) for audit in audits] == [(2, 2), (2, 2)]
+    with np.load(folder / "checkpoint-8" / MINED_FILE) as saved:
+        assert saved["lengths"].tolist() == [1, 1, *[0] * (len(rows) - 2)]
+    assert "3 of 3 judgements are about its queries, and add 1 positives" in caplog.text
+    kill_after_checkpoint(rounds(tiny_bert, pairs, pool, tmp_path / "killed", **flags), 6)
+    finetune.main(rounds(tiny_bert, pairs, pool, tmp_path / "killed", resume_from_checkpoint=True, **flags))
+    assert equal(weights(tmp_path / "killed"), weights(folder))
+
+
 def test_a_run_goes_on_only_with_its_own_candidates_and_length(tiny_bert, pairs, pool, tmp_path, capsys):
     folder = tmp_path / "out"
     finetune.main(rounds(tiny_bert, pairs, pool, folder, max_steps=4))

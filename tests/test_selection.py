@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.mining.audit import audit_text, mining_audit
+from embedding_finetune.mining.candidates import Candidates, Pairs
 from embedding_finetune.mining.choice import lowest_scores
-from embedding_finetune.mining.ranking import Candidates, Pairs
 from embedding_finetune.mining.selection import ExcludedTexts, choose_negatives, positive_pairs
 from embedding_finetune.mining.stopwatch import Stopwatch
 
@@ -42,7 +42,7 @@ class Pool:
         start, stop = window
         ranking = np.argsort(-self.scores, axis=1, kind="stable")[:, :stop]
         window_scores = np.take_along_axis(self.scores, ranking, axis=1)[:, start:]
-        found = Candidates(ranking, window_scores, np.empty(0), self.near, self.score, {})
+        found = Candidates(ranking, window_scores, np.empty(0), self.near, self.score, {}, {})
         options = SelectionOptions(**filters, negative_number=count, seed=seed, keep_existing_negatives=keep)
         return choose_negatives(self.rows, self.corpus, found, self.lowest_positive(), options, Stopwatch())
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from embedding_finetune import __version__
-from embedding_finetune.data.corpus import Corpus, RetrievalTask
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import compare, holm
 from embedding_finetune.evaluation.summary import evaluation_tables, summarize, table

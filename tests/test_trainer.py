@@ -16,7 +16,8 @@ import evaluate
 import finetune
 from embedding_finetune import __version__
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.corpus import Corpus, load_task
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.task import load_task
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.model.sub_batches import PaddedLayout

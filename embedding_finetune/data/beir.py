@@ -20,7 +20,7 @@ import numpy as np
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.qrels import Judgements, check_id, check_unicode, read_judged, read_judgements
+from embedding_finetune.data.qrels import Qrels, check_id, check_unicode, read_judged, read_qrels
 from embedding_finetune.data.texts import DIGEST_BYTES, TextsOnDisk
 from embedding_finetune.files import AnyPath
 
@@ -156,7 +156,7 @@ def read_rows(split: Split) -> Iterator[tuple[int, Record]]:
 
     A log line counts queries without any, and documents without title and text. Raises UserError naming file and line.
     """
-    judgements = read_judgements(split.qrels)
+    judgements = read_qrels(split.qrels)
     texts, places = _judged_texts(split, judgements)
     queries = list(read_judged_queries(split, judgements))
     check_all_found(split, judgements.keys() - {name for _, name, _ in queries}, ())
@@ -180,7 +180,7 @@ def log_without_answer(split: Split, count: int, total: int) -> None:
         )
 
 
-def _judged_texts(split: Split, judgements: Judgements) -> tuple[TextsOnDisk, dict[str, int | None]]:
+def _judged_texts(split: Split, judgements: Qrels) -> tuple[TextsOnDisk, dict[str, int | None]]:
     """The texts of judged documents, and by their ids the place of each among them; None for one without text."""
     judged = {document for documents in judgements.values() for document in documents}
     places: dict[str, int | None] = {}

@@ -1,4 +1,4 @@
-"""Judgements: which document answers which query, and how well, as BEIR and TREC write them.
+"""Qrels: which document answers which query, and how well, as BEIR and TREC write them.
 
 BEIR's lines are query-id, corpus-id and score with tabs between them, after a header; TREC's are query, 0, document and
 score, without one. A name may end in `.gz`.
@@ -18,17 +18,17 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _LARGEST_SCORE = 2**31 - 1
 _SHOWN_CHARACTERS = 20
 
-Judgements = dict[str, dict[str, int]]
+Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> score; above 0 the document answers the query."""
 
 
-def read_judgements(path: AnyPath) -> Judgements:
+def read_qrels(path: AnyPath) -> Qrels:
     """The judgements of a file in `qrels`. A pair that is there twice with one score counts once.
 
     Raises UserError naming file and line for a line with too many or too few columns, a score that is no whole number,
     and a pair that is judged twice with different scores.
     """
-    judgements: Judgements = {}
+    judgements: Qrels = {}
     for line, query, document, score in read_judged(path):
         known = judgements.setdefault(query, {}).setdefault(document, score)
         if known != score:

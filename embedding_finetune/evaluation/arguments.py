@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from embedding_finetune import files
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.columns import parse_columns
+from embedding_finetune.data.judgements import check_judgement_paths
 from embedding_finetune.parser import repeated_model
 from embedding_finetune.retrieval.arguments import BM25, EncodingOptions, check_bm25s
 
@@ -32,6 +33,8 @@ class EvaluationOptions(EncodingOptions):
     index_file_jsonl_path: str
     query_file_jsonl_path: str
     columns: list[str] = field(default_factory=list)
+    judgements: list[str] = field(default_factory=list)
+    doubts_file: str | None = None
     cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
     measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
     output_dir: str | None = None
@@ -78,6 +81,11 @@ class EvaluationOptions(EncodingOptions):
         return [name for name in self.model_name if name in self.dense_models]
 
     @property
+    def single_models(self) -> list[str]:
+        """The names that stand for one ranking; all names where each is a fusion."""
+        return [name for name in self.model_name if len(self.parts_of(name)) == 1] or self.model_name
+
+    @property
     def base(self) -> str:
         """What others are compared with: the first that embeds texts, if one is named by itself, else the first."""
         return next(iter(self.dense_alone), self.model_name[0])
@@ -97,7 +105,8 @@ class EvaluationOptions(EncodingOptions):
         inputs = {f"--{name}": getattr(self, name) for name in ("index_file_jsonl_path", "query_file_jsonl_path")}
         for flag, path in inputs.items():
             files.require_data(flag, path)
-        outputs = {"--embeddings_dir": self.embeddings_dir}
+        check_judgement_paths(self.judgements, self.doubts_file)
+        outputs = {"--doubts_file": self.doubts_file, "--embeddings_dir": self.embeddings_dir}
         if self.output_dir is not None:
             files.require_folder("--output_dir", self.output_dir)
             names = [*FILES, *(run_file(name, self.model_name) for name in self.model_name)]
@@ -105,6 +114,9 @@ class EvaluationOptions(EncodingOptions):
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
         files.require_apart(inputs, outputs)
+        for path in self.judgements:
+            files.require_apart({"--judgements": path}, outputs)
+        files.require_outside_models({"--doubts_file": self.doubts_file}, self.dense_models)
 
 
 def run_file(model: str, models: list[str]) -> str:

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from embedding_finetune.data.corpus import Documents, RetrievalTask
+from embedding_finetune.data.corpus import Documents
 from embedding_finetune.data.jsonl import Record, write
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import run_file
 from embedding_finetune.evaluation.page import html_report
 from embedding_finetune.files import atomic_writer

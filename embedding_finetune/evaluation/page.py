@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.markup import COLOURS, table
 from embedding_finetune.evaluation.metrics import relevance_of
 from embedding_finetune.evaluation.summary import difference_cells, size_head, size_rows

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from embedding_finetune.data.corpus import Corpus, Documents, RetrievalTask
+from embedding_finetune.data.corpus import Corpus, Documents
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.data.texts import TextsOnDisk
 from embedding_finetune.distributed import gather_objects
 from embedding_finetune.evaluation.metrics import judged_of, per_query, relevance_of
@@ -116,6 +117,24 @@ def values_per_query(
     """`{"MRR@1": (Q,), "Hit@1": (Q,), ...}`."""
     relevance = relevance_of(ranking.positions, task.relevant)
     return per_query(relevance, judged_of(task.relevant), measures, cutoffs)
+
+
+def judged_shares(ranking: Ranking, task: RetrievalTask, cutoffs: Sequence[int]) -> dict[str, float]:
+    """`{"Judged@1": 0.9, ...}`: the share of the first k that is known to answer its query, or known not to.
+
+    A model whose first passages were judged has found answers that others were not asked for. Where shares differ much,
+    measures favour the model with the larger one. The measure is Judged@k of trec_eval's users, as in ir_measures.
+    """
+    first = ranking.positions[:, : max(cutoffs)]
+    known = np.array(
+        [
+            [position in relevant or position in task.not_relevant.get(number, ()) for position in positions]
+            for number, (positions, relevant) in enumerate(zip(first.tolist(), task.relevant))
+        ],
+        dtype=bool,
+    ).reshape(first.shape)  # (Q, K)
+    there = first >= 0
+    return {f"Judged@{k}": float(known[:, :k].sum() / max(there[:, :k].sum(), 1)) for k in cutoffs}
 
 
 def measure(

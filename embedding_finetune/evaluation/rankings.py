@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.distributed import own_gpu
 from embedding_finetune.evaluation.arguments import EvaluationOptions
+from embedding_finetune.evaluation.doubts import DEPTH_FOR_DOUBTS
 from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY
 from embedding_finetune.evaluation.ranking import FUSION_DEPTH, fuse_rankings, rank_corpus, rank_corpus_by_words
 from embedding_finetune.evaluation.sizes import Embedded, sizes_of
@@ -42,7 +43,8 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
         import_faiss()  # it is needed after everything is encoded
     parts = {name: options.parts_of(name) for name in options.model_name}
     fused = any(len(names) > 1 for names in parts.values())
-    depth = max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, *options.cutoffs)
+    for_doubts = 0 if options.doubts_file is None else DEPTH_FOR_DOUBTS
+    depth = max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, for_doubts, *options.cutoffs)
     if fused and max(options.cutoffs) > FUSION_DEPTH:
         logger.warning(
             "warning: fusions look at %d ranks of each model: beyond, their measures are below what they could be",

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embedding_finetune import __version__
-from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import compare, holm, means
 
@@ -21,11 +21,12 @@ def summarize(
     options: EvaluationOptions,
     weights_digests: Mapping[str, str],
     trained_queries: Mapping[str, int],
+    judged: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Record:
     """All results as one JSON document, the content of metrics.json.
 
     values: model -> measure -> (Q,). weights_digests: by model. trained_queries: model -> how many of the queries it
-    was trained on.
+    was trained on. judged: as ranking.judged_shares gives it for each model; None where nothing was judged.
     """
     base = options.base
     members: dict[str, list[int]] = {
@@ -36,6 +37,7 @@ def summarize(
             members[group].append(number)
     return {
         "base": base,
+        "judged": judged,
         "thresholds": None,
         "sizes": {},
         "metrics": {name: means(scores) for name, scores in values.items()},
@@ -87,6 +89,8 @@ def evaluation_tables(document: Record) -> str:
     by = document["held_out_by"]
     parts = [] if by is None else [f"{document['queries']} queries, held out by {by}: {what_is_new(by)}"]
     parts += [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
+    if document["judged"]:
+        parts.append(table(judged_rows(document["judged"])))
     for name, differences in document["differences"].items():
         rows = [[f"{name} - {document['base']}", "difference", "95% interval", "p"]]
         rows += [[measure, *difference_cells(difference)] for measure, difference in differences.items()]
@@ -100,6 +104,12 @@ def evaluation_tables(document: Record) -> str:
                 rows.append([group, str(outcome["queries"]), name, *_scores(outcome["metrics"][name])])
         parts.append(table(rows))
     return "\n\n".join(parts)
+
+
+def judged_rows(judged: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """A table of the share of each model's first passages that are judged or labelled."""
+    head = ["judged or labelled", *next(iter(judged.values()))]
+    return [head, *([name, *(f"{share:.1%}" for share in shares.values())] for name, shares in judged.items())]
 
 
 def threshold_tables(thresholds: Record | None) -> list[str]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import relevance_of
 from embedding_finetune.evaluation.rankings import Rankings

@@ -10,6 +10,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.columns import parse_columns
 from embedding_finetune.data.formats import check_can_be_written
+from embedding_finetune.data.judgements import check_judgement_paths
 from embedding_finetune.mining.choice import Strategy
 from embedding_finetune.mining.filters import ScoreFilters
 from embedding_finetune.parser import (
@@ -81,6 +82,8 @@ class MiningOptions(RankingOptions):
     output_file: str
     columns: list[str] = field(default_factory=list)
     candidate_pool: str | None = None
+    judgements: list[str] = field(default_factory=list)
+    doubts_file: str | None = None
     save_scores: bool = False
     drop_rows_without_negatives: bool = False
     report_file: str | None = None
@@ -119,9 +122,13 @@ class MiningOptions(RankingOptions):
             files.require_writable("--report_file", self.report_file)
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
-        outputs = {f"--{name}": getattr(self, name) for name in ("output_file", "report_file", "embeddings_dir")}
+        check_judgement_paths(self.judgements, self.doubts_file)
+        names = ("output_file", "report_file", "doubts_file", "embeddings_dir")
+        outputs = {f"--{name}": getattr(self, name) for name in names}
         files.require_outside_models(outputs, [*self.model_name_or_path, self.reranker_name_or_path])
         files.require_apart({"--candidate_pool": self.candidate_pool}, outputs)
+        for judged in self.judgements:
+            files.require_apart({"--judgements": judged}, outputs)
         for flag, path in (("--input_file", self.input_file), ("--candidate_pool", self.candidate_pool)):
             for file in beir.input_files(path) if path is not None and beir.is_beir(path) else ():
                 files.require_apart({flag: str(file)}, outputs)

@@ -33,9 +33,14 @@ def mining_audit(
     scores = np.array([score for selection in selections for score in selection.scores], dtype=np.float32)
     above = np.repeat(lowest_positive, [len(selection.negatives) for selection in selections]) - scores
     known = ~np.isnan(scores)
+    # What was judged is known to answer nothing, however high it scores.
+    doubtful = known & np.array(
+        [place >= one.confirmed for one in selections for place in range(len(one.negatives))], dtype=bool
+    )
     return {
         "rows": len(selections),
         "negatives": len(scores),
+        "negatives_confirmed": sum(selection.confirmed for selection in selections),
         "negatives_kept": sum(selection.kept for selection in selections),
         "negatives_drawn_at_random": sum(selection.random_fills for selection in selections),
         "rows_short_of_negatives": sum(len(selection.negatives) < wanted for selection in selections),
@@ -46,7 +51,7 @@ def mining_audit(
             "negatives": quantiles(scores[known]),
             "positive - negative": quantiles(above[known]),
         },
-        "negatives_above_their_positive": float((above[known] < 0).mean()) if known.any() else None,
+        "negatives_above_their_positive": float((above[doubtful] < 0).mean()) if doubtful.any() else None,
     }
 
 
@@ -64,6 +69,7 @@ def audit_text(audit: Record, *, wanted: int) -> str:
         ("rows", audit["rows"]),
         ("candidates", audit["candidates"]),
         ("negatives", audit["negatives"]),
+        *([("of them judged", audit["negatives_confirmed"])] if audit["negatives_confirmed"] else []),
         ("of them kept from the input", audit["negatives_kept"]),
         ("of them drawn at random", audit["negatives_drawn_at_random"]),
         (f"rows with fewer than {wanted}", audit["rows_short_of_negatives"]),

@@ -26,8 +26,9 @@ DRAWN_AT_RANDOM, FROM_INPUT = "(drawn at random)", "(of the input)"
 class Selection:
     """The negatives of one row: positions in the corpus, and their scores, NaN where they are not known yet.
 
-    The first `kept` of them come from the input; the last `random_fills` were drawn from outside the ranking. `dropped`
-    counts, by reason, the candidates that could not be taken.
+    The first `confirmed` of them were judged not to answer the query, and the next `kept` come from the input; the last
+    `random_fills` were drawn from outside the ranking. `dropped` counts, by reason, the candidates that could not be
+    taken.
     """
 
     negatives: list[int]
@@ -35,6 +36,7 @@ class Selection:
     kept: int
     random_fills: int
     dropped: Counter[str]
+    confirmed: int = 0
 
 
 def lowest_scores(rows: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
@@ -56,12 +58,13 @@ def select_negatives(
     rng: random.Random,
     strategy: Strategy = "random",
     kept: Mapping[int, float] | None = None,
+    confirmed: int = 0,
 ) -> Selection:
     """Choose up to `count` negatives of one query from the window [start:stop) of its ranking.
 
     ranking: positions, best first; -1 past the end of a small corpus. scores, refused_by: of the window, the latter as
     ScoreFilters.refusals returns it. excluded: position -> reason, for every text that must not become a negative.
-    kept: the row's existing negatives and their scores, none of them excluded; all come first.
+    kept: the row's negatives that stay, and their scores; all come first. confirmed: how many of them were judged.
 
     "random" samples the others, "top" takes them in order. Missing ones are drawn at random from outside
     ranking[:stop], see draw_outside. The result has fewer when the corpus has no more.
@@ -72,11 +75,13 @@ def select_negatives(
     dropped: Counter[str] = Counter()
     eligible: list[int] = []  # places in the window
     for place, position in enumerate(retrieved[start:]):
+        if position in kept:
+            continue
         if position in excluded:
             dropped[excluded[position]] += 1
         elif refused_by[place]:
             dropped[FILTERS[refused_by[place]]] += 1
-        elif position not in kept:
+        else:
             eligible.append(place)
     wanted = max(count - len(kept), 0)
     chosen = rng.sample(eligible, min(wanted, len(eligible))) if strategy == "random" else eligible[:wanted]
@@ -87,9 +92,10 @@ def select_negatives(
     return Selection(
         [*kept, *(retrieved[start + place] for place in chosen), *fills],
         [*kept.values(), *(float(scores[place]) for place in chosen), *([float("nan")] * len(fills))],
-        len(kept),
+        len(kept) - confirmed,
         len(fills),
         dropped,
+        confirmed,
     )
 
 

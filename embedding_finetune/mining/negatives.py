@@ -16,10 +16,12 @@ from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.mining.arguments import RankingOptions, SelectionOptions
 from embedding_finetune.mining.audit import mining_audit
+from embedding_finetune.mining.candidates import Score
 from embedding_finetune.mining.choice import Selection, lowest_scores
-from embedding_finetune.mining.ranking import Score, rank_candidates
+from embedding_finetune.mining.ranking import rank_candidates
 from embedding_finetune.mining.selection import choose_negatives, positive_pairs
 from embedding_finetune.mining.stopwatch import Stopwatch
+from embedding_finetune.retrieval.doubts import Witness
 
 
 class Mined(NamedTuple):
@@ -27,6 +29,7 @@ class Mined(NamedTuple):
 
     selections: one a row. positive_scores: (P,), row after row. lowest_positive: (Q,), the score of each row's
     lowest-scoring positive. score: scores other pairs. weights_digests: by the models' names.
+    witnesses: as in Candidates.
     """
 
     selections: list[Selection]
@@ -34,6 +37,7 @@ class Mined(NamedTuple):
     lowest_positive: np.ndarray
     score: Score
     weights_digests: dict[str, str]
+    witnesses: dict[str, Witness]
 
     def audit(self, corpus: Corpus, options: SelectionOptions, stopwatch: Stopwatch, *, dropped: int = 0) -> Record:
         """The audit of the run, as audit_text reads it. dropped: how many rows are not written.
@@ -57,12 +61,13 @@ def mine_negatives(
     options: RankingOptions,
     stopwatch: Stopwatch,
     *,
+    confirmed: Sequence[int] | None = None,
     scratch: str | None = None,
 ) -> Mined:
     """Rank the corpus for every row, and choose its negatives, as the flags say.
 
-    rows: training rows. corpus: the candidates, and beyond them the other texts of the rows. scratch: as in
-    rank_candidates.
+    rows: training rows. corpus: the candidates, and beyond them the other texts of the rows. confirmed: as in
+    choose_negatives. scratch: as in rank_candidates.
     """
     pairs = positive_pairs(rows, corpus)
     candidates = rank_candidates(
@@ -76,5 +81,12 @@ def mine_negatives(
         scratch=scratch,
     )
     lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
-    selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch)
-    return Mined(selections, candidates.pair_scores, lowest_positive, candidates.score, candidates.weights_digests)
+    selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch, confirmed)
+    return Mined(
+        selections,
+        candidates.pair_scores,
+        lowest_positive,
+        candidates.score,
+        candidates.weights_digests,
+        candidates.witnesses,
+    )

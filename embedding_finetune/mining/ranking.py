@@ -6,10 +6,9 @@ Shapes: Q rows, each with one query; k ranks, of which the last W are the sampli
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +17,11 @@ from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.texts import Instructions
 from embedding_finetune.distributed import gather_objects, own_gpu, own_share
 from embedding_finetune.mining.arguments import RankingOptions
+from embedding_finetune.mining.candidates import Candidates, Pairs, window_scores
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.model.encoding_kernels import working_device
 from embedding_finetune.retrieval.arguments import BM25
+from embedding_finetune.retrieval.doubts import Witness
 from embedding_finetune.retrieval.encoder import Encoder, load_encoder
 from embedding_finetune.retrieval.keywords import KeywordIndex
 from embedding_finetune.retrieval.reranker import Reranker, load_reranker
@@ -34,43 +35,10 @@ from embedding_finetune.retrieval.shared_search import (
     merge_scores,
     rank_by_words,
 )
-from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK, fuse, gpus_to_search_on
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, Ranking, TopK, fuse, gpus_to_search_on
 
 _FLAG = "--model_name_or_path"
-
-
-class Pairs(NamedTuple):
-    """Pairs of a row's number and a text's position in the corpus: (P,) int64 each."""
-
-    rows: np.ndarray
-    positions: np.ndarray
-
-
-Score = Callable[[Pairs], np.ndarray]
-"""Scores pairs: (P,) float32."""
-
-
-class Candidates(NamedTuple):
-    """Rankings and scores of all rows.
-
-    ranking: (Q, k) positions, best first, -1 past the end. window_scores: (Q, W), of its last W ranks, -inf past the
-    end. pair_scores: (P,), of the pairs given to rank_candidates. near_duplicates: (n, 2), positions of a positive and
-    of a passage that is nearly equal to it. score: scores other pairs in the same way. weights_digests: by the models'
-    names.
-    """
-
-    ranking: np.ndarray
-    window_scores: np.ndarray
-    pair_scores: np.ndarray
-    near_duplicates: np.ndarray
-    score: Score
-    weights_digests: dict[str, str]
-
-    @property
-    def window(self) -> tuple[int, int]:
-        """The ranks [start, stop) to sample from; stop is at most the size of the corpus."""
-        ranks = self.ranking.shape[1]
-        return ranks - self.window_scores.shape[1], ranks
+_RANKS_OF_WITNESS = 20
 
 
 def rank_candidates(
@@ -109,8 +77,12 @@ def rank_candidates(
         reranker = load_reranker(options.reranker_name_or_path, options)
         stopwatch.lap("load")
         candidates = _rerank(candidates, reranker, queries, corpus, pairs, stopwatch)
-        digests = {**candidates.weights_digests, options.reranker_name_or_path: reranker.weights_digest}
-        candidates = candidates._replace(weights_digests=digests)
+        name, reranked = options.reranker_name_or_path, candidates.ranking[:, candidates.window[0] :]
+        witness = _witness(Ranking(reranked, candidates.window_scores), candidates.pair_scores)
+        candidates = candidates._replace(
+            weights_digests={**candidates.weights_digests, name: reranker.weights_digest},
+            witnesses={**candidates.witnesses, name: witness},
+        )
     return candidates
 
 
@@ -150,7 +122,12 @@ def _rank_with_first_model(
         near_duplicates=near_duplicates,
         score=partial(_encoder_scores, encoder, top.queries, corpus, stopwatch),
         weights_digests={name: encoder.weights_digest},
+        witnesses={name: _witness(ranking, pair_scores.scores)},
     )
+
+
+def _witness(ranking: Ranking, pair_scores: np.ndarray) -> Witness:
+    return Witness(Ranking(*(part[:, :_RANKS_OF_WITNESS].copy() for part in ranking)), pair_scores)
 
 
 def _scratch(options: RankingOptions) -> str | None:
@@ -169,13 +146,15 @@ def _rank_by_words(
     start, stop = options.range_for_sampling
     ranking = rank_by_words(index, queries, stop, ties="first", among=len(corpus))
     score = partial(_keyword_scores, index, queries)
+    pair_scores = score(pairs)
     candidates = Candidates(
         ranking=ranking.positions,
         window_scores=ranking.scores[:, start:],
-        pair_scores=score(pairs),
+        pair_scores=pair_scores,
         near_duplicates=np.empty((0, 2), dtype=np.int64),
         score=score,
         weights_digests={},
+        witnesses={BM25: _witness(ranking, pair_scores)},
     )
     stopwatch.lap("search")
     return candidates
@@ -197,21 +176,29 @@ def _fuse_with_others(
 ) -> Candidates:
     """The candidates by the fused ranking of all models, BM25 among them where it is named."""
     rankings, digests = [candidates.ranking], dict(candidates.weights_digests)
+    witnesses, unknown = dict(candidates.witnesses), np.full(len(candidates.pair_scores), np.nan)
     stop = options.range_for_sampling[1]
+
+    def add(name: str, ranking: Ranking) -> None:
+        rankings.append(ranking.positions)
+        witnesses[name] = _witness(ranking, unknown)
+
     if BM25 in options.model_name_or_path:
         index = index_words(corpus.texts)
-        rankings.append(rank_by_words(index, queries, stop, ties="first", among=len(corpus)).positions)
+        add(BM25, rank_by_words(index, queries, stop, ties="first", among=len(corpus)))
     for name in options.dense_models[1:]:
         encoder = load_encoder(name, options, flag=_FLAG)
         stopwatch.lap("load")
         embedded = encode_queries(encoder, queries, instructions)
         top = TopK(embedded, stop, device=encoder.device, gpus=gpus)
         _search(encoder, corpus, top, [], stopwatch)
-        rankings.append(top.ranking().positions)
+        add(name, top.ranking())
         digests[name] = encoder.weights_digest
-    candidates = candidates._replace(ranking=fuse(rankings, stop).positions, weights_digests=digests)
+    candidates = candidates._replace(
+        ranking=fuse(rankings, stop).positions, weights_digests=digests, witnesses=witnesses
+    )
     stopwatch.lap("search")
-    return candidates._replace(window_scores=_window_scores(candidates, options.range_for_sampling[0]))
+    return candidates._replace(window_scores=window_scores(candidates, options.range_for_sampling[0]))
 
 
 def _search(
@@ -265,15 +252,6 @@ def _reranker_scores(
     return np.concatenate(scores)
 
 
-def _window_scores(candidates: Candidates, start: int) -> np.ndarray:
-    """Score the ranking's window, which begins at rank `start`: (Q, W), -inf past the end."""
-    window = candidates.ranking[:, start:]
-    scores = np.full(window.shape, -np.inf, dtype=np.float32)
-    rows, columns = np.nonzero(window >= 0)
-    scores[rows, columns] = candidates.score(Pairs(rows, window[rows, columns]))
-    return scores
-
-
 def _rerank(
     candidates: Candidates,
     reranker: Reranker,
@@ -285,7 +263,7 @@ def _rerank(
     """The candidates with a cross-encoder's scores, and the window sorted by them."""
     start = candidates.window[0]
     candidates = candidates._replace(score=partial(_reranker_scores, reranker, queries, corpus, stopwatch))
-    scores = _window_scores(candidates, start)
+    scores = window_scores(candidates, start)
     order = np.argsort(-scores, axis=1, kind="stable")  # -inf, past the end of the corpus, stays last
     ranking = candidates.ranking.copy()
     ranking[:, start:] = np.take_along_axis(ranking[:, start:], order, axis=1)

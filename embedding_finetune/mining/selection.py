@@ -8,6 +8,7 @@ Shapes: Q rows, P pairs of a row and a text.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.texts import canonical
 from embedding_finetune.mining.arguments import SelectionOptions
+from embedding_finetune.mining.candidates import Candidates, Pairs, Score
 from embedding_finetune.mining.choice import (
     DRAWN_AT_RANDOM,
     FROM_INPUT,
@@ -24,7 +26,6 @@ from embedding_finetune.mining.choice import (
     select_negatives,
 )
 from embedding_finetune.mining.filters import FILTERS, ScoreFilters
-from embedding_finetune.mining.ranking import Candidates, Pairs, Score
 from embedding_finetune.mining.stopwatch import Stopwatch
 
 _ROWS_AT_ONCE = 8192
@@ -96,14 +97,21 @@ def choose_negatives(
     lowest_positive: np.ndarray,
     options: SelectionOptions,
     stopwatch: Stopwatch,
+    confirmed: Sequence[int] | None = None,
 ) -> list[Selection]:
-    """Every row's negatives, as mine_hard_neg.py's flags say. The stopwatch's lap is "select"; scoring has its own."""
+    """Every row's negatives, as mine_hard_neg.py's flags say. The stopwatch's lap is "select"; scoring has its own.
+
+    confirmed: (Q,), how many of the first texts in each row's "neg" were judged not to answer its query; None for none.
+    """
     filters = options.score_filters
     filtered_scores = FilteredScores(filters, candidates.score, lowest_positive, stopwatch)
     excluded = ExcludedTexts(rows, corpus, candidates.near_duplicates)
-    kept, not_kept = _existing_negatives(
-        rows if options.keep_existing_negatives else [], corpus, excluded, filtered_scores
-    )
+    confirmed = confirmed or [0] * len(rows)
+    existing = [
+        row.get("neg", []) if options.keep_existing_negatives else row.get("neg", [])[:judged]
+        for row, judged in zip(rows, confirmed, strict=True)
+    ]
+    stays = _negatives_that_stay(existing, confirmed, corpus, excluded, filtered_scores)
     selections = []
     for row, (ranking, scores, refused_by) in enumerate(_ranked_rows(candidates, filters, lowest_positive)):
         selection = select_negatives(
@@ -116,9 +124,10 @@ def choose_negatives(
             corpus_size=len(corpus),
             rng=row_rng(options.seed, row),
             strategy=options.sampling_strategy,
-            kept=kept.get(row),
+            kept=stays.scores.get(row),
+            confirmed=stays.confirmed.get(row, 0),
         )
-        selection.dropped.update(not_kept.get(row, ()))
+        selection.dropped.update(stays.dropped.get(row, ()))
         selections.append(selection)
     if filters.given:
         _replace_refused_fills(
@@ -145,31 +154,50 @@ def _ranked_rows(
         yield from zip(candidates.ranking[part].tolist(), scores.tolist(), refused_by.tolist())
 
 
-def _existing_negatives(
-    rows: Sequence[Record], corpus: Corpus, excluded: ExcludedTexts, filtered_scores: FilteredScores
-) -> tuple[dict[int, dict[int, float]], dict[int, Counter[str]]]:
-    """Row -> the negatives of the input that it keeps, with their scores; and row -> why others were dropped."""
-    kept: dict[int, dict[int, float]] = {}
-    dropped: dict[int, Counter[str]] = defaultdict(Counter)
+class _Staying(NamedTuple):
+    """What rows have already. By row: positions and their scores, the judged ones first; how many were judged; why
+    others were dropped."""
+
+    scores: dict[int, dict[int, float]]
+    confirmed: dict[int, int]
+    dropped: dict[int, Counter[str]]
+
+
+def _negatives_that_stay(
+    existing: Sequence[Sequence[str]],
+    confirmed: Sequence[int],
+    corpus: Corpus,
+    excluded: ExcludedTexts,
+    filtered_scores: FilteredScores,
+) -> _Staying:
+    """Those of the rows' existing negatives that stay. Neither filters nor likeness to a positive refuse judged ones.
+
+    existing: for each row, of which the first `confirmed` were judged.
+    """
+    staying = _Staying({}, defaultdict(int), defaultdict(Counter))
     pairs: list[tuple[int, int]] = []
-    for number, row in enumerate(rows):
-        reasons = excluded.of(number) if row.get("neg") else {}
-        distinct: dict[int, None] = {}
-        for position in corpus.positions(row.get("neg", ())).tolist():
-            if reasons.get(position, "").startswith("near-duplicate"):
-                dropped[number][f"{reasons[position]} {FROM_INPUT}"] += 1
-            elif position in reasons or position in distinct:
-                dropped[number]["negatives of the input that are positives or repeats"] += 1
+    judged: list[bool] = []
+    for number, texts in enumerate(existing):
+        reasons = excluded.of(number) if texts else {}
+        distinct: dict[int, bool] = {}
+        for place, position in enumerate(corpus.positions(texts).tolist()):
+            is_judged, is_near = place < confirmed[number], reasons.get(position, "").startswith("near-duplicate")
+            if is_near and not is_judged:
+                staying.dropped[number][f"{reasons[position]} {FROM_INPUT}"] += 1
+            elif position in distinct or (position in reasons and not is_near):
+                staying.dropped[number]["negatives of the input that are positives or repeats"] += 1
             else:
-                distinct[position] = None
+                distinct[position] = is_judged
         pairs += ((number, position) for position in distinct)
+        judged += distinct.values()
     scores, refused_by = filtered_scores(_as_pairs(pairs))
-    for (number, position), score, refused in zip(pairs, scores.tolist(), refused_by.tolist()):
-        if refused:
-            dropped[number][f"{FILTERS[refused]} {FROM_INPUT}"] += 1
+    for (number, position), is_judged, score, refused in zip(pairs, judged, scores.tolist(), refused_by.tolist()):
+        if refused and not is_judged:
+            staying.dropped[number][f"{FILTERS[refused]} {FROM_INPUT}"] += 1
         else:
-            kept.setdefault(number, {})[position] = score
-    return kept, dropped
+            staying.scores.setdefault(number, {})[position] = score
+            staying.confirmed[number] += is_judged
+    return staying
 
 
 def _replace_refused_fills(

@@ -17,6 +17,7 @@ from embedding_finetune import files
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.columns import ALSO_CALLED, COLUMNS_HELP, parse_columns
 from embedding_finetune.data.hold_out import KINDS
+from embedding_finetune.data.judgements import JUDGEMENTS_HELP, check_judgement_paths
 from embedding_finetune.distributed import check_launch
 from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.training.flags import check_launcher, check_numbers
@@ -51,6 +52,7 @@ class DataArguments:
         metadata={"help": "files of training rows, or folders of such files; they are one data set", "metavar": "FILE"}
     )
     columns: list[str] = field(default_factory=list, metadata={"help": COLUMNS_HELP, "metavar": "ROLE=COLUMN"})
+    judgements: list[str] = field(default_factory=list, metadata={"help": JUDGEMENTS_HELP, "metavar": "FILE"})
     recipe: Literal["domain"] | None = _flag(
         None,
         "give every flag that is not given the value that suits data and model, and print the command line: `domain`, "
@@ -133,6 +135,7 @@ class DataArguments:
         for flag in ("eval_query_file_jsonl_path", "eval_index_file_jsonl_path", "candidate_pool"):
             if getattr(self, flag) is not None:
                 files.require_data(f"--{flag}", getattr(self, flag))
+        check_judgement_paths(self.judgements)
         if self.embeddings_dir is not None:
             files.require_folder("--embeddings_dir", self.embeddings_dir)
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.corpus import RetrievalTask
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.sub_batches import Layout
@@ -46,7 +46,8 @@ class TrainExample(NamedTuple):
     """Row number, query, its chosen positive with up to G - 1 negatives, and the ids of the texts that answer it.
 
     instruction: the query's own, None where it has none. passage_ids and teacher_scores stand beside the passages;
-    there are no scores where the row has none. weight: as in Draw.
+    there are no scores where the row has none. confirmed_ids: of texts that were judged not to answer it. weight: as in
+    Draw.
     """
 
     row: int
@@ -55,6 +56,7 @@ class TrainExample(NamedTuple):
     passages: list[str]
     passage_ids: list[int]
     known_ids: np.ndarray
+    confirmed_ids: list[int]
     teacher_scores: list[float]
     weight: float
 
@@ -105,7 +107,9 @@ class TrainDataset(Dataset[TrainExample | None]):
         row = self.rows[index]
         rng = random.Random(f"{self.seed}:{epoch}:{index}")
         positive = rng.choice(range(len(row["pos"])))
-        negatives = rng.sample(range(len(row["neg"])), min(self.group_size - 1, len(row["neg"])))
+        confirmed, wanted = row["confirmed"], min(self.group_size - 1, len(row["neg"]))
+        negatives = rng.sample(range(confirmed), min(wanted, confirmed))
+        negatives += rng.sample(range(confirmed, len(row["neg"])), wanted - len(negatives))
         texts = [row["neg"][place] for place in negatives]
         scores = []
         if row["pos_scores"] and len(row["neg_scores"]) == len(row["neg"]):
@@ -118,6 +122,7 @@ class TrainDataset(Dataset[TrainExample | None]):
             # The passages of an example without weight are nobody's negatives.
             passage_ids=[row["pos_ids"][positive], *map(text_id, texts)] if weight else [PADDING_ID] * (1 + len(texts)),
             known_ids=self.known_positives.of(row["query_id"]),
+            confirmed_ids=list(map(text_id, row["neg"][:confirmed])),
             teacher_scores=scores,
             weight=weight,
         )
@@ -213,6 +218,9 @@ class EmbedCollator:
             batch["teacher_scores"] = _matrix(scores, self.group_size, float("-inf"), torch.float32)  # (B, G)
         if examples[0].weight != 1:  # that of all
             batch["weight"] = torch.tensor(examples[0].weight)
+        confirmed_ids = [example.confirmed_ids for example in examples]
+        if any(confirmed_ids):
+            batch["confirmed_ids"] = _padded_ids(confirmed_ids)  # (B, any)
         passage_ids = [example.passage_ids for example in examples]
         known_ids = [example.known_ids for example in examples]
         return {
@@ -223,7 +231,7 @@ class EmbedCollator:
             # A group short of negatives is filled with columns of no text, which the loss masks.
             "passage_index": _matrix(passage_index, self.group_size, 0, torch.int64),  # (B, G)
             "passage_ids": _matrix(passage_ids, self.group_size, PADDING_ID, torch.int64),  # (B, G)
-            "known_ids": _matrix(known_ids, max(map(len, known_ids)), PADDING_ID, torch.int64),  # (B, P)
+            "known_ids": _padded_ids(known_ids),  # (B, P)
         }
 
 
@@ -238,6 +246,10 @@ def _groups(values: np.ndarray, sizes: Iterable[int]) -> list[list[int]]:
     """Values in consecutive groups of these sizes."""
     following = iter(values.tolist())
     return [list(islice(following, size)) for size in sizes]
+
+
+def _padded_ids(lists: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
+    return _matrix(lists, max(map(len, lists)), PADDING_ID, torch.int64)
 
 
 def _matrix(

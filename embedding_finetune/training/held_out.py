@@ -21,10 +21,11 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
-from embedding_finetune.data.corpus import Corpus, Documents, RetrievalTask, make_task
+from embedding_finetune.data.corpus import Corpus, Documents
 from embedding_finetune.data.hold_out import Keys, draw, halve, how_many, places, tie, what_is_new
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.records import HELD_OUT_BY, read_passages
+from embedding_finetune.data.task import RetrievalTask, make_task
 from embedding_finetune.data.texts import folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.files import AnyPath

@@ -30,13 +30,14 @@ def contrastive_loss(
     masked: Tensor | None = None,
     first_group: int = 0,
     false_negative_margin: float | None = None,
+    confirmed: Tensor | None = None,
 ) -> Tensor:
     """Mean over queries of the temperature-scaled softmax cross entropy (InfoNCE, arXiv:1807.03748).
 
     queries: (B, H). passages: (C, G, H); query b's own group is number `first_group + b`, so that
     groups gathered from other ranks can stand before and after. masked: (B, N) bool, the columns that do not
     count, as `masked_in_batch` gives them; None for none. false_negative_margin: see `false_negatives`; None to
-    mask none.
+    mask none. confirmed: (B, N) bool, columns known to answer nothing, which the margin never masks; None for none.
 
     Scores and loss are float32 whatever the inputs and autocast say: cosines near 1 are 0.004 apart
     in bfloat16, which a temperature of 0.02 turns into 0.2 in the logit.
@@ -49,6 +50,7 @@ def contrastive_loss(
             scores = similarities / temperature
             if false_negative_margin is not None:
                 likely = false_negatives(similarities, groups, passages.shape[1], false_negative_margin)
+                likely = likely if confirmed is None else likely & ~confirmed
                 scores = scores.masked_fill(likely, float("-inf"))
             targets = groups * passages.shape[1]  # (B,)
         else:
@@ -171,17 +173,19 @@ class RetrievalLoss(nn.Module):
         passage_ids: Tensor,
         known_ids: Tensor,
         teacher_scores: Tensor | None = None,
+        confirmed_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss under "loss", a scalar.
 
         texts: the batch's distinct texts, D of them. query_index: (B,) and passage_index: (B, G): which of them each
         query and passage is. passage_ids: (B, G), known_ids: (B, P) as in masked_in_batch. teacher_scores: (B, G) as
-        in distillation_loss; None for no teacher. weight: a scalar that the loss is multiplied with; None for 1.
+        in distillation_loss; None for no teacher. confirmed_ids: (B, any), the ids of texts known not to answer each
+        query, filled up with PADDING_ID; None for none. weight: a scalar that the loss is multiplied with; None for 1.
         """
         embeddings = self.bi_encoder.encode_in_sub_batches(texts, recompute=self.recompute_sub_batches)  # (D, H)
         queries, passages = embeddings[query_index], embeddings[passage_index]  # (B, H), (B, G, H)
-        loss = self._contrastive(queries, passages, passage_ids, known_ids)
+        loss = self._contrastive(queries, passages, passage_ids, known_ids, confirmed_ids)
         if teacher_scores is not None:
             divergence = distillation_loss(
                 queries,
@@ -193,7 +197,14 @@ class RetrievalLoss(nn.Module):
             loss = loss + self.options.distillation_weight * divergence
         return {"loss": loss if weight is None else loss * weight}
 
-    def _contrastive(self, queries: Tensor, passages: Tensor, passage_ids: Tensor, known_ids: Tensor) -> Tensor:
+    def _contrastive(
+        self,
+        queries: Tensor,
+        passages: Tensor,
+        passage_ids: Tensor,
+        known_ids: Tensor,
+        confirmed_ids: Tensor | None,
+    ) -> Tensor:
         """The contrastive loss of embeddings (B, H) and (B, G, H), summed over the Matryoshka dimensions."""
         options, encoder, first_group = self.options, self.bi_encoder, 0
         if options.negatives_cross_device and options.use_inbatch_neg:
@@ -206,6 +217,9 @@ class RetrievalLoss(nn.Module):
             use_inbatch_neg=options.use_inbatch_neg,
             first_group=first_group,
         )  # (B, N)
+        confirmed = None
+        if confirmed_ids is not None and options.false_negative_margin is not None:
+            confirmed = (passage_ids.reshape(1, -1, 1) == confirmed_ids[:, None, :]).any(dim=2)  # (B, N)
         loss = queries.new_zeros(())
         for dimensions, weight in (options.matryoshka or {encoder.dimensions: 1.0}).items():
             whole = dimensions == encoder.dimensions
@@ -217,6 +231,7 @@ class RetrievalLoss(nn.Module):
                 use_inbatch_neg=options.use_inbatch_neg,
                 false_negative_margin=options.false_negative_margin,
                 masked=masked,
+                confirmed=confirmed,
             )
         return loss
 

@@ -27,8 +27,8 @@ GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
     "normalized fix_position_embedding lora_rank",
     "recipe and length": "recipe minutes",
-    "data": "train_data columns train_group_size neighbours_in_batch one_file_per_batch query_max_len passage_max_len "
-    "query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
+    "data": "train_data columns judgements train_group_size neighbours_in_batch one_file_per_batch query_max_len "
+    "passage_max_len query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
     "mining before each round": "mining_rounds range_for_sampling negative_number sampling_strategy max_score "
     "min_score absolute_margin relative_margin near_duplicate_threshold embeddings_dir",
     "loss": "temperature use_inbatch_neg mask_known_positives negatives_cross_device "
@@ -152,6 +152,11 @@ def check_together(
         raise UserError(
             f"--false_negative_margin {args.false_negative_margin:g}: no passage of another row is a negative; give "
             "--use_inbatch_neg True and a --per_device_train_batch_size of at least 2, or leave it out"
+        )
+    if data_args.judgements and args.distillation_weight > 0:
+        raise UserError(
+            "--judgements: passages that they add have no teacher's scores; give them to mine_hard_neg.py with "
+            "--save_scores, and leave the flag out here"
         )
     if data_args.neighbours_in_batch:
         _check_neighbours(args)

@@ -29,7 +29,7 @@ from embedding_finetune.mining.audit import audit_text
 from embedding_finetune.mining.negatives import mine_negatives
 from embedding_finetune.mining.stopwatch import Stopwatch
 from embedding_finetune.training.batches import EpochSampler, Key
-from embedding_finetune.training.rows import all_positives, replace_negatives, stored_rows
+from embedding_finetune.training.rows import all_positives, confirmed_negatives, replace_negatives, stored_rows
 from embedding_finetune.training.snapshot import Snapshot
 from embedding_finetune.training.stages import Stages
 
@@ -59,7 +59,7 @@ class Rounds:
         self.rows = rows
         self.count = count
         self.selection = selection
-        self.corpus = Corpus(itertools.chain(all_positives(rows), pool))
+        self.corpus = Corpus(itertools.chain(all_positives(rows), pool), beyond=confirmed_negatives(rows))
         self.audits: list[Record] = []
         self._options = {
             **vars(selection),
@@ -80,7 +80,8 @@ class Rounds:
         with random_numbers_kept():
             options = RankingOptions(model_name_or_path=[snapshot.model], **self._options)
             rows = list(stored_rows(self.rows))
-            mined = mine_negatives(rows, self.corpus, options, stopwatch, scratch=snapshot.scratch)
+            confirmed = [row["confirmed"] for row in rows]
+            mined = mine_negatives(rows, self.corpus, options, stopwatch, confirmed=confirmed, scratch=snapshot.scratch)
         positions = [position for selection in mined.selections for position in selection.negatives]
         if not positions and number == 1:
             raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")

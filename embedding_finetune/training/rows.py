@@ -22,8 +22,9 @@ from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.data import beir
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.judgements import NO_JUDGEMENTS, Judgements, settle_rows
 from embedding_finetune.data.records import field_value, read_training_rows
-from embedding_finetune.data.texts import folded_id, text_id
+from embedding_finetune.data.texts import canonical, folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.training.row_columns import read_column
 
@@ -45,6 +46,7 @@ ROW_FEATURES = datasets.Features(
         "pos_ids": datasets.List(datasets.Value("int64")),
         "pos_scores": datasets.List(datasets.Value("float32")),
         "neg_scores": datasets.List(datasets.Value("float32")),
+        "confirmed": datasets.Value("int32"),  # how many of the first "neg" were judged to answer nothing
         "file": datasets.Value("int32"),  # its place among the files of --train_data
         # Of rows that may be held out, else empty or 0: what ties them to others, see held_out.py, and what else
         # evaluation reads of them, as JSON.
@@ -67,12 +69,14 @@ def load_rows(
     scores_required: bool = False,
     may_be_held_out: bool = False,
     hold_out_field: str | None = None,
+    judgements: Judgements = NO_JUDGEMENTS,
 ) -> datasets.Dataset:
     """Validate the rows of files, and of folders' files, and map them into memory from disk, in the order given.
 
     Under torchrun one process of each machine validates and writes them, and all of the machine map the same files.
     With max_rows_per_file, that many rows of each file are drawn without replacement, kept in order.
     may_be_held_out: keep what evaluation reads of rows. hold_out_field: the field whose rows are held out together.
+    judgements: what is known of the rows' queries, see judgements.settle_rows.
     Raises UserError naming file and line or row, with scores_required also where a row has texts without scores, and
     where a row lacks hold_out_field.
     """
@@ -81,7 +85,7 @@ def load_rows(
     most = max_rows_per_file
 
     def write(number: int, path: Path) -> str:
-        file = _write_rows(_training_rows(path, columns, number, *options))
+        file = _write_rows(_training_rows(path, columns, number, judgements, *options))
         return file if most is None else _draw(file, most, f"{seed}:{path.name}")
 
     rows = _mapped(once_per_machine(lambda: [write(number, path) for number, path in enumerate(paths)]))
@@ -191,6 +195,7 @@ def _training_rows(
     path: Path,
     columns: Sequence[str],
     number: int,
+    judgements: Judgements,
     scores_required: bool,
     may_be_held_out: bool,
     hold_out_field: str | None,
@@ -199,7 +204,7 @@ def _training_rows(
     rows = read_training_rows(
         path, columns, scores_required=scores_required, field_required=hold_out_field, known=known
     )
-    for row in rows:
+    for row, confirmed in settle_rows(rows, judgements, path):
         yield {
             "query": row["query"],
             "instruction": row.get("instruction"),
@@ -209,6 +214,7 @@ def _training_rows(
             "pos_ids": list(map(text_id, row["pos"])),
             "pos_scores": row.get("pos_scores") or [],
             "neg_scores": row.get("neg_scores") or [],
+            "confirmed": confirmed,
             "file": number,
             **(_held_out_columns(row, hold_out_field) if may_be_held_out else {}),
         }
@@ -229,12 +235,15 @@ def _held_out_columns(row: Record, field: str | None) -> Record:
 def replace_negatives(rows: datasets.Dataset, negatives: Iterator[list[str]]) -> datasets.Dataset:
     """The rows with other negatives, in a file of their own. Scores are left out: they belong to the old ones.
 
-    negatives: those of each row. One process of each machine writes them.
+    negatives: those of each row, the confirmed ones first. One process of each machine writes them.
     """
-    records = (
-        {**row, "neg": texts, "pos_scores": [], "neg_scores": []} for row, texts in zip(stored_rows(rows), negatives)
-    )
-    return _mapped(once_per_machine(lambda: [_write_rows(records)]))
+    return _mapped(once_per_machine(lambda: [_write_rows(map(_with_negatives, stored_rows(rows), negatives))]))
+
+
+def _with_negatives(row: Record, texts: list[str]) -> Record:
+    judged = set(map(canonical, row["neg"][: row["confirmed"]]))
+    confirmed = sum(canonical(text) in judged for text in texts) if judged else 0
+    return {**row, "neg": texts, "confirmed": confirmed, "pos_scores": [], "neg_scores": []}
 
 
 def all_passages(rows: datasets.Dataset) -> Iterator[str]:
@@ -245,6 +254,13 @@ def all_passages(rows: datasets.Dataset) -> Iterator[str]:
 def all_positives(rows: datasets.Dataset) -> Iterator[str]:
     """Every positive of rows of load_rows."""
     return _texts(rows, ("pos",))
+
+
+def confirmed_negatives(rows: datasets.Dataset) -> Iterator[str]:
+    """Every negative of rows of load_rows that was judged to answer nothing."""
+    if read_column(rows, "confirmed").any():
+        for row in stored_rows(rows):
+            yield from row["neg"][: row["confirmed"]]
 
 
 def _texts(rows: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import datasets
 
 from embedding_finetune.data.beir import is_beir
-from embedding_finetune.data.corpus import Corpus, RetrievalTask, load_task, make_task, read_corpus
+from embedding_finetune.data.corpus import Corpus, read_corpus
+from embedding_finetune.data.judgements import NO_JUDGEMENTS, Judgements, settle_rows
 from embedding_finetune.data.records import read_passages, read_queries
+from embedding_finetune.data.task import RetrievalTask, load_task, make_task
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
 from embedding_finetune.training.choosing import flag_that_chooses
@@ -28,8 +30,10 @@ class RunData(NamedTuple):
     task: RetrievalTask | None = None
 
 
-def read_rows(data_args: DataArguments, args: RetrieverTrainingArguments) -> datasets.Dataset:
-    """All training rows, those too that will be held out."""
+def read_rows(
+    data_args: DataArguments, args: RetrieverTrainingArguments, judgements: Judgements = NO_JUDGEMENTS
+) -> datasets.Dataset:
+    """All training rows as judged, those too that will be held out."""
     return load_rows(
         data_args.train_data,
         data_args.columns,
@@ -38,11 +42,16 @@ def read_rows(data_args: DataArguments, args: RetrieverTrainingArguments) -> dat
         scores_required=args.distillation_weight > 0,
         may_be_held_out=data_args.hold_out is not None or data_args.recipe is not None,
         hold_out_field=data_args.hold_out_field,
+        judgements=judgements,
     )
 
 
 def prepare(
-    rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments, args: RetrieverTrainingArguments
+    rows: datasets.Dataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RetrieverTrainingArguments,
+    judgements: Judgements = NO_JUDGEMENTS,
 ) -> RunData:
     """What the flags make of the rows. Raises UserError where nothing could be learned from them."""
     training_rows, held_out = hold_out(rows, data_args, seed=args.seed, chosen_by=flag_that_chooses(data_args, args))
@@ -55,11 +64,14 @@ def prepare(
     )
     logger.info("%d training rows", len(dataset))
     check_it_can_learn(dataset, args)
-    return RunData(dataset, rounds, held_out, load_evaluation(data_args, dataset, rows))
+    return RunData(dataset, rounds, held_out, load_evaluation(data_args, dataset, rows, judgements))
 
 
 def load_evaluation(
-    data_args: DataArguments, dataset: TrainDataset, rows: datasets.Dataset | None = None
+    data_args: DataArguments,
+    dataset: TrainDataset,
+    rows: datasets.Dataset | None = None,
+    judgements: Judgements = NO_JUDGEMENTS,
 ) -> RetrievalTask | None:
     """The queries to measure with and the passages to search, if any; warns where training has seen them.
 
@@ -71,12 +83,14 @@ def load_evaluation(
     if index_file is None and is_beir(query_file):
         index_file = query_file
     if index_file is not None:
-        task = load_task(query_file, read_corpus(index_file, data_args.columns), data_args.columns)
+        corpus = read_corpus(index_file, data_args.columns)
+        task = load_task(query_file, corpus, data_args.columns, judgements=judgements)
     else:
-        queries = list(read_queries(query_file, data_args.columns))
+        queries = [row for row, _ in settle_rows(read_queries(query_file, data_args.columns), judgements, query_file)]
         # Training rows stay on disk: they are read one after the other.
         all_rows = (dataset.rows if rows is None else rows).select_columns(["pos"])
-        task = make_task(queries, Corpus(text for row in itertools.chain(all_rows, queries) for text in row["pos"]))
+        corpus = Corpus(text for row in itertools.chain(all_rows, queries) for text in row["pos"])
+        task = make_task(queries, corpus, judgements)
     known_queries, known_passages = dataset.known_positives.overlap(task)
     if known_queries or known_passages:
         logger.warning(

@@ -24,7 +24,7 @@ _DECIDES_NOTHING = re.compile(
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
     r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool|embeddings_dir"
-    r"|accelerator_config"
+    r"|accelerator_config|judgements"
 )
 """Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _OF_THE_DEVICE = "accelerator_config"
@@ -45,6 +45,8 @@ def what_decides(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = data.dataset.rows
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}
+    if confirmed := int(read_column(rows, "confirmed").sum()):
+        described["confirmed_negatives"] = confirmed
     if data.held_out is not None:
         described["held_out_digest"] = data.held_out.digest
     if data.rounds is not None:

@@ -14,8 +14,8 @@ from transformers.trainer_utils import TrainOutput
 
 from embedding_finetune import __version__
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.corpus import RetrievalTask
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import gather_objects, random_numbers_kept
 from embedding_finetune.evaluation.metrics import means
