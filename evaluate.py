@@ -152,11 +152,15 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     add_switch(
         parser,
         "--sizes",
-        "also measure smaller indices: fewer dimensions, and 8, 4 and 1 bit for each, with the bytes of a passage",
+        "also measure smaller indices: half the dimensions, a fourth and an eighth, or what --truncate_dim says, and "
+        "8, 4 and 1 bit for each, with the bytes of a passage",
     )
-    add_encoding_arguments(parser)
+    add_encoding_arguments(parser, several_dimensions=True)
     flags = vars(parser.parse_args(argv))
     flags |= {"cutoffs": sorted(set(flags["cutoffs"])), "measures": list(dict.fromkeys(flags["measures"]))}
+    # Embeddings are made once, with the most dimensions that are wanted; --sizes cuts these.
+    most, *fewer = sorted(set(flags["truncate_dim"] or []), reverse=True) or [None]
+    flags |= {"truncate_dim": most, "smaller_dimensions": fewer}
     options = EvaluationOptions(**flags)
     options.check_paths()
     return options

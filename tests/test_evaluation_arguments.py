@@ -24,6 +24,21 @@ def test_without_flags_the_options_are_their_own_defaults(required):
 
 
 @pytest.mark.parametrize(
+    ("flags", "most", "fewer"),
+    [
+        ("", None, []),
+        ("--truncate_dim 64", 64, []),
+        ("--truncate_dim 64 64", 64, []),
+        ("--sizes --truncate_dim 64 384 192 64", 384, [192, 64]),
+        ("--sizes --truncate_dim 64 --truncate_dim 384", 384, [64]),
+    ],
+)
+def test_embeddings_are_cut_to_the_largest_value_of_truncate_dim_and_sizes_has_the_others(required, flags, most, fewer):
+    parsed = evaluate.parse_arguments([*argv_of(**required), "--model_name", "m", *flags.split()])
+    assert (parsed.truncate_dim, parsed.smaller_dimensions) == (most, fewer)
+
+
+@pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"model_name": ["a", "b", "a/"]}, "--model_name: the same model is named twice, as a/"),

@@ -25,7 +25,8 @@ DEFAULT_MEASURES = ("MRR", "Hit")
 class EvaluationOptions(EncodingOptions):
     """The flags of evaluate.py, by name. Raises UserError where they contradict each other.
 
-    fail_below: measures, such as `MRR@10`, and the values that they must reach.
+    smaller_dimensions: what --sizes measures below truncate_dim, in decreasing order; none for half of it, a fourth and
+    an eighth. fail_below: measures, such as `MRR@10`, and the values that they must reach.
     """
 
     model_name: list[str]
@@ -34,6 +35,7 @@ class EvaluationOptions(EncodingOptions):
     columns: list[str] = field(default_factory=list)
     cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
     measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
+    smaller_dimensions: list[int] = field(default_factory=list)
     output_dir: str | None = None
     json: bool = False
     seed: int = 42
@@ -49,6 +51,8 @@ class EvaluationOptions(EncodingOptions):
             raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
         if self.fail_if_worse and self.model_name[-1] == self.base:
             raise UserError(f"--fail_if_worse: {self.base}, the first model, comes last; put another one behind it")
+        if self.smaller_dimensions and not self.sizes:
+            raise UserError("--truncate_dim: several values are the dimensions of --sizes; give one, or --sizes too")
         if self.sizes and not self.dense_alone:
             raise UserError(f"--sizes: {BM25} and fusions have no embeddings; name a model by itself")
         if self.thresholds and not self.dense_alone:
