@@ -114,7 +114,7 @@ def threshold_tables(thresholds: Record | None) -> list[str]:
 def threshold_head(name: str, found: Record) -> list[str]:
     """The head of the table of a model's thresholds."""
     head = [f"{name}: first passage right", "answer from", "range", "answered", "range", "right on new questions"]
-    return head if found["targets"][0]["refused"] is None else [*head, "refused"]
+    return head if found["targets"][0]["refused"] is None else [*head, "refused", "range"]
 
 
 def threshold_rows(found: Record) -> list[list[str]]:
@@ -127,6 +127,7 @@ def threshold_rows(found: Record) -> list[list[str]]:
         cells.append("" if target["on_new_questions"] is None else f"{target['on_new_questions']:.1%}")
         if target["refused"] is not None:
             cells.append(f"{target['refused']:.1%}")
+            cells.append(f"{target['refused_low']:.1%} .. {target['refused_high']:.1%}")
         rows.append([f"{target['precision']:.0%}", *cells])
     return rows
 
