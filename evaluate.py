@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
                 print(evaluation_tables(document))
             print(result)
         if options.output_dir is not None:
-            write_evaluation(Path(options.output_dir), document, task, rankings)
+            write_evaluation(Path(options.output_dir), document, task, rankings, ranked.of_unanswered)
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
 

@@ -211,7 +211,13 @@ def test_evaluate_tells_thresholds_of_the_models_that_embed_and_measures_answere
     assert f"{one}: first passage right" in out.out
     assert "bm25: first passage right" not in out.out
     document = json.loads((output / "metrics.json").read_text())
-    assert document["queries"] == len(TOPICS) == len(read_jsonl(output / "per_query.jsonl"))
+    records = read_jsonl(output / "per_query.jsonl")
+    assert document["queries"] == len(TOPICS)
+    assert [record.get("answerable") for record in records] == [None] * len(TOPICS) + [False] * 3
+    assert [record["query"] for record in records[len(TOPICS) :]] == ["red light", "who is it", "my badge"]
+    for record in records[len(TOPICS) :]:
+        assert {name: found["ranks"] for name, found in record["models"].items()} == {name: [] for name in names}
+        assert [len(record["models"][name]["top"]) for name in (one, other)] == [10, 10]
     assert list(document["thresholds"]["models"]) == [one, other]
     for name in (one, other):
         found = document["thresholds"]["models"][name]
@@ -235,7 +241,7 @@ def test_ids_are_those_of_the_places_in_the_file(tiny_bert, data, tmp_path):
     output = tmp_path / "out"
     evaluate.main(["--model_name", str(tiny_bert), *data, "--thresholds", "--output_dir", str(output)])
     ids = [row["id"] for row in read_jsonl(output / "per_query.jsonl")]
-    assert ids == [f"{number:02d}" for number in (0, 1, 2, 3, 7, 8, 9, 10, 11, 12)]
+    assert ids == [f"{number:02d}" for number in (0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 4, 5, 6)]
 
 
 def test_only_questions_without_an_answer_are_the_error_they_were(tiny_bert, data, tmp_path, capsys):
