@@ -94,6 +94,33 @@ def test_the_folder_of_embeddings_and_no_input_may_stand_where_a_file_is_written
         EvaluationOptions(model_name=["m"], **{**required, **paths}).check_paths()
 
 
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a+b", ["a+b"]),
+        ("a+b+bm25", ["a+b", "bm25"]),
+        ("bm25+a+b", ["bm25", "a+b"]),
+        ("a+c", ["a", "c"]),
+        ("a+b+c", ["a+b+c"]),  # the longest, not a+b and c
+        ("a+b+c+a+b", ["a+b+c", "a+b"]),
+        ("x+a+b+c+y", ["x", "a+b+c", "y"]),
+        ("b+c+d", ["b", "c+d"]),
+        ("b+c+d+e", ["b", "c+d", "e"]),
+        ("sub/p+q+bm25", ["sub/p+q", "bm25"]),
+        ("bm25", ["bm25"]),
+        ("bm25+", ["bm25", ""]),
+        ("a++b", ["a", "", "b"]),
+    ],
+)
+def test_a_path_that_exists_is_one_part_of_a_fusion_the_longest_from_the_left(
+    required, tmp_path, monkeypatch, name, parts
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "a+b", "a+b+c", "c+d", "sub/p+q"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert EvaluationOptions(model_name=["m"], **required).parts_of(name) == parts
+
+
 def test_names_of_models_become_names_of_files_that_differ():
     models = ["./models/a b", "models/a_b", "models_a_b.2", "BAAI/bge-base-en-v1.5", "é/" + "x" * 60]
     names = [run_file(model, models) for model in models]

@@ -63,8 +63,16 @@ class EvaluationOptions(EncodingOptions):
                 raise UserError(f"--fail_below: {name} is not measured; these are: {', '.join(measured)}")
 
     def parts_of(self, name: str) -> list[str]:
-        """The rankings that a name stands for: `a+b` is the fusion of two, unless a folder has that name."""
-        return [name] if os.path.exists(name) else name.split("+")
+        """The rankings that a name stands for: `a+b` is the fusion of two.
+
+        A path that exists is one of them, whatever `+` it has. From the left, the longest such path is taken.
+        """
+        pieces, parts = name.split("+"), []
+        while pieces:
+            joined = ["+".join(pieces[:count]) for count in range(len(pieces), 1, -1)]
+            parts.append(next(filter(os.path.exists, joined), pieces[0]))
+            pieces = pieces[parts[-1].count("+") + 1 :]
+        return parts
 
     @property
     def rankings(self) -> list[str]:
