@@ -18,18 +18,22 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedding_finetune.command_line import command
 from embedding_finetune.data.columns import add_columns_argument
 from embedding_finetune.data.corpus import read_corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.judgements import add_judgements_arguments, read_judgements
-from embedding_finetune.data.task import load_task
+from embedding_finetune.data.task import RetrievalTask, load_task
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
 from embedding_finetune.evaluation.metrics import MEASURES, SIGNIFICANT
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.process import importing
 from embedding_finetune.retrieval.arguments import add_encoding_arguments
+
+if TYPE_CHECKING:
+    from embedding_finetune.evaluation.rankings import Rankings
 
 logger = logging.getLogger("embedding_finetune.evaluate")
 
@@ -43,27 +47,13 @@ def main(argv: Sequence[str] | None = None) -> Record:
     Returns `{"MRR@1": 0.83, ...}` for one model, `{model name: {"MRR@1": 0.83, ...}, ...}` for several.
     """
     options = parse_arguments(argv)
-    corpus = read_corpus(options.index_file_jsonl_path, options.columns)
-    judgements = read_judgements(options.judgements)
-    task = load_task(
-        options.query_file_jsonl_path,
-        corpus,
-        options.columns,
-        may_lack_answers=options.thresholds,
-        judgements=judgements,
-    )
+    task = read_task(options)
 
     # Heavy imports come after flags and data have been checked.
     with importing():
         from embedding_finetune.distributed import join_process_group, once_in_all, process_rank
-        from embedding_finetune.evaluation.doubts import doubts_of
-        from embedding_finetune.evaluation.files import write_evaluation
-        from embedding_finetune.evaluation.ranking import judged_shares, values_per_query
         from embedding_finetune.evaluation.rankings import rank_all
-        from embedding_finetune.evaluation.summary import evaluation_tables, summarize
-        from embedding_finetune.evaluation.thresholds import all_thresholds
         from embedding_finetune.model.loading import check_models_are_there
-        from embedding_finetune.retrieval.doubts import write_doubts
 
     join_process_group()
     first_is_loaded_first = options.rankings[0] in options.dense_models
@@ -71,39 +61,72 @@ def main(argv: Sequence[str] | None = None) -> Record:
         options.dense_models[first_is_loaded_first:], flag="--model_name", cache_dir=options.cache_dir
     )
     ranked = rank_all(task, options)
-    rankings = ranked.by_name
-    values = {
-        name: values_per_query(ranking, task, options.measures, options.cutoffs) for name, ranking in rankings.items()
-    }
-    thresholds = all_thresholds(ranked, task, options) if options.thresholds else None
-    judged = None
-    if judgements:
-        judged = {name: judged_shares(ranking, task, options.cutoffs) for name, ranking in rankings.items()}
-    document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries, judged)
-    document |= {"thresholds": thresholds, "sizes": ranked.sizes}
-    metrics = document["metrics"]
-    result = metrics if len(metrics) > 1 else metrics[options.model_name[0]]
-
-    def tell() -> None:
-        # Printed first: the user sees the metrics even where no file can be written.
-        if options.json:
-            print(json.dumps(document, ensure_ascii=False))
-        else:
-            if len(document["metrics"]) > 1 or tells_more(document):
-                print(evaluation_tables(document))
-            print(result)
-        if options.output_dir is not None:
-            write_evaluation(Path(options.output_dir), document, task, rankings)
-        if options.doubts_file is not None:
-            doubts = doubts_of({name: rankings[name] for name in options.single_models}, task)
-            write_doubts(options.doubts_file, doubts, task.queries, task.corpus.texts)
-        if sys.stdout is not None:  # it may be closed
-            sys.stdout.flush()
-
-    once_in_all(tell)
+    document = measure(ranked, task, options)
+    once_in_all(lambda: tell(document, ranked, task, options))
     if process_rank() == 0:
         fail_if_asked(document, options)
-    return result
+    return result_of(document)
+
+
+def read_task(options: EvaluationOptions) -> RetrievalTask:
+    """The queries, the passages, and what answers what, by the data and by --judgements."""
+    corpus = read_corpus(options.index_file_jsonl_path, options.columns)
+    return load_task(
+        options.query_file_jsonl_path,
+        corpus,
+        options.columns,
+        may_lack_answers=options.thresholds,
+        judgements=read_judgements(options.judgements),
+    )
+
+
+def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions) -> Record:
+    """All that the rankings say, as metrics.json has it."""
+    from embedding_finetune.evaluation.ranking import judged_shares, values_per_query
+    from embedding_finetune.evaluation.summary import summarize
+    from embedding_finetune.evaluation.thresholds import all_thresholds
+
+    values = {
+        name: values_per_query(ranking, task, options.measures, options.cutoffs)
+        for name, ranking in ranked.by_name.items()
+    }
+    document = summarize(values, task, options, ranked.weights_digests, ranked.trained_queries)
+    if options.judgements:
+        document["judged"] = {
+            name: judged_shares(ranking, task, options.cutoffs) for name, ranking in ranked.by_name.items()
+        }
+    if options.thresholds:
+        document["thresholds"] = all_thresholds(ranked, task, options)
+    return {**document, "sizes": ranked.sizes}
+
+
+def result_of(document: Record) -> Record:
+    """The measures by model, or those of the only one."""
+    metrics = document["metrics"]
+    return metrics if len(metrics) > 1 else next(iter(metrics.values()))
+
+
+def tell(document: Record, ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions) -> None:
+    """Print the measures, and write the files."""
+    from embedding_finetune.evaluation.doubts import doubts_of
+    from embedding_finetune.evaluation.files import write_evaluation
+    from embedding_finetune.evaluation.summary import evaluation_tables
+    from embedding_finetune.retrieval.doubts import write_doubts
+
+    # Printed first: the user sees the metrics even where no file can be written.
+    if options.json:
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        if len(document["metrics"]) > 1 or tells_more(document):
+            print(evaluation_tables(document))
+        print(result_of(document))
+    if options.output_dir is not None:
+        write_evaluation(Path(options.output_dir), document, task, ranked.by_name, ranked.of_unanswered)
+    if options.doubts_file is not None:
+        doubts = doubts_of({name: ranked.by_name[name] for name in options.single_models}, task)
+        write_doubts(options.doubts_file, doubts, task.queries, task.corpus.texts)
+    if sys.stdout is not None:  # it may be closed
+        sys.stdout.flush()
 
 
 def tells_more(document: Record) -> bool:
@@ -175,11 +198,15 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
     add_switch(
         parser,
         "--sizes",
-        "also measure smaller indices: fewer dimensions, and 8, 4 and 1 bit for each, with the bytes of a passage",
+        "also measure smaller indices: half the dimensions, a fourth and an eighth, or what --truncate_dim says, and "
+        "8, 4 and 1 bit for each, with the bytes of a passage",
     )
-    add_encoding_arguments(parser)
+    add_encoding_arguments(parser, several_dimensions=True)
     flags = vars(parser.parse_args(argv))
     flags |= {"cutoffs": sorted(set(flags["cutoffs"])), "measures": list(dict.fromkeys(flags["measures"]))}
+    # Embeddings are made once, with the most dimensions that are wanted; --sizes cuts these.
+    most, *fewer = sorted(set(flags["truncate_dim"] or []), reverse=True) or [None]
+    flags |= {"truncate_dim": most, "smaller_dimensions": fewer}
     options = EvaluationOptions(**flags)
     options.check_paths()
     return options

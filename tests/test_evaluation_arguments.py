@@ -24,6 +24,21 @@ def test_without_flags_the_options_are_their_own_defaults(required):
 
 
 @pytest.mark.parametrize(
+    ("flags", "most", "fewer"),
+    [
+        ("", None, []),
+        ("--truncate_dim 64", 64, []),
+        ("--truncate_dim 64 64", 64, []),
+        ("--sizes --truncate_dim 64 384 192 64", 384, [192, 64]),
+        ("--sizes --truncate_dim 64 --truncate_dim 384", 384, [64]),
+    ],
+)
+def test_embeddings_are_cut_to_the_largest_value_of_truncate_dim_and_sizes_has_the_others(required, flags, most, fewer):
+    parsed = evaluate.parse_arguments([*argv_of(**required), "--model_name", "m", *flags.split()])
+    assert (parsed.truncate_dim, parsed.smaller_dimensions) == (most, fewer)
+
+
+@pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"model_name": ["a", "b", "a/"]}, "--model_name: the same model is named twice, as a/"),
@@ -77,6 +92,33 @@ def test_the_folder_of_embeddings_and_no_input_may_stand_where_a_file_is_written
     paths = {"query_file_jsonl_path": str(tmp_path / name), "output_dir": str(tmp_path)}
     with pytest.raises(UserError, match=f"--output_dir: {name} .* is also the file of --query_file_jsonl_path"):
         EvaluationOptions(model_name=["m"], **{**required, **paths}).check_paths()
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a+b", ["a+b"]),
+        ("a+b+bm25", ["a+b", "bm25"]),
+        ("bm25+a+b", ["bm25", "a+b"]),
+        ("a+c", ["a", "c"]),
+        ("a+b+c", ["a+b+c"]),  # the longest, not a+b and c
+        ("a+b+c+a+b", ["a+b+c", "a+b"]),
+        ("x+a+b+c+y", ["x", "a+b+c", "y"]),
+        ("b+c+d", ["b", "c+d"]),
+        ("b+c+d+e", ["b", "c+d", "e"]),
+        ("sub/p+q+bm25", ["sub/p+q", "bm25"]),
+        ("bm25", ["bm25"]),
+        ("bm25+", ["bm25", ""]),
+        ("a++b", ["a", "", "b"]),
+    ],
+)
+def test_a_path_that_exists_is_one_part_of_a_fusion_the_longest_from_the_left(
+    required, tmp_path, monkeypatch, name, parts
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "a+b", "a+b+c", "c+d", "sub/p+q"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert EvaluationOptions(model_name=["m"], **required).parts_of(name) == parts
 
 
 def test_names_of_models_become_names_of_files_that_differ():

@@ -35,6 +35,12 @@ RANKING = Ranking(
 )
 
 
+def document_of_task():
+    options = EvaluationOptions(model_name=["m"], index_file_jsonl_path="c", query_file_jsonl_path="q")
+    values = {"m": values_per_query(RANKING, TASK, options.measures, options.cutoffs)}
+    return summarize(values, TASK, options, weights_digests={"m": "ab"}, trained_queries={"m": 0})
+
+
 def test_a_record_per_query_has_the_ranks_of_all_answers_and_the_best_passages():
     first, second, third = per_query_records(TASK, {"m": RANKING})
     assert first == {
@@ -62,6 +68,42 @@ def test_ten_passages_are_kept_of_a_longer_ranking():
     record = next(per_query_records(TASK, {"m": ranking}))
     assert [passage["position"] for passage in record["models"]["m"]["top"]] == list(range(10))
     assert record["models"]["m"]["ranks"] == [3, 11, None]
+
+
+def test_questions_without_an_answer_come_last_and_are_in_no_trec_file(tmp_path):
+    others = RetrievalTask(["why", "who"], TASK.corpus, [{}, {}], ["d", "e"], groups=[None, "y"])
+    of_others = Ranking(np.array([[7, 3], [1, -1]]), np.array([[0.5, 0.25], [0.75, -np.inf]], dtype=np.float32))
+    document = document_of_task()
+    write_evaluation(tmp_path / "without", document, TASK, {"m": RANKING})
+    task = TASK._replace(unanswered=others)
+    write_evaluation(tmp_path / "with", document, task, {"m": RANKING}, {"m": of_others})
+    without, all_records = ((tmp_path / name / "per_query.jsonl").read_bytes() for name in ("without", "with"))
+    assert all_records.startswith(without)
+    assert [json.loads(line) for line in all_records.removeprefix(without).splitlines()] == [
+        {
+            "id": "d",
+            "query": "why",
+            "answerable": False,
+            "models": {
+                "m": {
+                    "ranks": [],
+                    "top": [
+                        {"position": 7, "score": 0.5, "text": "passage 7"},
+                        {"position": 3, "score": 0.25, "text": "passage 3"},
+                    ],
+                }
+            },
+        },
+        {
+            "id": "e",
+            "query": "who",
+            "group": "y",
+            "answerable": False,
+            "models": {"m": {"ranks": [], "top": [{"position": 1, "score": 0.75, "text": "passage 1"}]}},
+        },
+    ]
+    for name in ("run.m.trec", "qrels.trec"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
 def test_runs_and_answers_are_lines_as_trec_has_them():
@@ -94,9 +136,7 @@ def test_a_model_in_a_deep_folder_gets_a_run_file(tiny_bert, candidates, pairs, 
 
 
 def test_all_files_are_written_into_a_folder_that_is_made(tmp_path):
-    options = EvaluationOptions(model_name=["m"], index_file_jsonl_path="c", query_file_jsonl_path="q")
-    values = {"m": values_per_query(RANKING, TASK, options.measures, options.cutoffs)}
-    document = summarize(values, TASK, options, weights_digests={"m": "ab"}, trained_queries={"m": 0})
+    document = document_of_task()
     out = tmp_path / "new" / "out"
     write_evaluation(out, document, TASK, {"m": RANKING})
     names = ["metrics.json", "per_query.jsonl", "qrels.trec", "report.html", "run.m.trec"]

@@ -54,10 +54,12 @@ def test_cutoffs_do_not_change_what_a_fusion_sees(tiny_bert, data):
     assert few[f"bm25+{tiny_bert}"]["MRR@1"] == many[f"bm25+{tiny_bert}"]["MRR@1"]
 
 
-def test_a_folder_with_a_plus_in_its_name_is_a_model(tiny_bert, data, tmp_path):
+def test_a_folder_with_a_plus_in_its_name_is_a_model_and_part_of_a_fusion(tiny_bert, data, tmp_path):
     folder = tmp_path / "a+b"
     folder.symlink_to(tiny_bert)
-    assert evaluate.main(["--model_name", str(folder), *data]) == evaluate.main(["--model_name", str(tiny_bert), *data])
+    names = ["--model_name", str(folder), f"{folder}+bm25"]
+    plain = evaluate.main(["--model_name", str(tiny_bert), f"{tiny_bert}+bm25", *data])
+    assert list(evaluate.main([*names, *data]).values()) == list(plain.values())
 
 
 @pytest.mark.parametrize(

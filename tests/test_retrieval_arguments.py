@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, asdict
 import pytest
 from helpers.running import encoding_arguments
 
-from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.parser import new_parser
+from embedding_finetune.retrieval.arguments import EncodingOptions, add_encoding_arguments
 
 
 def test_without_flags_the_options_are_their_own_defaults():
@@ -33,6 +34,13 @@ def test_every_flag_sets_the_option_of_its_name():
         "trust_remote_code": True,
         "cache_dir": "c",
     }
+
+
+def test_the_dimensions_of_sizes_are_a_list_that_repeating_the_flag_extends():
+    parser = new_parser("")
+    add_encoding_arguments(parser, several_dimensions=True)
+    assert parser.parse_args([]).truncate_dim is None
+    assert parser.parse_args("--truncate_dim 8 --truncate_dim 3 8".split()).truncate_dim == [8, 3, 8]
 
 
 def test_options_do_not_change():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import evaluate
 from embedding_finetune.evaluation import sizes
 from embedding_finetune.evaluation.sizes import Embedded
+from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.faiss_search import import_faiss
 
 
@@ -88,14 +89,57 @@ def test_evaluate_measures_each_size_and_float32_is_the_model_itself(tiny_bert, 
 
 def test_fewer_dimensions_are_those_of_truncate_dim():
     part = embedded(3, 40, dimensions=256)._replace(unit=True)
-    halves = list(sizes._parts(part))
+    halves = list(sizes._parts(part, []))
     assert [half.queries.shape[1] for half in halves] == [256, 128, 64, 32]
     for half in halves:
         kept = half.queries.shape[1]
         expected = part.passages[:, :kept] / np.linalg.norm(part.passages[:, :kept], axis=1, keepdims=True)
         assert np.allclose(half.passages, expected)
-    raw = list(sizes._parts(part._replace(unit=False)))
+    raw = list(sizes._parts(part._replace(unit=False), []))
     assert np.array_equal(raw[1].passages, part.passages[:, :128])
+    assert [cut.passages.shape[1] for cut in sizes._parts(part, [200, 5])] == [256, 200, 5]
+
+
+def test_a_passage_takes_whole_bytes():
+    [whole, cut] = sizes._parts(embedded(3, 40, dimensions=20), [5])
+    shown = [[(precision, size) for precision, size, _ in sizes._rankings(part, 4)] for part in (whole, cut)]
+    assert shown[0] == [("float32", 80), ("int8", 20), ("int4", 10), ("binary", 3), ("binary, rescored", 3)]
+    assert shown[1] == [("float32", 20), ("int8", 5), ("int4", 3), ("binary", 1), ("binary, rescored", 1)]
+
+
+def test_the_values_of_truncate_dim_are_the_dimensions_and_each_gives_what_it_gives_alone(tiny_bert, data, tmp_path):
+    output = tmp_path / "out"
+    flags = ["--model_name", str(tiny_bert), *data, "--dtype", "float32"]
+    several = ["--sizes", "--truncate_dim", "6", "24", "--truncate_dim", "13", "6", "--output_dir", str(output)]
+    metrics = evaluate.main([*flags, *several])
+    document = json.loads((output / "metrics.json").read_text())
+    records = document["sizes"][str(tiny_bert)]
+    assert [record["dimensions"] for record in records[::5]] == [24, 13, 6]
+    measured = {record["dimensions"]: record["metrics"] for record in records if record["precision"] == "float32"}
+    alone = {size: evaluate.main([*flags, "--truncate_dim", str(size)]) for size in measured}
+    assert alone[24] == metrics
+    assert measured == {size: {name: found[name] for name in ("MRR@10", "Hit@10")} for size, found in alone.items()}
+    assert len({found["MRR@10"] for found in alone.values()}) == 3  # else nothing would tell them apart
+    for record in records:
+        expected = record["metrics"]["MRR@10"] - metrics["MRR@10"]
+        assert record["difference"]["mean"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_one_value_of_truncate_dim_is_halved(tiny_bert, data, monkeypatch):
+    monkeypatch.setattr(sizes, "_FEWEST_DIMENSIONS", 4)
+    cut = sizes._parts
+    seen = []
+    monkeypatch.setattr(sizes, "_parts", lambda *args: seen.extend(cut(*args)) or seen)
+    evaluate.main(["--model_name", str(tiny_bert), *data, "--sizes", "--truncate_dim", "16", "16"])
+    assert [part.queries.shape[1] for part in seen] == [16, 8, 4]
+
+
+def test_dimensions_that_the_model_lacks_are_told_before_anything_is_encoded(tiny_bert, data, monkeypatch, capsys):
+    monkeypatch.setattr(Encoder, "_encode", lambda *_: pytest.fail("a text was encoded"))
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--model_name", str(tiny_bert), *data, "--sizes", "--truncate_dim", "8", "33"])
+    assert exit.value.code == 2
+    assert "--truncate_dim 33: the model's embeddings have 32 dimensions" in capsys.readouterr().err
 
 
 def test_bm25_alone_has_no_sizes(data, capsys):

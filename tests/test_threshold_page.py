@@ -35,11 +35,16 @@ def test_the_section_of_the_report_shows_the_numbers_of_metrics_json(chromium, t
         head, *rows = [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in
                        table.find_elements("tag name", "tr")]  # fmt: skip
         assert head[0] == f"{name}: first passage right"
-        assert head[-1] == "refused"
+        assert head[-2:] == ["refused", "range"]
         for row, target in zip(rows, thresholds["models"][name]["targets"], strict=True):
             assert row[0] == f"{target['precision']:.0%}"
             assert row[1] == ("never" if target["threshold"] is None else f"{target['threshold']:.4f}")
-            assert row[-1] == f"{target['refused']:.1%}"
+            assert row[-2] == f"{target['refused']:.1%}"
+            assert row[-1] == f"{target['refused_low']:.1%} .. {target['refused_high']:.1%}"
+    told = [line.text for line in section.find_elements("css selector", "p.soft")]
+    for line, found in zip(told, thresholds["models"].values(), strict=True):
+        assert f"{found['area']:.1%} of all pairs (area under the ROC curve; 95% interval" in line
+        assert f"{found['area_low']:.1%} .. {found['area_high']:.1%})." in line
     dots = section.find_elements("tag name", "circle")
     assert len(dots) == sum(len(found["curve"]) for found in thresholds["models"].values())
     colour = "return getComputedStyle(document.querySelector('#thresholds polyline')).stroke"

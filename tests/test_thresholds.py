@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import evaluate
-from embedding_finetune.evaluation.thresholds import FirstPassages, area, moved, thresholds_of, wilson
+from embedding_finetune.evaluation import thresholds
+from embedding_finetune.evaluation.thresholds import FirstPassages, moved, thresholds_of, wilson
 
 
 def first_passages(scores, right, answerable=None):
@@ -36,7 +37,8 @@ def test_the_lowest_threshold_is_where_precision_is_still_reached():
     assert at_80["threshold_low"] <= 0.31
     assert at_80["threshold_high"] >= 0.29
     assert at_80["answered_low"] <= 0.7 <= at_80["answered_high"]
-    assert (at_80["refused"], found["area"]) == (None, None)
+    nothing = [at_80[name] for name in ("refused", "refused_low", "refused_high")]
+    assert nothing + [found[name] for name in ("area", "area_low", "area_high")] == [None] * 6
     assert [point["precision"] for point in found["curve"]][-3:] == pytest.approx([6 / 8, 6 / 9, 6 / 10])
     assert [point["answered"] for point in found["curve"]][-1] == 1
 
@@ -66,6 +68,33 @@ def test_questions_without_an_answer_are_answered_wrongly_or_refused():
     assert found["area"] == pytest.approx(3 / 6)  # of the pairs .9 > .8, .9 > .6, .7 > .6
 
 
+def test_what_is_refused_and_the_area_have_the_intervals_of_the_same_rounds():
+    """400 right answers at 0.9; of 200 questions without one, 50 have that score too, and 150 have 0.1.
+
+    Precision at 0.9 is 400 / 450, at 0.1 400 / 600, each far enough from 0.8 that every round chooses 0.9.
+    """
+    first = first_passages([0.9] * 450 + [0.1] * 150, [1] * 400 + [0] * 200, [True] * 400 + [False] * 200)
+    found = thresholds_of(first, seed=0)
+    at_80 = target_of(found, 0.8)
+    assert (at_80["threshold_low"], at_80["threshold_high"]) == pytest.approx((0.9, 0.9))
+    half = 1.96 * (0.75 * 0.25 / 200) ** 0.5  # of a share of 200 questions
+    assert at_80["refused"] == pytest.approx(0.75)
+    assert (at_80["refused_low"], at_80["refused_high"]) == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
+    # Those refused score below all answers, the others score the same, which counts half.
+    assert found["area"] == pytest.approx(0.875)
+    for end in ("low", "high"):
+        assert found[f"area_{end}"] == pytest.approx((1 + at_80[f"refused_{end}"]) / 2)
+
+
+def test_a_round_without_a_question_that_has_no_answer_is_left_out():
+    # One of 40 has none. A third of the rounds do not draw it. The others answer it: 80% are right all the same.
+    first = first_passages([0.9] * 39 + [0.5], [1] * 39 + [0], [True] * 39 + [False])
+    found = thresholds_of(first, seed=0)
+    at_80 = target_of(found, 0.8)
+    assert (at_80["refused"], at_80["refused_low"], at_80["refused_high"]) == (0, 0, 0)
+    assert (found["area"], found["area_low"], found["area_high"]) == (1, 1, 1)
+
+
 def test_where_no_question_has_an_answer_nothing_is_said_of_those_that_have():
     first = first_passages([0.9, 0.8], [0, 0], [False, False])
     found = thresholds_of(first, seed=0)
@@ -74,14 +103,41 @@ def test_where_no_question_has_an_answer_nothing_is_said_of_those_that_have():
 
 
 @given(
-    scores=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), min_size=2, max_size=12),
-    data=st.data(),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4]), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12
+    )
 )
-def test_the_area_is_scikit_learns(scores, data):
-    answerable = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
-    if len(set(answerable)) == 2:
-        first = first_passages(scores, [False] * len(scores), answerable)
-        assert area(first) == pytest.approx(roc_auc_score(answerable, first.scores))
+def test_the_area_is_scikit_learns_however_often_a_question_was_drawn(rows):
+    scores, answerable, drawn = map(np.array, zip(*rows))
+    by_score = thresholds._Sorted(first_passages(scores, [False] * len(scores), answerable))
+    area = by_score.area(drawn[np.argsort(-scores, kind="stable")])
+    if len(set(answerable[drawn > 0])) == 2:
+        assert area == pytest.approx(roc_auc_score(answerable, scores, sample_weight=drawn))
+    else:
+        assert area is None
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.sampled_from("rwu"), st.integers(0, 3)),
+        min_size=1,
+        max_size=12,
+    ).filter(lambda rows: any(drawn for *_, drawn in rows))
+)
+def test_a_round_agrees_with_counting_the_questions_that_it_drew(rows):
+    """r: right, w: wrong, u: without an answer."""
+    rows = sorted(rows, key=lambda row: -row[0])
+    scores, kinds, drawn = zip(*rows)
+    first = first_passages(scores, [kind == "r" for kind in kinds], [kind != "u" for kind in kinds])
+    found = thresholds._round(thresholds._Sorted(first), np.array(drawn, dtype=np.float64))
+    sample = [(score, kind) for score, kind, times in rows for _ in range(times)]
+    for target, (_, answered, refused, *_) in zip(thresholds.TARGETS, found):
+        right_from = {low: [kind == "r" for score, kind in sample if score >= low] for low, _ in sample}
+        lowest = min((low for low, right in right_from.items() if np.mean(right) >= target), default=np.inf)
+        with_answer = [score >= lowest for score, kind in sample if kind != "u"]
+        without = [score < lowest for score, kind in sample if kind == "u"]
+        assert answered == pytest.approx(np.mean(with_answer) if with_answer else 0)
+        assert np.isnan(refused) if not without else refused == pytest.approx(np.mean(without))
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.booleans()), min_size=1, max_size=15))
@@ -155,7 +211,13 @@ def test_evaluate_tells_thresholds_of_the_models_that_embed_and_measures_answere
     assert f"{one}: first passage right" in out.out
     assert "bm25: first passage right" not in out.out
     document = json.loads((output / "metrics.json").read_text())
-    assert document["queries"] == len(TOPICS) == len(read_jsonl(output / "per_query.jsonl"))
+    records = read_jsonl(output / "per_query.jsonl")
+    assert document["queries"] == len(TOPICS)
+    assert [record.get("answerable") for record in records] == [None] * len(TOPICS) + [False] * 3
+    assert [record["query"] for record in records[len(TOPICS) :]] == ["red light", "who is it", "my badge"]
+    for record in records[len(TOPICS) :]:
+        assert {name: found["ranks"] for name, found in record["models"].items()} == {name: [] for name in names}
+        assert [len(record["models"][name]["top"]) for name in (one, other)] == [10, 10]
     assert list(document["thresholds"]["models"]) == [one, other]
     for name in (one, other):
         found = document["thresholds"]["models"][name]
@@ -179,7 +241,7 @@ def test_ids_are_those_of_the_places_in_the_file(tiny_bert, data, tmp_path):
     output = tmp_path / "out"
     evaluate.main(["--model_name", str(tiny_bert), *data, "--thresholds", "--output_dir", str(output)])
     ids = [row["id"] for row in read_jsonl(output / "per_query.jsonl")]
-    assert ids == [f"{number:02d}" for number in (0, 1, 2, 3, 7, 8, 9, 10, 11, 12)]
+    assert ids == [f"{number:02d}" for number in (0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 4, 5, 6)]
 
 
 def test_only_questions_without_an_answer_are_the_error_they_were(tiny_bert, data, tmp_path, capsys):

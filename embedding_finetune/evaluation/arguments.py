@@ -26,7 +26,8 @@ DEFAULT_MEASURES = ("MRR", "Hit")
 class EvaluationOptions(EncodingOptions):
     """The flags of evaluate.py, by name. Raises UserError where they contradict each other.
 
-    fail_below: measures, such as `MRR@10`, and the values that they must reach.
+    smaller_dimensions: what --sizes measures below truncate_dim, in decreasing order; none for half of it, a fourth and
+    an eighth. fail_below: measures, such as `MRR@10`, and the values that they must reach.
     """
 
     model_name: list[str]
@@ -37,6 +38,7 @@ class EvaluationOptions(EncodingOptions):
     doubts_file: str | None = None
     cutoffs: list[int] = field(default_factory=lambda: list(DEFAULT_CUTOFFS))
     measures: list[str] = field(default_factory=lambda: list(DEFAULT_MEASURES))
+    smaller_dimensions: list[int] = field(default_factory=list)
     output_dir: str | None = None
     json: bool = False
     seed: int = 42
@@ -52,6 +54,8 @@ class EvaluationOptions(EncodingOptions):
             raise UserError("--fail_if_worse: there is only one --model_name; put the model to compare with before it")
         if self.fail_if_worse and self.model_name[-1] == self.base:
             raise UserError(f"--fail_if_worse: {self.base}, the first model, comes last; put another one behind it")
+        if self.smaller_dimensions and not self.sizes:
+            raise UserError("--truncate_dim: several values are the dimensions of --sizes; give one, or --sizes too")
         if self.sizes and not self.dense_alone:
             raise UserError(f"--sizes: {BM25} and fusions have no embeddings; name a model by itself")
         if self.thresholds and not self.dense_alone:
@@ -62,8 +66,16 @@ class EvaluationOptions(EncodingOptions):
                 raise UserError(f"--fail_below: {name} is not measured; these are: {', '.join(measured)}")
 
     def parts_of(self, name: str) -> list[str]:
-        """The rankings that a name stands for: `a+b` is the fusion of two, unless a folder has that name."""
-        return [name] if os.path.exists(name) else name.split("+")
+        """The rankings that a name stands for: `a+b` is the fusion of two.
+
+        A path that exists is one of them, whatever `+` it has. From the left, the longest such path is taken.
+        """
+        pieces, parts = name.split("+"), []
+        while pieces:
+            joined = ["+".join(pieces[:count]) for count in range(len(pieces), 1, -1)]
+            parts.append(next(filter(os.path.exists, joined), pieces[0]))
+            pieces = pieces[parts[-1].count("+") + 1 :]
+        return parts
 
     @property
     def rankings(self) -> list[str]:

@@ -1,12 +1,14 @@
 """What evaluate.py writes to --output_dir, for people and for other tools.
 
 metrics.json       measures, differences, settings, digests of weights, counts
-per_query.jsonl    for each query and model, the rank of each answer and the ten best passages
+per_query.jsonl    for each query and model, the rank of each answer and the ten best passages; questions without an
+                   answer come last, and are in no TREC file
 report.html        the same as a page, see page.py
 run.MODEL.trec     the rankings, for trec_eval and ranx; docids are those of a BEIR folder, else corpus positions
 qrels.trec         the answers, for the same tools
 """
 
+import itertools
 import json
 import logging
 import re
@@ -27,10 +29,19 @@ PASSAGES_PER_QUERY = 10
 """In per_query.jsonl, for each model."""
 
 
-def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankings: Mapping[str, Ranking]) -> None:
-    """Write all files; `document` becomes metrics.json."""
+def write_evaluation(
+    folder: Path,
+    document: Record,
+    task: RetrievalTask,
+    rankings: Mapping[str, Ranking],
+    of_unanswered: Mapping[str, Ranking] | None = None,
+) -> None:
+    """Write all files; `document` becomes metrics.json. of_unanswered: the rankings of task.unanswered, if any."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "per_query.jsonl", per_query_records(task, rankings))
+    records = per_query_records(task, rankings)
+    if task.unanswered is not None and of_unanswered is not None:
+        records = itertools.chain(records, per_query_records(task.unanswered, of_unanswered, answerable=False))
+    write(folder / "per_query.jsonl", records)
     write_lines(folder / "qrels.trec", qrels_lines(task))
     for name, ranking in rankings.items():
         write_lines(folder / run_file(name, list(rankings)), run_lines(task, ranking, name))
@@ -41,15 +52,20 @@ def write_evaluation(folder: Path, document: Record, task: RetrievalTask, rankin
     logger.info("wrote %s and other files of the evaluation", folder / "report.html")
 
 
-def per_query_records(task: RetrievalTask, rankings: Mapping[str, Ranking]) -> Iterator[Record]:
+def per_query_records(
+    task: RetrievalTask, rankings: Mapping[str, Ranking], *, answerable: bool = True
+) -> Iterator[Record]:
     """One record per query. A rank is None where the answer is not in the ranking or not in the corpus.
 
     In a BEIR folder, documents have their ids beside them, and `answers` has the ids and grades of the answers.
+    answerable: False for the task of questions without an answer, whose records say so.
     """
     for number, query in enumerate(task.queries):
         record: Record = {"id": task.ids[number], "query": query}
         if task.groups[number] is not None:
             record["group"] = task.groups[number]
+        if not answerable:
+            record["answerable"] = False
         if isinstance(task.corpus, Documents):
             answers = sorted(task.relevant[number].items())
             record["answers"] = {task.corpus.docid(position): grade for position, grade in answers}

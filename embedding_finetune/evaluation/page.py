@@ -107,7 +107,7 @@ def _sizes(sizes: Record) -> str:
         return ""
     tables = [table(size_head(name, records), size_rows(records)) for name, records in sizes.items()]
     measure = next(iter(sizes.values()))[0]["measure"]
-    told = f"Bytes of a passage. The difference is that of {measure} to float32 with all dimensions."
+    told = f"Bytes of a passage. The difference is that of {measure} to float32 with the most dimensions."
     return f'<section id="sizes"><h2>Smaller indices</h2>{"".join(tables)}<p class="soft">{told}</p></section>'
 
 

@@ -7,7 +7,8 @@ of the query's floats with the passage's signs.
 Shapes: Q queries, N passages, H dimensions, k ranks.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +39,14 @@ class Embedded(NamedTuple):
 def sizes_of(embedded: Embedded, task: RetrievalTask, options: EvaluationOptions) -> list[Record]:
     """A record for each number of dimensions and each precision, the largest first.
 
-    Measures are at the largest of --cutoffs. The difference is of the first measure, to float32 with all dimensions.
+    Measures are at the largest of --cutoffs. The difference is of the first measure, to float32 with the most
+    dimensions.
     """
     top_k = max(options.cutoffs)
     judged = options.measures[0]
     name = f"{judged}@{top_k}"
     records, whole = [], None
-    for part in _parts(embedded):
+    for part in _parts(embedded, options.smaller_dimensions):
         for precision, size, ranking in _rankings(part, min(top_k, len(part.passages))):
             ranking = as_documents(ranking, task.corpus, top_k)
             values = values_per_query(ranking, task, options.measures, [top_k])
@@ -62,13 +64,14 @@ def sizes_of(embedded: Embedded, task: RetrievalTask, options: EvaluationOptions
     return records
 
 
-def _parts(embedded: Embedded) -> Iterator[Embedded]:
-    """The embeddings with all dimensions, the first half of them, a fourth, an eighth."""
+def _parts(embedded: Embedded, smaller: Sequence[int]) -> Iterator[Embedded]:
+    """The embeddings with all dimensions, and with the first ones alone: half of them, a fourth, an eighth.
+
+    smaller: other numbers of dimensions than these, if any.
+    """
     dimensions = embedded.queries.shape[1]
-    for halving in range(_HALVINGS):
-        kept = dimensions >> halving
-        if halving and kept < _FEWEST_DIMENSIONS:
-            return
+    halves = [dimensions >> halving for halving in range(1, _HALVINGS)]
+    for kept in [dimensions, *(smaller or [half for half in halves if half >= _FEWEST_DIMENSIONS])]:
         queries, passages = embedded.queries[:, :kept], embedded.passages[:, :kept]
         if embedded.unit:
             queries, passages = _unit(queries), _unit(passages)
@@ -79,8 +82,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _rankings(part: Embedded, top_k: int) -> Iterator[tuple[str, float, Ranking]]:
-    """Each precision, the bytes of a passage, and the ranking that it gives."""
+def _rankings(part: Embedded, top_k: int) -> Iterator[tuple[str, int, Ranking]]:
+    """Each precision, the bytes of a passage, which are whole ones, and the ranking that it gives."""
     dimensions = part.queries.shape[1]
     exact = TopK(part.queries, top_k, ties="last")
     exact.add(0, part.passages)
@@ -88,10 +91,10 @@ def _rankings(part: Embedded, top_k: int) -> Iterator[tuple[str, float, Ranking]
     faiss = import_faiss()
     kinds = faiss.ScalarQuantizer
     yield "int8", dimensions, _quantised(faiss, part, kinds.QT_8bit, top_k)
-    yield "int4", dimensions / 2, _quantised(faiss, part, kinds.QT_4bit, top_k)
+    yield "int4", math.ceil(dimensions / 2), _quantised(faiss, part, kinds.QT_4bit, top_k)
     candidates = _by_hamming_distance(faiss, part, min(_CANDIDATES * top_k, len(part.passages)))
-    yield "binary", dimensions / 8, Ranking(*(array[:, :top_k] for array in candidates))
-    yield "binary, rescored", dimensions / 8, _rescored(part, candidates.positions, top_k)
+    yield "binary", math.ceil(dimensions / 8), Ranking(*(array[:, :top_k] for array in candidates))
+    yield "binary, rescored", math.ceil(dimensions / 8), _rescored(part, candidates.positions, top_k)
 
 
 def _quantised(faiss: Any, part: Embedded, kind: int, top_k: int) -> Ranking:

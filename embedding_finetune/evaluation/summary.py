@@ -21,12 +21,11 @@ def summarize(
     options: EvaluationOptions,
     weights_digests: Mapping[str, str],
     trained_queries: Mapping[str, int],
-    judged: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Record:
     """All results as one JSON document, the content of metrics.json.
 
     values: model -> measure -> (Q,). weights_digests: by model. trained_queries: model -> how many of the queries it
-    was trained on. judged: as ranking.judged_shares gives it for each model; None where nothing was judged.
+    was trained on.
     """
     base = options.base
     members: dict[str, list[int]] = {
@@ -37,7 +36,7 @@ def summarize(
             members[group].append(number)
     return {
         "base": base,
-        "judged": judged,
+        "judged": None,
         "thresholds": None,
         "sizes": {},
         "metrics": {name: means(scores) for name, scores in values.items()},
@@ -124,7 +123,7 @@ def threshold_tables(thresholds: Record | None) -> list[str]:
 def threshold_head(name: str, found: Record) -> list[str]:
     """The head of the table of a model's thresholds."""
     head = [f"{name}: first passage right", "answer from", "range", "answered", "range", "right on new questions"]
-    return head if found["targets"][0]["refused"] is None else [*head, "refused"]
+    return head if found["targets"][0]["refused"] is None else [*head, "refused", "range"]
 
 
 def threshold_rows(found: Record) -> list[list[str]]:
@@ -137,6 +136,7 @@ def threshold_rows(found: Record) -> list[list[str]]:
         cells.append("" if target["on_new_questions"] is None else f"{target['on_new_questions']:.1%}")
         if target["refused"] is not None:
             cells.append(f"{target['refused']:.1%}")
+            cells.append(f"{target['refused_low']:.1%} .. {target['refused_high']:.1%}")
         rows.append([f"{target['precision']:.0%}", *cells])
     return rows
 

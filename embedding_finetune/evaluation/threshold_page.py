@@ -22,7 +22,8 @@ def threshold_section(thresholds: Record | None, names: Sequence[str]) -> str:
         if found["area"] is not None:
             parts.append(
                 f'<p class="soft">{escape(name)}: a question with an answer scores above one without in '
-                f"{found['area']:.1%} of all pairs (area under the ROC curve).</p>"
+                f"{found['area']:.1%} of all pairs (area under the ROC curve; 95% interval "
+                f"{found['area_low']:.1%} .. {found['area_high']:.1%}).</p>"
             )
     if thresholds["moved"]:
         parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in moved_lines(thresholds)) + "</ul>")

@@ -77,6 +77,18 @@ class _Sorted:
         of_them = np.cumsum(weights * which)
         return of_them[self.ends] / max(of_them[-1], 1e-12)
 
+    def area(self, weights: np.ndarray) -> float | None:
+        """The area under the ROC curve: how often a question with an answer has a higher score than one without.
+
+        Equal scores count half (Hanley and McNeil 1982), as the trapezoids of the curve do. None where one of the two
+        kinds is missing.
+        """
+        with_answer, without = (
+            np.append(0, np.cumsum(weights * which)[self.ends]) for which in (self.answerable, ~self.answerable)
+        )
+        pairs = with_answer[-1] * without[-1]
+        return float(np.trapezoid(with_answer, without) / pairs) if pairs else None
+
 
 def lowest_threshold(right: np.ndarray, answers: np.ndarray, target: float) -> int | None:
     """The place of the lowest threshold, of descending ones, at which precision is `target`; None where none is."""
@@ -94,11 +106,11 @@ def thresholds_of(first: FirstPassages, *, seed: int) -> Record:
     by_score = _Sorted(first)
     once = np.ones(len(first.right))
     answers, right = by_score.answered(once)
-    rounds = np.array([_round(by_score, weights) for weights in _resampled(len(once), seed)])  # (R, targets, 4)
+    rounds = np.array([_round(by_score, weights) for weights in _resampled(len(once), seed)])  # (R, targets, 5)
     return {
         "targets": [_target(by_score, target, rounds[:, number]) for number, target in enumerate(TARGETS)],
         "curve": _curve(by_score, answers, right),
-        "area": area(first) if first.answerable.any() and not first.answerable.all() else None,
+        **_area(by_score, seed),
     }
 
 
@@ -109,27 +121,32 @@ def _resampled(count: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _round(by_score: _Sorted, weights: np.ndarray) -> list[list[float]]:
-    """For each target: the threshold, the share answered, and answers and right ones of the questions not drawn."""
+    """For each target: the threshold, the shares answered and refused, answers and right ones of questions not drawn.
+
+    The share refused is NaN where no question without an answer was drawn.
+    """
     answers, right = by_score.answered(weights)
     new_answers, new_right = by_score.answered((weights == 0).astype(np.float64))
     share = by_score.share_answered(by_score.answerable, weights)
+    all_refused = 1.0 if weights[~by_score.answerable].any() else np.nan
+    refused = all_refused - by_score.share_answered(~by_score.answerable, weights)
     found = []
     for target in TARGETS:
         place = lowest_threshold(right, answers, target)
         found.append(
-            [np.inf, 0.0, 0.0, 0.0]
+            [np.inf, 0.0, all_refused, 0.0, 0.0]
             if place is None
-            else [by_score.thresholds[place], share[place], new_answers[place], new_right[place]]
+            else [by_score.thresholds[place], share[place], refused[place], new_answers[place], new_right[place]]
         )
     return found
 
 
 def _target(by_score: _Sorted, target: float, rounds: np.ndarray) -> Record:
-    """The record of a target. rounds: (R, 4), as _round has them."""
+    """The record of a target. rounds: (R, 5), as _round has them."""
     once = np.ones(len(by_score.right))
     answers, right = by_score.answered(once)
     place = lowest_threshold(right, answers, target)
-    thresholds, shares, new_answers, new_right = rounds.T
+    thresholds, shares, refused, new_answers, new_right = rounds.T
     low, high = np.quantile(thresholds, [0.025, 0.975], method="nearest").tolist()
     share_low, share_high = np.quantile(shares, [0.025, 0.975]).tolist()
     record: Record = {
@@ -141,8 +158,13 @@ def _target(by_score: _Sorted, target: float, rounds: np.ndarray) -> Record:
         "answered_low": share_low,
         "answered_high": share_high,
         "on_new_questions": None,
-        "refused": None if by_score.answerable.all() else 1.0,
+        "refused": None,
+        "refused_low": None,
+        "refused_high": None,
     }
+    if not by_score.answerable.all():
+        refused_low, refused_high = np.nanquantile(refused, [0.025, 0.975]).tolist()
+        record |= {"refused": 1.0, "refused_low": refused_low, "refused_high": refused_high}
     if place is None:
         return record
     record["threshold"] = float(by_score.thresholds[place])
@@ -180,15 +202,17 @@ def wilson(right: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
 
 
-def area(first: FirstPassages) -> float:
-    """The area under the ROC curve: how often a question with an answer has a higher score than one without.
+def _area(by_score: _Sorted, seed: int) -> Record:
+    """The area under the ROC curve, and its interval by the rounds that the thresholds have.
 
-    Equal scores count half (Hanley and McNeil 1982).
+    All are None where every question has an answer, or none has. A round of such questions is left out.
     """
-    with_answer, without = first.scores[first.answerable], np.sort(first.scores[~first.answerable])
-    below = np.searchsorted(without, with_answer, side="left")
-    not_above = np.searchsorted(without, with_answer, side="right")
-    return float((below + not_above).sum() / (2 * len(with_answer) * len(without)))
+    area = by_score.area(np.ones(len(by_score.right)))
+    if area is None:
+        return {"area": None, "area_low": None, "area_high": None}
+    areas = [by_score.area(weights) for weights in _resampled(len(by_score.right), seed)]
+    low, high = np.quantile([one for one in areas if one is not None], [0.025, 0.975]).tolist()
+    return {"area": area, "area_low": low, "area_high": high}
 
 
 def moved(before: Record, after: Record, first: FirstPassages) -> list[Record]:

@@ -42,8 +42,11 @@ def check_bm25s(flag: str) -> None:
         raise UserError(f"{flag} {BM25} needs the package bm25s: pip install bm25s")
 
 
-def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags about encoding and searching."""
+def add_encoding_arguments(parser: argparse.ArgumentParser, *, several_dimensions: bool = False) -> None:
+    """Add the flags about encoding and searching.
+
+    several_dimensions: whether --truncate_dim takes several values, for --sizes; it parses to a list then.
+    """
     group = parser.add_argument_group("encoding")
     checkpoint = "(default: what the checkpoint says, else %s)"
     group.add_argument(
@@ -66,8 +69,10 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--truncate_dim",
         type=positive_int,
+        nargs="+" if several_dimensions else None,
         metavar="N",
-        help="keep the first N dimensions of embeddings, as models trained with --matryoshka_dims allow",
+        help="keep the first N dimensions of embeddings, as models trained with --matryoshka_dims allow"
+        + ("; with --sizes several N, which are the dimensions that it measures" if several_dimensions else ""),
     )
     group.add_argument(
         "--dtype",
