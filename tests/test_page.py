@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 from helpers import browser
-from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.tiny import make_tiny_bert
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 import evaluate
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.task import load_task
+from embedding_finetune.evaluation import query_table
 from embedding_finetune.evaluation.page import first_ranks, html_report
 from embedding_finetune.evaluation.ranking import values_per_query
 from embedding_finetune.evaluation.summary import summarize
@@ -160,7 +163,8 @@ def test_worse_and_failing_queries_show_the_right_passage_and_what_was_above_it(
     _, (shown,) = query_rows(chromium)
     assert shown.split("\n") == [
         *("right passage", "passage 0", "ranked above it by tuned"),
-        *("1. (1.0000) passage 1", "2. (0.8889) passage 2", "id 1"),
+        *("1. (1.0000) passage 1", "answers it (y)", "does not (n)", "skip (s)"),
+        *("2. (0.8889) passage 2", "answers it (y)", "does not (n)", "skip (s)", "id 1"),
     ]
     button.click()
     assert len(query_rows(chromium)) == 1
@@ -235,3 +239,120 @@ def test_first_ranks_take_the_best_of_several_answers(tmp_path):
     ranking = Ranking(np.array([[0, 2, 1], [0, 3, 3]]), np.array([[3, 2, 1]] * 2, np.float32))
     assert first_ranks(ranking, task, 3).tolist() == [2, 0]
     assert first_ranks(ranking, task, 1).tolist() == [0, 0]
+
+
+# Judging
+
+
+@pytest.fixture
+def downloads(chromium, tmp_path):
+    """Where the browser puts files that a page saves."""
+    chromium.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    return tmp_path
+
+
+def judged_in(folder):
+    """The lines of the file that the page saved."""
+    path = folder / "judgements.jsonl"
+    WebDriverWait(None, 20).until(lambda _: path.exists())
+    return path, read_jsonl(path)
+
+
+def test_what_is_judged_in_the_page_by_mouse_and_by_keys_changes_the_next_evaluation(chromium, tiny_bert, downloads):
+    passages = [passage_about(topic) for topic in TOPICS]
+    rows = [{"query": f"q{n}q reset the {topic}", "pos": [passages[n]]} for n, topic in enumerate(TOPICS)]
+    argv = [
+        "--model_name",
+        tiny_bert,
+        "--index_file_jsonl_path",
+        write_jsonl(downloads / "c.jsonl", [{"context": passages}]),
+    ]
+    argv += ["--query_file_jsonl_path", write_jsonl(downloads / "q.jsonl", rows), "--output_dir", downloads / "out"]
+    before = evaluate.main([str(part) for part in argv])
+    chromium.get((downloads / "out" / "report.html").as_uri())
+    body = chromium.find_element("css selector", "#queries tbody")
+    first, second = [row for row in query_rows(chromium) if row[-1] not in ("1", "2", "3")][:2]
+    search_for(chromium, first[0])
+    body.find_element("css selector", "button[aria-expanded]").click()
+    mouse = body.find_elements("css selector", "dd.open")
+    assert len(mouse) == 3
+    assert not chromium.find_element("id", "judging").is_displayed()
+    mouse[0].find_elements("css selector", ".answers button")[0].click()
+    assert [b.get_attribute("aria-pressed") for b in mouse[0].find_elements("css selector", ".answers button")] == [
+        "true",
+        "false",
+        "false",
+    ]
+    for place in (1, 2):
+        chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", mouse[place])
+        mouse[place].find_elements("css selector", ".answers button")[place].click()
+    # A search closes what was open; what was judged stays.
+    search_for(chromium, second[0])
+    body.find_element("css selector", "button[aria-expanded]").send_keys(Keys.ENTER, Keys.TAB)
+    chromium.switch_to.active_element.send_keys("n")
+    chromium.switch_to.active_element.send_keys("y")
+    assert chromium.switch_to.active_element.get_attribute("class") == "open"  # the third, not judged yet
+    assert chromium.find_element("id", "judged-count").text == "4 judged"
+    chromium.switch_to.active_element.send_keys("s")
+    assert chromium.switch_to.active_element.get_attribute("id") == "save"
+    chromium.switch_to.active_element.send_keys(Keys.ENTER)
+    path, lines = judged_in(downloads)
+    assert chromium.get_log("browser") == []
+    tops = {
+        record["query"]: [place["text"] for place in record["models"][str(tiny_bert)]["top"]]
+        for record in read_jsonl(downloads / "out" / "per_query.jsonl")
+    }
+    assert lines == [
+        {"query": first[0], "passage": tops[first[0]][0], "relevant": True},
+        {"query": first[0], "passage": tops[first[0]][1], "relevant": False},
+        {"query": second[0], "passage": tops[second[0]][0], "relevant": False},
+        {"query": second[0], "passage": tops[second[0]][1], "relevant": True},
+    ]
+    after = evaluate.main([*(str(part) for part in argv), "--judgements", str(path)])
+    ranks = {row[0]: int(row[-1]) for row in (first, second)}
+    gained = (1 - 1 / ranks[first[0]]) + (1 / 2 - 1 / ranks[second[0]])
+    assert after["MRR@10"] == pytest.approx(before["MRR@10"] + gained / len(rows), abs=1e-12)
+    chromium.get((downloads / "out" / "report.html").as_uri())
+    choose(chromium, "all")
+    search_for(chromium, second[0])
+    chromium.find_element("css selector", "#queries tbody button[aria-expanded]").click()
+    assert "judged before: does not answer" in chromium.find_element("id", "queries").text
+    assert chromium.find_elements("css selector", "dd.open") == []
+    assert "Judged@10" in chromium.find_element("id", "judged").text
+
+
+def test_leaving_the_page_with_judgements_that_are_not_saved_asks_first(chromium, tmp_path):
+    page = page_of({"base": [3, 4]}, tmp_path)
+    chromium.get(page.as_uri())
+    chromium.find_element("css selector", "#queries tbody button").click()
+    chromium.find_element("css selector", "dd.open .answers button").click()
+    script = "const e = new Event('beforeunload', {cancelable: true}); return !dispatchEvent(e)"
+    assert chromium.execute_script(script)
+    chromium.find_element("id", "save").click()
+    assert not chromium.execute_script(script)
+
+
+def test_keys_go_on_to_the_next_query_that_has_anything_to_judge(chromium, tmp_path):
+    chromium.get(page_of({"base": [2, 1, 2]}, tmp_path).as_uri())
+    choose(chromium, "all")
+    chromium.find_element("css selector", "#queries tbody button").send_keys(Keys.ENTER, Keys.TAB, "y")
+    assert (
+        chromium.execute_script("return document.activeElement.closest('tr').previousSibling.cells[0].innerText")
+        == "question 2"
+    )
+    chromium.switch_to.active_element.send_keys("n")
+    assert chromium.find_element("id", "judged-count").text == "2 judged"
+    chromium.find_element("id", "save").click()
+
+
+def test_only_whole_texts_can_be_judged(chromium, tmp_path, monkeypatch):
+    monkeypatch.setattr(query_table, "_WHOLE_BYTES", 3000)
+    page = page_of(
+        {"base": [2] * 12}, tmp_path, queries="question {} " + "word " * 60, passage="passage {} " + "x" * 500
+    )
+    chromium.get(page.as_uri())
+    for button in chromium.find_elements("css selector", "#queries tbody button"):
+        button.click()
+    whole = len(chromium.find_elements("css selector", "dd.open"))
+    assert 0 < whole < 12
+    assert chromium.find_element("id", "queries").text.count("too much text to judge it here") == 12 - whole

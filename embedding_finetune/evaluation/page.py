@@ -1,13 +1,12 @@
 """The evaluation as one HTML page that needs no network and no server.
 
-Tables and charts are written here. The table of queries is made in the browser from JSON, by the script in
-report_template.html. Charts are plain SVG, so that they follow the page's light or dark colours. A plotting library's
-script alone would take nearly the 5 MB that 10,000 queries may take.
+Tables and charts are written here. The table of queries is made in the browser from the JSON of query_table.py, by the
+script in report_template.html. Charts are plain SVG, so that they follow the page's light or dark colours. A plotting
+library's script alone would take nearly the 5 MB that 10,000 queries may take.
 
 Shapes: Q queries, K ranks.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,17 +21,12 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.markup import COLOURS, table
 from embedding_finetune.evaluation.metrics import relevance_of
-from embedding_finetune.evaluation.summary import difference_cells, size_head, size_rows
+from embedding_finetune.evaluation.query_table import beyond_all, embedded, query_table
+from embedding_finetune.evaluation.summary import difference_cells, judged_rows, size_head, size_rows
 from embedding_finetune.evaluation.threshold_page import threshold_section
 from embedding_finetune.retrieval.top_k import Ranking
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
-_QUERY_CHARACTERS, _PASSAGE_CHARACTERS = 200, 300
-_SHOWN_PASSAGES = 3
-"""Per query, of the right passages and of those that ranked above them."""
-_QUERY_BYTES = 4_000_000
-"""The most that the table of queries takes. The queries that matter most come first, and the page says when others are
-left out."""
 _ROUND_RANKS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -46,13 +40,14 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
         "legend": "".join(f'<li class="m{i % COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
         "warnings": "".join(f"<li>{escape(text)}</li>" for text in warnings(document)),
         "measures": _measures(document),
+        "judged": _judged(document["judged"]),
         "charts": "".join(_chart(measure, document, ranks, depth) for measure in ("MRR", "Hit")),
         "distribution": _distribution(ranks, depth),
         "outcomes": "".join(_outcomes(name, document["base"], ranks) for name in ranks if name != document["base"]),
         "thresholds": threshold_section(document["thresholds"], list(rankings)),
         "sizes": _sizes(document["sizes"]),
         "groups": _groups(document),
-        "data": _embedded(_query_table(task, rankings, ranks, depth, document["base"])),
+        "data": embedded(query_table(task, rankings, ranks, depth, document["base"])),
     }
     # One pass, so that text within a part is never taken for a placeholder.
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
@@ -100,6 +95,17 @@ def _measures(document: Record) -> str:
         ]
         tables.append(table(["", base, model, "difference", "95% interval", "p"], rows))
     return "".join(tables)
+
+
+def _judged(judged: Mapping[str, Mapping[str, float]] | None) -> str:
+    if not judged:
+        return ""
+    told = (
+        "The share of each model's first passages that is judged or labelled. Answers that one model alone puts first "
+        "were found only there: where shares differ, measures favour the model with the larger one."
+    )
+    head, *rows = judged_rows(judged)
+    return f'<section id="judged">{table(head, rows)}<p class="soft">{told}</p></section>'
 
 
 def _sizes(sizes: Record) -> str:
@@ -182,89 +188,12 @@ def _distribution(ranks: Mapping[str, np.ndarray], depth: int) -> str:
 
 def _outcomes(model: str, base: str, ranks: Mapping[str, np.ndarray]) -> str:
     """How many queries a model made better, left the same and made worse, by the rank of the best right passage."""
-    change = _beyond_all(ranks[model]) - _beyond_all(ranks[base])
+    change = beyond_all(ranks[model]) - beyond_all(ranks[base])
     counts = {"better": int((change < 0).sum()), "same": int((change == 0).sum()), "worse": int((change > 0).sum())}
     segments = "".join(f'<i class="{name}" style="flex-grow:{count}"></i>' for name, count in counts.items())
     words = ", ".join(f'<b class="{name}">{count:,}</b> {name}' for name, count in counts.items())
     return f'<p>{escape(model)} against {escape(base)}: {words}</p><div class="outcome">{segments}</div>'
 
 
-def _beyond_all(ranks: np.ndarray) -> np.ndarray:
-    """Ranks in which 0, for "not found", has become the largest."""
-    return np.where(ranks == 0, np.iinfo(np.int64).max // 2, ranks)
-
-
-def _query_table(
-    task: RetrievalTask, rankings: Mapping[str, Ranking], ranks: Mapping[str, np.ndarray], depth: int, base: str
-) -> Record:
-    """The JSON from which the browser makes the table of queries.
-
-    `queries` holds [id, text, group, [rank per model], [right passage], [[passage, rank, score] ranked above them]].
-    Passages are indices into `passages`; the ranks above are the last model's.
-    """
-    model = list(rankings)[-1]
-    positions, scores = rankings[model]
-    place_of: dict[int, int] = {}
-    passages: list[str] = []
-    queries: list[list[object]] = []
-    used_bytes = 0
-
-    def place(position: int) -> int:
-        if position not in place_of:
-            place_of[position] = len(passages)
-            passages.append(_cut(task.corpus.texts[position], _PASSAGE_CHARACTERS))
-        return place_of[position]
-
-    for number in _most_telling_first(ranks, base):
-        passages_before = len(passages)
-        rank = int(ranks[model][number])
-        right, above = [], []
-        if rank != 1:
-            right = [place(position) for position in task.findable(number)[:_SHOWN_PASSAGES]]
-            above = [
-                [place(int(positions[number, other])), other + 1, round(float(scores[number, other]), 4)]
-                for other in range(min(rank - 1 if rank else depth, _SHOWN_PASSAGES))
-                if positions[number, other] >= 0
-            ]
-        rank_by_model = [int(best[number]) or None for best in ranks.values()]
-        query: list[object] = [
-            task.ids[number],
-            _cut(task.queries[number], _QUERY_CHARACTERS),
-            task.groups[number],
-            rank_by_model,
-            right,
-            above,
-        ]
-        used_bytes += len(_json([query, passages[passages_before:]]).encode())
-        if used_bytes > _QUERY_BYTES:
-            del passages[passages_before:]
-            break
-        queries.append(query)
-    total = len(task.queries)
-    models = list(rankings)
-    compared = {"models": models, "base": models.index(base), "depth": depth}
-    return {**compared, "total": total, "passages": passages, "queries": queries}
-
-
-def _most_telling_first(ranks: Mapping[str, np.ndarray], base: str) -> list[int]:
-    """Query numbers: first those that lost most from the base to the last model, then those that fail."""
-    first, last = _beyond_all(ranks[base]), _beyond_all(list(ranks.values())[-1])
-    lost = np.maximum(1 / first - 1 / last, 0)  # in reciprocal rank: from 1 to 2 is worse than from 50 to 60
-    return np.lexsort((-last, -lost)).tolist()
-
-
-def _cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: characters - 1] + "…"
-
-
 def _number(value: float) -> str:
     return f"{value:.4f}"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _embedded(value: object) -> str:
-    """JSON for a script element: no text in it can end the element."""
-    return _json(value).replace("<", "\\u003c")
