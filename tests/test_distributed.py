@@ -121,18 +121,23 @@ finetune.main({argv!r})
 
 def test_two_processes_train_as_one_with_the_twofold_batch(data, tmp_path):
     model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    queries = [row["query"] for row in read_jsonl(data)]
+    # Other rows' positives are confirmed negatives: the margin masks them no longer, whichever process has them.
+    lines = [{"query": query, "passage": passage_about(TOPICS[-1]), "relevant": False} for query in queries[:9]]
+    judgements = ("--judgements", str(write_jsonl(tmp_path / "judgements.jsonl", lines)))
+    variants = {**VARIANTS, "judged": (*VARIANTS["false negatives"], *judgements)}
     for processes in (1, 2):
         runs = [
             training_flags(model, data, tmp_path / f"{name}_{processes}", processes, *extra)
-            for name, extra in VARIANTS.items()
+            for name, extra in variants.items()
         ]
         program = f"import finetune\nfor flags in {runs!r}:\n    finetune.main(flags)"
         result = launch(program, tmp_path, processes=processes)
         assert result.returncode == 0, result.stderr
-        assert result.stderr.count("30 training rows") == len(VARIANTS)
+        assert result.stderr.count("30 training rows") == len(variants)
         assert result.stdout == ""
     start = load_file(model / "model.safetensors")
-    for name in VARIANTS:
+    for name in variants:
         one, two = (load_file(tmp_path / f"{name}_{n}" / "model.safetensors") for n in (1, 2))
         for key in one:
             # Relative to how far training moved the tensor.
@@ -368,17 +373,17 @@ except SystemExit as stop:
 
 MINE_AND_EVALUATE = """
 import sys, mine_hard_neg, evaluate
-model, other, reranker, rows, folder, *pools = sys.argv[1:]
+model, other, reranker, rows, judgements, folder, *pools = sys.argv[1:]
 for number, pool in enumerate(pools):
     flags = ["--input_file", rows, "--candidate_pool", pool, "--range_for_sampling", "1-4", "--negative_number", "5"]
     mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.jsonl", "--save_scores",
         "--near_duplicate_threshold", "0.996", *flags])
     mine_hard_neg.main(["--model_name_or_path", model, other, "--reranker_name_or_path", reranker, "--save_scores",
-        "--output_file", f"{folder}/{number}.reranked.jsonl", *flags])
+        "--output_file", f"{folder}/{number}.reranked.jsonl", "--doubts_file", f"{folder}/{number}.doubts.jsonl", *flags])
     evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
         "--output_dir", f"{folder}/{number}"])
     mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.filtered.jsonl",
-        "--absolute_margin", "0.001", "--keep_existing_negatives", *flags])
+        "--absolute_margin", "0.001", "--keep_existing_negatives", "--judgements", judgements, *flags])
 """
 
 
@@ -391,16 +396,21 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
     for count in (10, 2, 1):
         texts = [{"text": passage_about(topic)} for topic in TOPICS[:count]]
         pools.append(str(write_jsonl(tmp_path / f"pool_{count}.jsonl", texts)))
+    queries = [row["query"] for row in read_jsonl(data)]
+    lines = [{"query": queries[n], "passage": passage_about(TOPICS[9]), "relevant": n == 0} for n in range(2)]
+    judgements = write_jsonl(tmp_path / "judgements.jsonl", lines)
     outcomes = []
     for processes in (1, 2, 3):
         folder = tmp_path / f"with_{processes}"
         folder.mkdir()
-        result = launch(MINE_AND_EVALUATE, tmp_path, *models, str(data), str(folder), *pools, processes=processes)
+        result = launch(
+            MINE_AND_EVALUATE, tmp_path, *models, str(data), str(judgements), str(folder), *pools, processes=processes
+        )
         assert result.returncode == 0, result.stderr
         files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         metrics = [json.loads(files.pop(Path(f"{n}/metrics.json")))["metrics"] for n in range(len(pools))]
         outcomes.append((files, metrics, result.stdout))
-    assert len(outcomes[0][0]) == 7 * len(pools)
+    assert len(outcomes[0][0]) == 8 * len(pools)
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 

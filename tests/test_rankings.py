@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers.data import TOPICS, passage_about, write_evaluation, write_jsonl
+from helpers.data import TOPICS, passage_about, read_jsonl, write_evaluation, write_jsonl
 
 import evaluate
 
@@ -140,8 +141,13 @@ def test_without_the_package_one_line_says_what_to_install(tiny_bert, data, caps
 def test_two_processes_write_the_files_of_one(tiny_bert, data, tmp_path):
     flags = ["--model_name", "bm25", str(tiny_bert), f"bm25+{tiny_bert}", *data, "--dtype", "float32"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    rows = read_jsonl(Path(data[3]))
+    line = {"query": rows[0]["query"], "passage": rows[1]["pos"][0], "relevant": True}
+    judgements = str(write_jsonl(tmp_path / "judgements.jsonl", [line]))
     for name, launcher in (("one", []), ("two", torchrun)):
+        (tmp_path / name).mkdir()
         command = [sys.executable, *launcher, evaluate.__file__, *flags, "--thresholds", "--sizes"]
+        command += ["--judgements", judgements, "--doubts_file", str(tmp_path / name / "doubts.jsonl")]
         subprocess.run([*command, "--output_dir", str(tmp_path / name)], check=True, capture_output=True)
     documents = []
     for path in (tmp_path / "one").iterdir():
@@ -151,7 +157,9 @@ def test_two_processes_write_the_files_of_one(tiny_bert, data, tmp_path):
         if path.name == "metrics.json":
             documents = [json.loads(one.read_text()) for one in (path, other)]
     for document in documents:
-        del document["settings"]["output_dir"]
+        del document["settings"]["output_dir"], document["settings"]["doubts_file"]
     assert documents[0] == documents[1]
     assert documents[0]["thresholds"]
     assert documents[0]["sizes"]
+    assert documents[0]["judged"]
+    assert (tmp_path / "one" / "doubts.jsonl").exists()
