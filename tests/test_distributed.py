@@ -379,7 +379,8 @@ for number, pool in enumerate(pools):
     mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.jsonl", "--save_scores",
         "--near_duplicate_threshold", "0.996", *flags])
     mine_hard_neg.main(["--model_name_or_path", model, other, "--reranker_name_or_path", reranker, "--save_scores",
-        "--output_file", f"{folder}/{number}.reranked.jsonl", "--doubts_file", f"{folder}/{number}.doubts.jsonl", *flags])
+        "--output_file", f"{folder}/{number}.reranked.jsonl", "--doubts_file", f"{folder}/{number}.doubts.jsonl",
+        *flags])
     evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
         "--output_dir", f"{folder}/{number}"])
     mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.filtered.jsonl",
