@@ -128,7 +128,7 @@ class CheckpointingTrainer(Trainer):
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
             ) from error
-        if self.saved_config.dense:
+        if self.saved_config.modules:
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
             self.bi_encoder.projection.load_state_dict(saved.state_dict())
 

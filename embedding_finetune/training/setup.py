@@ -179,8 +179,8 @@ def prepare_for_training(
         logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
     if args.lora_rank is None:
         return backbone
-    if args.save_adapter_only and config.dense:
-        raise UserError("--save_adapter_only: the model's Dense modules are trained too; leave it out")
+    if args.save_adapter_only and config.modules:
+        raise UserError("--save_adapter_only: the model's modules after pooling are trained too; leave it out")
     if args.lora_rank > backbone.config.hidden_size:
         raise UserError(
             f"--lora_rank {args.lora_rank}: the model's hidden states have {backbone.config.hidden_size} dimensions"
