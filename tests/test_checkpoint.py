@@ -17,7 +17,8 @@ import finetune
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.loading import load_backbone, load_projection
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.pooling import POOLING_METHODS
 from embedding_finetune.retrieval.encoder import load_encoder
 

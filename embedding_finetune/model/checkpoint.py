@@ -149,12 +149,19 @@ def save_checkpoint(
     from loading.load_projection.
     """
     backbone.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_beside_weights(folder, tokenizer, backbone.config.hidden_size, config)
     for module, (name, _) in zip(projection or (), _modules(config)[2:]):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         if weights := module.state_dict():
             save_file(weights, folder / name / SAFE_WEIGHTS_NAME)
-    for name, content in _side_files(backbone.config.hidden_size, config).items():
+
+
+def save_beside_weights(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, dimensions: int, config: EmbeddingConfig
+) -> None:
+    """Write what a checkpoint has beside weights. dimensions: of token states."""
+    tokenizer.save_pretrained(folder)
+    for name, content in _side_files(dimensions, config).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -10,8 +10,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,15 +22,18 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.adapters import AdapterBase, check_peft, find_adapter, merged_into
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.model.checks import check_states, check_tokenizer
 from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
-from embedding_finetune.model.modules import make_modules
+from embedding_finetune.model.modules import load_projection
 
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 _PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_ENTRIES = ("config.json", "modules.json", "adapter_config.json")
+"""A model has one of these."""
 _WITH_A_DECODER = ("t5", "mt5", "umt5")
 """Models whose encoder alone embeds texts: sentence-t5, gtr-t5. AutoModel would make the decoder too."""
 
@@ -42,7 +43,7 @@ def check_models_are_there(names: Sequence[str], *, flag: str, cache_dir: str | 
     for name in names:
         _log_hub_lookup(name, flag)
         try:
-            found = [file for file in ("config.json", "modules.json") if find_file(name, file, cache_dir) is not None]
+            found = [file for file in _ENTRIES if find_file(name, file, cache_dir) is not None]
         except (OSError, ValueError) as error:  # neither a folder nor a hub name
             found, reason = [], f": {first_line(error)}"
         else:
@@ -146,11 +147,18 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
     """Load the weights (as float32), tokenizer and embedding config of a folder or hub model.
 
-    flag: the flag that gave the name. Raises UserError when something cannot be loaded, when weights are missing, or
-    when the backbone does not give a state for every token.
+    An adapter alone is loaded with its base, and merged into it. flag: the flag that gave the name. Raises UserError
+    when something cannot be loaded, when weights are missing, or when the backbone does not give a state for every
+    token.
     """
     _log_hub_lookup(name_or_path, flag)
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
+        base = find_adapter(name_or_path, cache_dir=cache_dir)
+    if base is not None:
+        return _load_adapted(
+            name_or_path, base, flag=flag, tokenizer_name=tokenizer_name, config_name=config_name, **hub
+        )
     with errors_name_the_model(name_or_path, flag=flag, **hub):
         config = read_config(name_or_path, cache_dir=cache_dir)
         described = (
@@ -170,6 +178,43 @@ def load_backbone(
         **hub,
     )
     check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=f"{flag} {name_or_path}")
+    return backbone, tokenizer, config
+
+
+def _load_adapted(
+    name_or_path: str,
+    base: AdapterBase,
+    *,
+    flag: str,
+    config_name: str | None,
+    tokenizer_name: str | None,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
+    """The base of an adapter with the adapter in its weights.
+
+    Tokenizer and embedding config are those beside the adapter, where there are any, else the base's.
+    """
+    what = f"{flag} {name_or_path}"
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    check_peft(f"{what} is an adapter, which")
+    backbone, tokenizer, config = load_backbone(
+        base.name,
+        flag=f"{what} is an adapter, and its base",
+        config_name=config_name,
+        tokenizer_name=tokenizer_name,
+        **hub,
+    )
+    if base.weights_sha256 not in (None, weights_digest(backbone)):
+        raise UserError(f"{what}: {base.name} has other weights than those that this adapter was trained on")
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
+        backbone = merged_into(backbone, name_or_path, cache_dir=cache_dir)
+        if find_file(name_or_path, "modules.json", cache_dir) is not None:
+            config = read_config(name_or_path, cache_dir=cache_dir)
+        if tokenizer_name is None and find_file(name_or_path, "tokenizer_config.json", cache_dir) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+    check_tokenizer(tokenizer, backbone, what)
+    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
     return backbone, tokenizer, config
 
 
@@ -238,37 +283,6 @@ def _only_pickled(name_or_path: str, subfolder: str, cache_dir: str | None) -> s
         return next((path for path in found if path is not None), None)
 
     return None if first(_SAFETENSORS) is not None else first(_PICKLES)
-
-
-def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
-    """The modules that config.modules describes, with their weights as float32; empty without such modules.
-
-    Raises UserError when weights are missing or do not fit the described modules.
-    """
-    modules = make_modules(config.modules)
-    for module, described in zip(modules, config.modules):
-        if not module.state_dict():
-            continue
-        try:
-            module.load_state_dict(_module_weights(name_or_path, described.folder, cache_dir))
-        except (RuntimeError, SafetensorError, UnpicklingError) as error:
-            kind = type(module).__name__
-            raise UserError(
-                f"{name_or_path}: {described.folder}: {first_line(error)}; these are not the weights of a {kind} module"
-            ) from error
-    return modules.float()
-
-
-def _module_weights(name_or_path: str, folder: str, cache_dir: str | None) -> dict[str, torch.Tensor]:
-    """The weights of a module in a folder of the checkpoint. Raises UserError where there are none."""
-    path = find_file(name_or_path, os.path.join(folder, SAFE_WEIGHTS_NAME), cache_dir)
-    if path is not None:
-        return load_file(path)
-    path = find_file(name_or_path, os.path.join(folder, WEIGHTS_NAME), cache_dir)
-    if path is None:
-        name = os.path.join(folder, SAFE_WEIGHTS_NAME)
-        raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def weights_digest(*modules: nn.Module) -> str:

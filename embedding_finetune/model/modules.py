@@ -3,11 +3,18 @@
 Shapes: N texts, T tokens, H dimensions; of packed texts S tokens in all.
 """
 
+import os
 from collections.abc import Sequence
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from embedding_finetune.command_line import UserError, first_line
+from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file
 from embedding_finetune.model.module_configs import DenseConfig, DropoutConfig, LayerNormConfig, ModuleConfig
 from embedding_finetune.model.packing import Packed
 
@@ -119,3 +126,34 @@ def _module(config: ModuleConfig) -> nn.Module:
     if isinstance(config, DropoutConfig):
         return nn.Dropout(config.dropout)
     raise TypeError(f"no module for a {type(config).__name__}")
+
+
+def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
+    """The modules that config.modules describes, with their weights as float32; empty without such modules.
+
+    Raises UserError when weights are missing or do not fit the described modules.
+    """
+    modules = make_modules(config.modules)
+    for module, described in zip(modules, config.modules):
+        if not module.state_dict():
+            continue
+        try:
+            module.load_state_dict(_module_weights(name_or_path, described.folder, cache_dir))
+        except (RuntimeError, SafetensorError, UnpicklingError) as error:
+            kind = type(module).__name__
+            raise UserError(
+                f"{name_or_path}: {described.folder}: {first_line(error)}; these are not the weights of a {kind} module"
+            ) from error
+    return modules.float()
+
+
+def _module_weights(name_or_path: str, folder: str, cache_dir: str | None) -> dict[str, torch.Tensor]:
+    """The weights of a module in a folder of the checkpoint. Raises UserError where there are none."""
+    path = find_file(name_or_path, os.path.join(folder, SAFE_WEIGHTS_NAME), cache_dir)
+    if path is not None:
+        return load_file(path)
+    path = find_file(name_or_path, os.path.join(folder, WEIGHTS_NAME), cache_dir)
+    if path is None:
+        name = os.path.join(folder, SAFE_WEIGHTS_NAME)
+        raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
+    return torch.load(path, map_location="cpu", weights_only=True)
