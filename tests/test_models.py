@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from helpers import published as models
-from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
 from helpers.running import encoding_arguments, mean_reciprocal_rank
 
 import evaluate
@@ -71,6 +71,29 @@ def go_the_whole_way(name, tmp_path, *, full_size):
     before, after = (embeddings(folder, flags)[0] for folder in (base, tuned))
     assert not np.allclose(before, after, atol=1e-4)
     assert_same_embeddings(tuned, [], queries, passages)
+
+
+@pytest.mark.full_size
+def test_all_mpnet_base_v2_goes_the_whole_way_with_its_real_weights(tmp_path):
+    """`make test-models` fetches it. On the sample data: mining, eight steps, sentence-transformers' embeddings."""
+    from sentence_transformers import SentenceTransformer
+
+    base, mined, tuned = REPOSITORY / ".models" / "all-mpnet-base-v2", tmp_path / "mined.jsonl", tmp_path / "tuned"
+    rows = ["--input_file", REPOSITORY / "example.jsonl", "--output_file", mined]
+    mine_hard_neg.main([*map(str, ["--model_name_or_path", base, *rows, "--range_for_sampling", "2-10"])])
+    argv = ["--model_name_or_path", base, "--train_data", mined, "--output_dir", tuned, "--train_group_size", 2]
+    training = "--max_steps 8 --per_device_train_batch_size 16 --learning_rate 5e-5 --temperature 0.05 --bf16 True"
+    finetune.main([*map(str, argv), *training.split(), "--passage_max_len", "256", "--save_strategy", "no"])
+    files = ["--query_file_jsonl_path", REPOSITORY / "example_heldout.jsonl"]
+    files += ["--index_file_jsonl_path", REPOSITORY / "candidate_context.jsonl", "--dtype", "float32"]
+    metrics = evaluate.main(["--model_name", *map(str, [base, tuned, *files])])
+    passages = [text for line in read_jsonl(REPOSITORY / "candidate_context.jsonl") for text in line["context"]]
+    for model in (base, tuned):
+        encoder = load_encoder(str(model), encoding_arguments("--dtype", "float32"), flag="--model")
+        theirs = SentenceTransformer(str(model), device="cpu").encode(passages)
+        assert (next(encoder.encode_passages(passages))[1] * theirs).sum(axis=1).min() >= 0.99999
+    assert metrics[str(base)]["MRR@10"] == pytest.approx(0.641, abs=2e-3)
+    assert metrics[str(tuned)]["MRR@10"] > metrics[str(base)]["MRR@10"] + 0.05
 
 
 @pytest.mark.parametrize("name", ["gte-base", "all-mpnet-base-v2", *list(models.FURTHER)[1:-1]])
