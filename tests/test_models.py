@@ -1,8 +1,7 @@
 """Every verified model, and further kinds: through all three scripts, and equal to sentence-transformers."""
 
 import json
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
@@ -131,27 +130,88 @@ def test_a_decoder_gives_the_same_embeddings_whichever_side_is_padded(tmp_path):
 
 
 def test_a_model_that_does_not_embed_text_is_refused_by_name(tmp_path):
-    from transformers import T5Config, T5Model
+    from transformers import M2M100Config, M2M100Model
 
-    folder = models.make("gte-base", tmp_path / "t5")
+    folder = models.make("gte-base", tmp_path / "m2m")
     (folder / "config.json").unlink()
-    T5Model(T5Config(vocab_size=200, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)).save_pretrained(folder)
-    with pytest.raises(UserError, match="a T5Model does not embed text by itself"):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    M2M100Model(M2M100Config(vocab_size=200, **sizes, **heads)).save_pretrained(folder)
+    with pytest.raises(UserError, match="a M2M100Model does not embed text by itself"):
         load_backbone(str(folder), flag="--model")
 
 
-def test_a_pickle_is_refused_with_the_command_that_converts_it(tmp_path):
+def pickle_weights(folder, *, weights="model.safetensors", pickled="pytorch_model.bin"):
+    """Replace safetensors by the pickle that older versions of transformers wrote."""
     import torch
-    from transformers import AutoModel
+    from safetensors.torch import load_file
 
+    torch.save(load_file(folder / weights), folder / pickled)
+    (folder / weights).unlink()
+
+
+def test_weights_that_are_a_pickle_embed_as_those_that_are_not_and_a_line_says_so(tmp_path, caplog):
     folder = models.make("gte-base", tmp_path / "pickled")
-    torch.save(AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    expected = embeddings(folder, [])
+    pickle_weights(folder)
+    with caplog.at_level("INFO"):
+        assert np.array_equal(embeddings(folder, []), expected)
+    line = f"{folder / 'pytorch_model.bin'}: its weights are a pickle; it is read as weights alone, and runs no code"
+    assert line in caplog.text
+
+
+def test_pickles_in_several_files_and_in_the_transformers_own_folder_are_read(tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    folder = models.make("gte-base", tmp_path / "old")
+    expected, own = embeddings(folder, []), folder / "0_Transformer"
+    own.mkdir()
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = own.name
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path in [*folder.glob("*token*"), folder / "config.json", folder / "sentence_bert_config.json"]:
+        if path.exists():
+            path.rename(own / path.name)
+    weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"--model .*pickled: its weights are a pickle") as refusal:
+    torch.save(weights, own / "pytorch_model.bin")
+    assert np.array_equal(embeddings(folder, []), expected)
+    (own / "pytorch_model.bin").unlink()
+    names = sorted(weights)
+    files = {f"pytorch_model-0000{n}-of-00002.bin": names[n - 1 :: 2] for n in (1, 2)}
+    for file, part in files.items():
+        torch.save({name: weights[name] for name in part}, own / file)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (own / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert np.array_equal(embeddings(folder, []), expected)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+def test_a_pickle_that_would_run_code_is_refused_in_one_line_and_does_not(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("EVIL", str(tmp_path / "it was run"))
+    folder = models.make("gte-base", tmp_path / "evil")
+    torch.save({"weights": Evil()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--model .*evil: its weights are a pickle that asks for more than weights"):
         load_backbone(str(folder), flag="--model")
-    command = str(refusal.value).split("convert it: ")[1].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True)
-    load_backbone(str(folder), flag="--model")
+    assert not (tmp_path / "it was run").exists()
+
+
+def test_what_was_tuned_from_a_pickle_is_saved_as_safetensors(tmp_path):
+    folder, tuned = models.make("gte-base", tmp_path / "pickled"), tmp_path / "tuned"
+    pickle_weights(folder)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"query": f"q {n}", "pos": [f"p {n}"]} for n in range(4)])
+    argv = f"--model_name_or_path {folder} --train_data {rows} --output_dir {tuned} --max_steps 1"
+    finetune.main([*argv.split(), "--per_device_train_batch_size", "4", "--train_group_size", "1"])
+    assert (tuned / "model.safetensors").exists()
+    assert not list(tuned.glob("*.bin"))
 
 
 def test_weights_stored_in_bfloat16_are_trained_in_float32(tmp_path):

@@ -40,7 +40,7 @@ def test_an_adapter_alone_over_a_full_run_leaves_no_other_model(tiny_bert, mined
     finetune.main(flags(tiny_bert, mined, folder, overwrite_output_dir=True, lora_rank=2, save_adapter_only=True))
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "notes.txt"} <= names
-    assert not {"model.safetensors", "config.json", "merged", "modules.json", "tokenizer.json"} & names
+    assert not {"model.safetensors", "config.json", "merged"} & names
 
 
 def test_resuming_takes_the_checkpoint_of_its_own_run_and_not_an_earlier_ones(tiny_bert, mined, tmp_path):

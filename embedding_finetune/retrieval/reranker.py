@@ -167,7 +167,7 @@ def tokenized_pairs(
 def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
     """Raise UserError unless the model's config says that it has one logit. No weights are read."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
-    with errors_name_the_model(AutoModelForSequenceClassification, name_or_path, flag=_FLAG, **hub):
+    with errors_name_the_model(name_or_path, flag=_FLAG, **hub):
         config = AutoConfig.from_pretrained(name_or_path, **hub)
     if config.num_labels != 1:
         raise UserError(
