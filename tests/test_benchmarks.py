@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -126,6 +127,40 @@ def test_a_benchmark_without_its_data_names_the_command_that_makes_it(make_debia
     common = importlib.import_module("common")
     with pytest.raises(SystemExit, match=r"train\.jsonl\.gz does not exist: run python benchmarks/make_debian\.py"):
         next(common.records(tmp_path, "train"))
+
+
+@pytest.fixture
+def evaluation_scale(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return importlib.import_module("evaluation_scale")
+
+
+def test_made_up_rankings_repeat_no_passage_and_have_the_right_ones_at_many_ranks(evaluation_scale):
+    relevant = [{number % 100: 1, **({(number + 1) % 100: 1} if number % 2 else {})} for number in range(500)]
+    positions, scores = evaluation_scale.made_up_ranking(relevant, 100, 20, 0.6, seed=0)
+    assert positions.shape == scores.shape == (500, 20)
+    assert all(len(set(row)) == 20 and set(row) <= set(range(100)) for row in positions.tolist())
+    assert (scores[:, 1:] <= scores[:, :-1]).all()
+    ranks = [[row.index(answer) for answer in one if answer in row] for row, one in zip(positions.tolist(), relevant)]
+    first = [min(found, default=None) for found in ranks]
+    assert 0.6 < first.count(0) / 500 < 0.85
+    assert len({*first, *(rank for found in ranks for rank in found)}) == 21  # each of 20, and none
+
+
+@pytest.mark.slow
+def test_an_evaluation_with_made_up_rankings_tells_what_each_stage_took(evaluation_scale, monkeypatch, tmp_path, capfd):
+    flags = "--queries 30 --passages 90 --ranks 20 --measures MRR nDCG --folder"
+    monkeypatch.setattr(sys, "argv", ["evaluation_scale.py", *flags.split(), str(tmp_path)])
+    evaluation_scale.main()
+    rows = [line.split(" | ") for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
+    stages = [row[0].removeprefix("| ") for row in rows]
+    assert stages[1:4] == ["imports", "read passages", "read queries"]
+    assert {evaluation_scale.MADE_UP, "measures", "thresholds", "per_query.jsonl", "report.html"} < set(stages)
+    assert float(rows[-1][1]) > 0
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert list(metrics["differences"]) == [str(tmp_path / "tuned")]
+    assert len((tmp_path / "results" / "per_query.jsonl").read_text().splitlines()) == metrics["queries"] == 30
 
 
 @pytest.mark.slow

@@ -248,7 +248,8 @@ def training_batch(layout, with_teacher, prompts):
     examples = [
         TrainExample(
             row=row, query=topic, instruction=None, passages=[passage_about(topic) * (1 + row), topic],
-            passage_ids=[row, 10 + row], known_ids=np.array([row]), teacher_scores=[2.0, 1.0], weight=1.0,
+            passage_ids=[row, 10 + row], known_ids=np.array([row]), confirmed_ids=[10 + (row + 1) % 4],
+            teacher_scores=[2.0, 1.0], weight=1.0,
         )
         for row, topic in enumerate(TOPICS[:4])
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from embedding_finetune.evaluation.files import (
     qrels_lines,
     run_lines,
     write_evaluation,
+    write_lines,
 )
 from embedding_finetune.evaluation.ranking import values_per_query
 from embedding_finetune.evaluation.summary import summarize
@@ -117,6 +118,12 @@ def test_runs_and_answers_are_lines_as_trec_has_them():
         "c Q0 00 1 2.0 my_model",
     ]
     assert list(qrels_lines(TASK)) == ["a 0 02 1", "a 0 10 1", "a 0 missing11 1", "b 0 missing12 1", "c 0 04 1"]
+
+
+def test_any_number_of_lines_is_written_each_with_its_end(tmp_path):
+    for count in (0, 1, 1000, 2500):
+        write_lines(tmp_path / "lines", (f"ä{number}" for number in range(count)))
+        assert (tmp_path / "lines").read_bytes() == b"".join(b"\xc3\xa4%d\n" % number for number in range(count))
 
 
 def test_docids_sort_as_positions_do():

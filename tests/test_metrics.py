@@ -1,4 +1,6 @@
 import itertools
+import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -142,6 +144,45 @@ def test_the_interval_is_that_of_resampled_queries():
     result = compare(base, other, seed=1)
     draws = np.random.default_rng(2).choice(other - base, (10_000, 200)).mean(axis=1)
     assert (result.low, result.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.005)
+
+
+def test_many_distinct_differences_give_what_the_normal_distribution_gives():
+    """By the central limit theorem. So many are drawn query by query."""
+    differences = np.random.default_rng(0).normal(0.02, 1, 20_000)
+    result = compare(np.zeros(len(differences)), differences, seed=0)
+    mean, deviation = differences.mean(), differences.std() / np.sqrt(len(differences))
+    assert result.mean == pytest.approx(mean)
+    assert (result.low, result.high) == pytest.approx(
+        (mean - 1.96 * deviation, mean + 1.96 * deviation), abs=0.1 * deviation
+    )
+    by_chance = math.sqrt((differences**2).sum()) / len(differences)  # the deviation of the mean with random signs
+    assert result.p_value == pytest.approx(math.erfc(mean / by_chance / math.sqrt(2)), abs=0.003)
+    assert compare(np.zeros(len(differences)), differences, seed=0) == result
+    assert compare(differences, np.zeros(len(differences)), seed=0).p_value == result.p_value
+
+
+def test_rounds_that_are_drawn_in_blocks_are_those_of_one():
+    differences = np.random.default_rng(0).integers(-300, 300, 1500) / 300
+    result = compare(np.zeros(len(differences)), differences, seed=5)
+    rng = np.random.default_rng(5)
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    flipped = (2 * rng.binomial(counts, 0.5, size=(10_000, len(counts))) - counts) @ sizes / len(differences)
+    extreme = (np.abs(flipped) >= abs(differences.mean()) - 1e-12).sum()
+    assert result.p_value == (extreme + 1) / 10_001
+    values, counts = np.unique(differences, return_counts=True)
+    means_of_drawn = rng.multinomial(len(differences), counts / len(differences), size=10_000) @ values
+    expected = np.quantile(means_of_drawn / len(differences), [0.025, 0.975])
+    assert (result.low, result.high) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("queries", [4_000, 20_000])
+def test_comparing_takes_little_memory_however_many_differences_there_are(queries):
+    differences = np.random.default_rng(0).normal(0, 1, queries)
+    tracemalloc.start()
+    compare(np.zeros(queries), differences, seed=0, rounds=2000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e7  # all numbers of the first case at once are 64 MB, and there were several such arrays
 
 
 def test_equal_models_are_not_different_and_the_seed_decides_the_rest():

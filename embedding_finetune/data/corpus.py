@@ -48,6 +48,7 @@ class Corpus:
         self.texts.keep(first_seen[order])
         self._positions = np.empty_like(order)  # of the sorted digests
         self._positions[order] = np.arange(len(order))
+        self._docid_digits = len(str(self._size))
 
     def __len__(self) -> int:
         return self._size
@@ -80,7 +81,7 @@ class Corpus:
 
     def docid(self, position: int) -> str:
         """A position, zero-padded so that docids sort as positions do; `missing12` from len(corpus) on."""
-        return f"{position:0{len(str(len(self)))}d}" if position < len(self) else f"missing{position}"
+        return str(position).zfill(self._docid_digits) if position < self._size else f"missing{position}"
 
 
 class Documents:

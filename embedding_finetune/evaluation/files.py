@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from embedding_finetune.data.corpus import Documents
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PASSAGES_PER_QUERY = 10
 """In per_query.jsonl, for each model."""
+_LINES_AT_ONCE = 1000
 
 
 def write_evaluation(
@@ -112,5 +114,5 @@ def qrels_lines(task: RetrievalTask) -> Iterator[str]:
 def write_lines(path: Path, lines: Iterator[str]) -> None:
     """Write lines as a file that appears whole or not at all."""
     with atomic_writer(path) as file:
-        for line in lines:
-            file.write(line.encode() + b"\n")
+        while batch := list(islice(lines, _LINES_AT_ONCE)):
+            file.write("\n".join([*batch, ""]).encode())

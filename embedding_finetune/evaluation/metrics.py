@@ -5,7 +5,7 @@ answers the query, else 0, also past the end of a small corpus. Every measure re
 for a query with no relevant passage within the cutoff. Only nDCG looks at how high a grade is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,11 @@ SIGNIFICANT = 0.05
 """Below this p-value a difference of two models counts as more than luck."""
 _LARGEST_CUTOFF = 10**300
 """Larger cutoffs count as this one, which still fits into a float."""
+_ALWAYS_TOGETHER = 4096
+"""So many distinct differences are drawn together in any case."""
+_NUMBERS_AT_ONCE = 2**20
+_ROUNDS_AT_ONCE = 8
+"""Rounds are drawn in multiples of so many: BLAS adds in another order where 1 to 3 rows are left over."""
 
 
 class Judged(NamedTuple):
@@ -142,18 +147,57 @@ def compare(base: np.ndarray, other: np.ndarray, *, seed: int, rounds: int = 10_
 
     p_value: two-sided paired randomisation test (Fisher 1935; Smucker et al., CIKM 2007): how often the mean is as far
     from 0 when each query's difference has a random sign, counting the observed one. The interval goes from the 2.5% to
-    the 97.5% quantile of the mean over queries drawn with replacement (Efron 1979). Queries with equal differences are
-    drawn together, with binomial and multinomial numbers: the distributions are the same, and take no more time for
-    more queries.
+    the 97.5% quantile of the mean over queries drawn with replacement (Efron 1979).
+
+    Queries with equal differences are drawn together, with binomial and multinomial numbers. The distributions are the
+    same, and take no more time for more queries. Of very many distinct differences each query is drawn by itself.
     """
     rng = np.random.default_rng(seed)
     differences = other - base
     mean = float(differences.mean())
-    sizes, counts = np.unique(np.abs(differences), return_counts=True)
-    positive = rng.binomial(counts, 0.5, size=(rounds, len(counts)))  # (rounds, distinct sizes)
-    flipped = (2 * positive - counts) @ sizes / len(differences)  # (rounds,)
+    flipped = _with_random_signs(np.abs(differences), rng, rounds)
     extreme_count = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
-    values, counts = np.unique(differences, return_counts=True)
-    drawn = rng.multinomial(len(differences), counts / len(differences), size=rounds)  # (rounds, distinct values)
-    low, high = np.quantile(drawn @ values / len(differences), [0.025, 0.975])
+    low, high = np.quantile(_resampled(differences, rng, rounds), [0.025, 0.975])
     return Difference(mean, float(low), float(high), (extreme_count + 1) / (rounds + 1))
+
+
+def _with_random_signs(sizes: np.ndarray, rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """The mean of sizes (Q,) with random signs, drawn anew for each round: (rounds,)."""
+    values, counts = np.unique(sizes, return_counts=True)
+    sums = []
+    if _are_many(values, sizes):
+        for n in _blocks(rounds, len(sizes)):
+            bits = rng.integers(0, 256, (n, (len(sizes) + 7) // 8), dtype=np.uint8)
+            is_positive = np.unpackbits(bits, axis=1, count=len(sizes))  # (n, Q)
+            # Not as a matrix product: BLAS splits it, and its threads wait for one another where cores are busy.
+            sums.append(2 * (is_positive * sizes).sum(axis=1) - sizes.sum())
+    else:
+        for n in _blocks(rounds, len(values)):
+            positive = rng.binomial(counts, 0.5, size=(n, len(counts)))  # (n, distinct sizes)
+            sums.append((2 * positive - counts) @ values)
+    return np.concatenate(sums) / len(sizes)
+
+
+def _resampled(differences: np.ndarray, rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """The mean of differences (Q,) over queries drawn with replacement, anew for each round: (rounds,)."""
+    values, counts = np.unique(differences, return_counts=True)
+    queries = len(differences)
+    if _are_many(values, differences):
+        sums = [differences[rng.integers(0, queries, (n, queries))].sum(axis=1) for n in _blocks(rounds, queries)]
+    else:
+        shares = counts / queries
+        # Numbers (n, distinct values): how often each value is drawn.
+        sums = [rng.multinomial(queries, shares, size=n) @ values for n in _blocks(rounds, len(values))]
+    return np.concatenate(sums) / queries
+
+
+def _are_many(distinct: np.ndarray, queries: np.ndarray) -> bool:
+    """Whether it is faster to draw each query by itself: a binomial number takes as long as some 30 plain ones."""
+    return len(distinct) > max(_ALWAYS_TOGETHER, len(queries) // 30)
+
+
+def _blocks(rounds: int, width: int) -> Iterator[int]:
+    """How many rounds to draw at once, of `width` numbers each, so that they take little memory."""
+    size = max(_NUMBERS_AT_ONCE // width, _ROUNDS_AT_ONCE) // _ROUNDS_AT_ONCE * _ROUNDS_AT_ONCE
+    for start in range(0, rounds, size):
+        yield min(size, rounds - start)

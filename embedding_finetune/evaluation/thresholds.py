@@ -126,18 +126,20 @@ def _round(by_score: _Sorted, weights: np.ndarray) -> list[list[float]]:
     The share refused is NaN where no question without an answer was drawn.
     """
     answers, right = by_score.answered(weights)
-    new_answers, new_right = by_score.answered((weights == 0).astype(np.float64))
-    share = by_score.share_answered(by_score.answerable, weights)
-    all_refused = 1.0 if weights[~by_score.answerable].any() else np.nan
-    refused = all_refused - by_score.share_answered(~by_score.answerable, weights)
+    of_answerable, of_others = weights * by_score.answerable, weights * ~by_score.answerable
+    all_refused = 1.0 if of_others.any() else np.nan
+    is_new = weights == 0
+    is_new_and_right = is_new & by_score.right
     found = []
     for target in TARGETS:
         place = lowest_threshold(right, answers, target)
-        found.append(
-            [np.inf, 0.0, all_refused, 0.0, 0.0]
-            if place is None
-            else [by_score.thresholds[place], share[place], refused[place], new_answers[place], new_right[place]]
-        )
+        if place is None:
+            found.append([np.inf, 0.0, all_refused, 0.0, 0.0])
+            continue
+        answered = slice(by_score.ends[place] + 1)
+        share, wrongly = (part[answered].sum() / max(part.sum(), 1e-12) for part in (of_answerable, of_others))
+        new = is_new[answered].sum(), is_new_and_right[answered].sum()
+        found.append([by_score.thresholds[place], share, all_refused - wrongly, *new])
     return found
 
 
