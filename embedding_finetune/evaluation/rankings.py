@@ -1,6 +1,7 @@
 """All rankings of an evaluation: each model ranks once, BM25 too, and fusions are made of their rankings."""
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,45 +43,59 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
     if options.sizes:
         import_faiss()  # it is needed after everything is encoded
     parts = {name: options.parts_of(name) for name in options.model_name}
-    fused = any(len(names) > 1 for names in parts.values())
-    for_doubts = 0 if options.doubts_file is None else DEPTH_FOR_DOUBTS
-    depth = max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, for_doubts, *options.cutoffs)
+    depth = _depth(options, fused=any(len(names) > 1 for names in parts.values()))
+    rankings: dict[str, Ranking] = {}
+    dense: dict[str, _Dense] = {}
+    for name in options.rankings:
+        if name == BM25:
+            rankings[name] = rank_corpus_by_words(task.asked(), depth)
+        else:
+            dense[name] = _rank_dense(name, task, depth, options, gpus)
+            rankings[name] = dense[name].ranking
+    by_name = {
+        name: rankings[of[0]] if len(of) == 1 else fuse_rankings([rankings[part] for part in of])
+        for name, of in parts.items()
+    }
+    answered = len(task.queries)
+    return Rankings(
+        {name: Ranking(*(part[:answered] for part in ranking)) for name, ranking in by_name.items()},
+        {name: Ranking(*(part[answered:] for part in ranking)) for name, ranking in by_name.items()},
+        {name: one.weights_digest for name, one in dense.items()},
+        {name: one.trained_queries for name, one in dense.items()},
+        {name: one.sizes for name, one in dense.items() if one.sizes is not None},
+    )
+
+
+def _depth(options: EvaluationOptions, *, fused: bool) -> int:
+    """How many ranks the flags need of each ranking."""
     if fused and max(options.cutoffs) > FUSION_DEPTH:
         logger.warning(
             "warning: fusions look at %d ranks of each model: beyond, their measures are below what they could be",
             FUSION_DEPTH,
         )
-    rankings: dict[str, Ranking] = {}
-    digests, trained, sizes = {}, {}, {}
-    asked, count_answered = task.asked(), len(task.queries)
-    for name in options.rankings:
-        if name == BM25:
-            rankings[name] = rank_corpus_by_words(asked, depth)
-            continue
-        encoder = load_encoder(name, options, flag="--model_name")
-        digests[name] = encoder.weights_digest
-        count = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
-        if count:
-            logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
-        trained[name] = count
-        kept: list[Embedded] = []
-        unit = encoder.model.embedding_config.normalized
+    for_doubts = 0 if options.doubts_file is None else DEPTH_FOR_DOUBTS
+    return max(PASSAGES_PER_QUERY, FUSION_DEPTH if fused else 0, for_doubts, *options.cutoffs)
 
-        def keep(queries: np.ndarray, passages: np.ndarray, kept: list[Embedded] = kept, unit: bool = unit) -> None:
-            kept.append(Embedded(queries[:count_answered], passages, unit))
 
-        wanted = options.sizes and name in options.dense_alone
-        rankings[name] = rank_corpus(encoder, asked, depth, gpus=gpus, keep=keep if wanted else None)
-        if wanted:
-            sizes[name] = sizes_of(kept[0], task, options)
-    by_name = {
-        name: rankings[of[0]] if len(of) == 1 else fuse_rankings([rankings[part] for part in of])
-        for name, of in parts.items()
-    }
-    return Rankings(
-        {name: Ranking(*(part[:count_answered] for part in ranking)) for name, ranking in by_name.items()},
-        {name: Ranking(*(part[count_answered:] for part in ranking)) for name, ranking in by_name.items()},
-        digests,
-        trained,
-        sizes,
-    )
+class _Dense(NamedTuple):
+    """What Rankings has of a model that embeds texts. sizes: None where they are not wanted."""
+
+    ranking: Ranking
+    weights_digest: str
+    trained_queries: int
+    sizes: list[Record] | None
+
+
+def _rank_dense(name: str, task: RetrievalTask, depth: int, options: EvaluationOptions, gpus: Sequence[int]) -> _Dense:
+    encoder = load_encoder(name, options, flag="--model_name")
+    count = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
+    if count:
+        logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
+    kept: list[Embedded] = []
+
+    def keep(queries: np.ndarray, passages: np.ndarray) -> None:
+        kept.append(Embedded(queries[: len(task.queries)], passages, encoder.model.embedding_config.normalized))
+
+    wanted = options.sizes and name in options.dense_alone
+    ranking = rank_corpus(encoder, task.asked(), depth, gpus=gpus, keep=keep if wanted else None)
+    return _Dense(ranking, encoder.weights_digest, count, sizes_of(kept[0], task, options) if wanted else None)
