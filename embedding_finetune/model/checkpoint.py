@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.pooling import POOLING_METHODS
+from embedding_finetune.model.revisions import at_revision
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +173,12 @@ def save_checkpoint(
 
 def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
     """The path on this machine of a file in a checkpoint folder or hub model; None if it has no such file."""
+    name, revision = at_revision(name_or_path)
     return cached_file(
-        name_or_path,
+        name,
         filename,
         cache_dir=cache_dir,
+        **revision,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -12,7 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from embedding_finetune.command_line import UserError, first_line
@@ -20,6 +27,7 @@ from embedding_finetune.model.bi_encoder import Dense
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.model.checks import check_states, check_tokenizer
 from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
+from embedding_finetune.model.revisions import at_revision
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +81,20 @@ def load_pretrained(
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with errors_name_the_model(auto_class, name_or_path, flag=flag, **hub):
+        name, revision = at_revision(name_or_path)
         model, loading = auto_class.from_pretrained(
-            name_or_path,
-            config=AutoConfig.from_pretrained(config_name, **hub) if config_name else None,
+            name,
+            config=load_config(config_name, **hub) if config_name else None,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
             subfolder=subfolder,
+            **revision,
             **hub,
         )
+        name, revision = at_revision(tokenizer_name or name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_name or name_or_path, subfolder="" if tokenizer_name else subfolder, **hub
+            name, subfolder="" if tokenizer_name else subfolder, **revision, **hub
         )
     missing = sorted(name for name in loading["missing_keys"] if may_lack is None or may_lack not in name)
     if missing:
@@ -93,6 +104,12 @@ def load_pretrained(
         )
     check_tokenizer(tokenizer, model, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
     return model, tokenizer
+
+
+def load_config(name_or_path: str, *, cache_dir: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """The config.json of a folder or hub model, as transformers reads it."""
+    name, revision = at_revision(name_or_path)
+    return AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code, **revision)
 
 
 @contextmanager

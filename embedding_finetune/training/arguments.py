@@ -37,7 +37,7 @@ def _flag(default: Any, text: str) -> Any:
 class ModelArguments:
     """What to start from."""
 
-    model_name_or_path: str = field(metadata={"help": "model folder or hub name"})
+    model_name_or_path: str = field(metadata={"help": "model folder or hub name, or NAME@REVISION"})
     config_name: str | None = _flag(None, "folder or hub name of another config.json")
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer")
     cache_dir: str | None = _flag(None, "where models from the hub are kept")
