@@ -5,7 +5,7 @@ import re
 
 from embedding_finetune.command_line import UserError
 
-HUB_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 """How the hub names models, with or without the one they belong to."""
 
 

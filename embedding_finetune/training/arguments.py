@@ -214,6 +214,9 @@ class RetrieverTrainingArguments(TrainingArguments):
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
+    uploads: bool = field(default=False, init=False)
+    """Whether --push_to_hub was given: the suite uploads once, at the end, transformers at every save."""
+
     @property
     def rows_share_negatives(self) -> bool:
         """Whether the passages of other rows are a row's negatives."""
@@ -225,6 +228,8 @@ class RetrieverTrainingArguments(TrainingArguments):
         check_launcher()
         check_numbers(self)
         _set_defaults(self)
+        self.uploads = bool(self.push_to_hub)  # type: ignore[has-type]
+        self.push_to_hub = False
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:
             raise UserError("--fp16 needs a GPU; --bf16 True works without one")
@@ -301,5 +306,9 @@ def _check_adapters(args: RetrieverTrainingArguments) -> None:
             raise UserError("--lora_rank needs the package peft: pip install peft")
     elif args.save_adapter_only:
         raise UserError("--save_adapter_only: there is no adapter without --lora_rank")
+    if args.save_adapter_only and args.uploads:
+        raise UserError(
+            "--push_to_hub: an adapter alone has no tokenizer and no pooling; leave out --save_adapter_only"
+        )
     if args.save_adapter_only and args.merge_with_base is not None:
         raise UserError("--merge_with_base makes a whole model; leave out --save_adapter_only")
