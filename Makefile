@@ -4,7 +4,8 @@
 # make test   lint, then every test, and the coverage of lines and branches
 # make lint   ruff and mypy
 # make .models/all-mpnet-base-v2   the model of that name with its real weights, 438 MB
-# make test-models   the verified models at their full sizes, with random weights: several minutes, 8 GB
+# make test-models   the verified models at their full sizes, with random weights, and all-mpnet-base-v2 with its real
+#             ones: several minutes, 8 GB
 
 PYTHON ?= python3
 MODEL ?= .demo/model
@@ -50,7 +51,7 @@ test: lint .demo/model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not full_size" -n auto --maxprocesses 8 --dist worksteal \
 	  --cov --cov-report=term --cov-fail-under=95
 
-test-models: .venv/dev
+test-models: .venv/dev .models/all-mpnet-base-v2
 	$(BIN)/python -m pytest -q -m full_size
 
 lint: .venv/dev

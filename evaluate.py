@@ -27,6 +27,7 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.judgements import add_judgements_arguments, read_judgements
 from embedding_finetune.data.task import RetrievalTask, load_task
 from embedding_finetune.evaluation.arguments import DEFAULT_CUTOFFS, DEFAULT_MEASURES, EvaluationOptions
+from embedding_finetune.evaluation.itself import leave_out_queries, warn_of_queries_among_passages
 from embedding_finetune.evaluation.metrics import MEASURES, SIGNIFICANT
 from embedding_finetune.parser import add_switch, new_parser, positive_int, seed
 from embedding_finetune.process import importing
@@ -69,15 +70,19 @@ def main(argv: Sequence[str] | None = None) -> Record:
 
 
 def read_task(options: EvaluationOptions) -> RetrievalTask:
-    """The queries, the passages, and what answers what, by the data and by --judgements."""
+    """The queries, the passages, and what answers what, by the data, by --judgements and by --ignore_query_itself."""
     corpus = read_corpus(options.index_file_jsonl_path, options.columns)
-    return load_task(
+    task = load_task(
         options.query_file_jsonl_path,
         corpus,
         options.columns,
         may_lack_answers=options.thresholds,
         judgements=read_judgements(options.judgements),
     )
+    if options.ignore_query_itself:
+        return leave_out_queries(task)
+    warn_of_queries_among_passages(task)
+    return task
 
 
 def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions) -> Record:
@@ -201,6 +206,12 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         "--sizes",
         "also measure smaller indices: half the dimensions, a fourth and an eighth, or what --truncate_dim says, and "
         "8, 4 and 1 bit for each, with the bytes of a passage",
+    )
+    add_switch(
+        parser,
+        "--ignore_query_itself",
+        "leave a passage out of the ranking of the query that has its text, unless it is labelled as an answer to it; "
+        "in a BEIR folder also the document with the query's id",
     )
     add_encoding_arguments(parser, several_dimensions=True)
     flags = vars(parser.parse_args(argv))

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.training.run_card import card_of
         from embedding_finetune.training.run_data import prepare, read_rows
         from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
-        from embedding_finetune.training.same_run import check_same_run, what_decides
+        from embedding_finetune.training.same_run import check_same_run, warn_of_what_is_lost, what_decides
         from embedding_finetune.training.setup import make_trainer
         from embedding_finetune.training.upload import find_repository, make_repository, upload
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags_not_at_default(model_args, data_args, args, data_args.selection)
     decided_by = what_decides(given, args, data)
     check_same_run(checkpoint, decided_by)
+    warn_of_what_is_lost(checkpoint, args)
     with errors_name_their_flag(given), memory_errors_name_the_remedy(args):
         trainer = make_trainer(model_args, data_args, args, data)
     trainer.tells_costs = tells_costs

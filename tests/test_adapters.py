@@ -1,19 +1,28 @@
 """Low-rank adapters, and weights mixed with those of the base."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from helpers.data import read_jsonl, write_jsonl
+from helpers.running import encoding_arguments
 from helpers.tokenizer_kinds import tokenize
 from helpers.training import TEXTS, embeddings, train, write_rows
 from safetensors.torch import load_file
 from torch import nn
 
+import evaluate
+import mine_hard_neg
+from embedding_finetune.command_line import UserError
 from embedding_finetune.model.adapters import adapter_rank, add_adapters, has_adapters, merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.model.padding import pad
+from embedding_finetune.retrieval.encoder import load_encoder
 
 
 @pytest.fixture
@@ -68,6 +77,103 @@ def test_the_adapter_alone_is_what_peft_loads_and_gives_the_merged_model(tiny_be
     ids, _ = tokenize(tokenizer, TEXTS, instruction="", max_length=128)
     with torch.no_grad():
         assert np.allclose(model(**pad(tokenizer, ids, limit=128)), embeddings(merged), atol=1e-5)
+
+
+ADAPTER = ("--sentence_pooling_method", "mean", "--query_instruction_for_retrieval", "how: ", "--lora_rank", 4)
+
+
+@pytest.fixture
+def alone(tiny_bert, rows, tmp_path):
+    """An adapter alone, with pooling, instructions and a length that are not the base's."""
+    return train(tiny_bert, rows, tmp_path / "alone", *ADAPTER, "--save_adapter_only", "True")
+
+
+def queries_of(folder):
+    encoder = load_encoder(str(folder), encoding_arguments("--dtype", "float32"), flag="--model")
+    return encoder.encode_queries(TEXTS)
+
+
+def test_an_adapter_alone_embeds_as_the_merged_model_here_in_sentence_transformers_and_by_peft(
+    tiny_bert, alone, rows, tmp_path
+):
+    from peft import PeftModel
+    from sentence_transformers import SentenceTransformer
+
+    whole = train(tiny_bert, rows, tmp_path / "whole", *ADAPTER)
+    expected = queries_of(whole)
+    assert np.allclose(queries_of(alone), expected, atol=1e-6)
+    assert np.allclose(SentenceTransformer(str(alone), device="cpu").encode_query(TEXTS), expected, atol=1e-5)
+    backbone, tokenizer, _ = load_backbone(str(tiny_bert), flag="--model")
+    model = PeftModel.from_pretrained(backbone, str(alone)).merge_and_unload().eval()
+    with torch.no_grad():
+        inputs = tokenizer([f"how: {text}" for text in TEXTS], padding=True, return_tensors="pt")
+        theirs = BiEncoder(model, EmbeddingConfig(pooling="mean"))(inputs["input_ids"], inputs["attention_mask"])
+    assert np.allclose(theirs, expected, atol=1e-5)
+    assert json.loads((alone / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_bert)
+    assert not (alone / "model.safetensors").exists()
+
+
+def test_all_three_scripts_read_an_adapter_and_training_goes_on_from_the_merged_weights(
+    tiny_bert, alone, rows, tmp_path
+):
+    output, corpus = tmp_path / "mined.jsonl", tmp_path / "corpus.jsonl"
+    write_jsonl(corpus, [{"text": text} for row in read_jsonl(rows) for text in row["pos"]])
+    mining = ["--input_file", rows, "--output_file", output, "--range_for_sampling", "0-5"]
+    mine_hard_neg.main(["--model_name_or_path", *map(str, [alone, *mining])])
+    assert len(read_jsonl(output)) == 10
+    measuring = ["--query_file_jsonl_path", rows, "--index_file_jsonl_path", corpus]
+    evaluate.main(["--model_name", *map(str, [alone, *measuring])])
+    whole = train(tiny_bert, rows, tmp_path / "whole", *ADAPTER)
+    on, on_whole = (train(model, rows, tmp_path / f"on_{model.name}", steps=1) for model in (alone, whole))
+    assert (on / "model.safetensors").exists()
+    assert not (on / "adapter_config.json").exists()
+    assert np.allclose(queries_of(on), queries_of(on_whole), atol=1e-5)
+    assert not np.allclose(queries_of(on), queries_of(alone), atol=1e-3)
+
+
+def test_an_adapter_that_peft_alone_wrote_takes_tokenizer_and_pooling_of_its_base(tiny_bert, alone, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(alone / name, bare)
+    expected = load_encoder(
+        str(alone),
+        encoding_arguments("--dtype", "float32", "--sentence_pooling_method", "cls"),
+        flag="--model",
+    ).encode_passages(TEXTS)
+    ours = load_encoder(str(bare), encoding_arguments("--dtype", "float32"), flag="--model").encode_passages(TEXTS)
+    assert np.allclose(next(ours)[1], next(expected)[1], atol=1e-6)
+
+
+def test_an_adapter_without_its_base_or_with_another_or_damaged_is_one_line(alone, other_bert, tmp_path, monkeypatch):
+    def changed(file, **changes):
+        path = alone / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        with pytest.raises(UserError) as refusal:
+            load_backbone(str(alone), flag="--model")
+        assert "\n" not in str(refusal.value)
+        return str(refusal.value)
+
+    before = (alone / "adapter_base.json").read_text()
+    assert f"{other_bert} has other weights than those that this adapter was trained on" in changed(
+        "adapter_base.json", name=str(other_bert)
+    )
+    gone = changed("adapter_base.json", name=str(tmp_path / "gone"))
+    assert f"--model {alone} is an adapter, and its base {tmp_path / 'gone'}" in gone
+    assert '"name" is 7, expected a string' in changed("adapter_base.json", name=7)
+    (alone / "adapter_base.json").write_text(before)
+    assert "cannot be loaded" in changed("adapter_config.json", peft_type="NONE_SUCH")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"alone is an adapter, which needs the package peft: pip install peft"):
+        load_backbone(str(alone), flag="--model")
+
+
+def test_no_adapter_of_an_adapter_is_saved_alone(alone, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(alone, rows, tmp_path / "second", "--lora_rank", 2, "--save_adapter_only", "True")
+    assert stop.value.code == 2
+    assert "is an adapter itself, and is merged into its base before training" in capsys.readouterr().err
+    assert np.isfinite(queries_of(train(alone, rows, tmp_path / "third", "--lora_rank", 2))).all()
 
 
 def test_without_peft_the_flag_says_what_to_install(tiny_bert, rows, tmp_path, monkeypatch, capsys):

@@ -6,9 +6,10 @@ import torch
 from helpers.tiny import make_rotary_model, make_tiny_bert
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.bi_encoder import BiEncoder, pool
+from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.modules import pool
 from embedding_finetune.model.padding import batches_by_length
 from embedding_finetune.model.sub_batches import padded_texts
 

@@ -121,14 +121,14 @@ def test_sentence_transformers_loads_a_folder_with_the_card_and_saves_it_again(t
     assert ModelCard.load(tmp_path / "again" / "README.md").data.library_name == "sentence-transformers"
 
 
-def test_an_adapter_alone_is_loaded_by_peft_on_its_base(tiny_bert, tmp_path, monkeypatch):
+def test_the_usage_of_an_adapter_alone_runs(tiny_bert, tmp_path, monkeypatch):
     folder = train(tiny_bert, write_rows(tmp_path), tmp_path / "only", "--lora_rank", 2, "--save_adapter_only", "True")
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "peft"
+    assert "install `peft` too" in card.text
     monkeypatch.chdir(folder)
     names = {}
-    exec(python_in(card).replace('"BASE"', repr(str(tiny_bert))), names)
-    assert names["model"].config.hidden_size == 32
+    exec(python_in(card), names)
+    assert names["passages"].shape == (2, 32)
 
 
 def test_the_card_holds_no_text_of_the_data_and_no_path(tuned, tiny_bert):

@@ -10,13 +10,16 @@ from helpers.data import read_jsonl
 from helpers.running import encoding_arguments
 from helpers.tiny import make_tiny_bert
 from helpers.tokenizer_kinds import tokenize
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 import finetune
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.loading import load_backbone, load_projection
+from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.modules import load_projection
+from embedding_finetune.model.pooling import POOLING_METHODS
 from embedding_finetune.retrieval.encoder import load_encoder
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk.", "a", "red green blue " * 30]
@@ -36,7 +39,10 @@ def assert_equal_embeddings(a, b):
     assert np.allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+POOLINGS = [*POOLING_METHODS, "cls+mean", "max+weightedmean+lasttoken", "mean+cls"]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("normalized", [True, False])
 def test_what_we_save_sentence_transformers_loads_with_the_same_embeddings(tiny_bert, tmp_path, pooling, normalized):
     from sentence_transformers import SentenceTransformer
@@ -68,14 +74,14 @@ def test_what_we_save_transformers_loads_with_the_same_weights(tiny_bert, tmp_pa
     assert_equal_embeddings(our_embeddings(tmp_path, TEXTS[:3]), theirs)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("normalized", [True, False])
 def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(tiny_bert, tmp_path, pooling, normalized):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     transformer = Transformer(str(tiny_bert), max_seq_length=16)
-    modules = [transformer, Pooling(32, pooling_mode=pooling), *([Normalize()] if normalized else [])]
+    modules = [transformer, Pooling(32, pooling_mode=pooling.split("+")), *([Normalize()] if normalized else [])]
     peer = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "how: ", "document": "it is "})
     peer.save(str(tmp_path))
 
@@ -85,16 +91,21 @@ def test_what_sentence_transformers_saves_we_load_with_the_same_embeddings(tiny_
 
 
 def make_dense_model(tiny_bert, folder, *, prompts, include_prompt=True, pooling="mean"):
-    """A sentence-transformers model with two Dense modules, saved by sentence-transformers."""
+    """A model with two Dense modules, and Dropout and LayerNorm between them, saved by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Transformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Normalize, Pooling
 
     torch.manual_seed(3)
+    norm = LayerNorm(48)
+    torch.nn.init.uniform_(norm.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(norm.norm.bias)
     modules = [
         Transformer(str(tiny_bert), max_seq_length=24),
-        Pooling(32, pooling_mode=pooling, include_prompt=include_prompt),
-        Dense(32, 48, activation_function=torch.nn.Identity(), bias=False),
+        Pooling(32, pooling_mode=pooling.split("+"), include_prompt=include_prompt),
+        Dense(32 * len(pooling.split("+")), 48, activation_function=torch.nn.Identity(), bias=False),
+        Dropout(0.5),
+        norm,
         Dense(48, 16, activation_function=torch.nn.Tanh()),
         Normalize(),
     ]
@@ -103,9 +114,9 @@ def make_dense_model(tiny_bert, folder, *, prompts, include_prompt=True, pooling
     return peer
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("include_prompt", [True, False])
-def test_dense_modules_and_pooling_without_the_instruction_are_those_of_sentence_transformers(
+def test_all_modules_and_pooling_without_the_instruction_are_those_of_sentence_transformers(
     tiny_bert, tmp_path, pooling, include_prompt
 ):
     prompts = {"query": "how do i reset the pump: ", "document": "", "similar": "red "}
@@ -116,7 +127,7 @@ def test_dense_modules_and_pooling_without_the_instruction_are_those_of_sentence
     assert_equal_embeddings(our_embeddings(tmp_path, TEXTS, "passage"), peer.encode_document(TEXTS))
 
 
-def test_dense_modules_are_trained_saved_and_everything_else_is_kept(tiny_bert, pairs, tmp_path):
+def test_modules_after_pooling_are_trained_saved_and_everything_else_is_kept(tiny_bert, pairs, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     prompts = {"query": "how: ", "document": "", "similar": "red "}
@@ -153,7 +164,7 @@ def test_dense_modules_are_trained_saved_and_everything_else_is_kept(tiny_bert, 
 )
 def test_a_dense_module_that_would_not_be_applied_is_refused(tiny_bert, tmp_path, changes, complaint):
     make_dense_model(tiny_bert, tmp_path, prompts={})
-    edit(tmp_path / "3_Dense" / "config.json", **changes)
+    edit(tmp_path / "5_Dense" / "config.json", **changes)
     with pytest.raises(UserError, match=complaint):
         load_projection(str(tmp_path), read_config(str(tmp_path)))
 
@@ -211,10 +222,12 @@ def test_a_module_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}, "max"),
-        ({"pooling_mode_mean_tokens": True}, r"cls\+mean"),
-        ({"pooling_mode_cls_token": False}, "none"),
-        ({"pooling_mode": "weightedmean"}, "weightedmean"),
+        ({"pooling_mode_cls_token": False}, "the pooling is none"),
+        ({"pooling_mode": "median"}, "the pooling is median; cls, max, mean, "),
+        ({"pooling_mode": ["cls", "median"]}, r"the pooling is cls\+median"),
+        ({"pooling_mode": [1]}, '"pooling_mode" is \\[1\\], expected the name of a pooling, or a list'),
+        ({"pooling_mode_cls_token": "yes"}, '"pooling_mode_cls_token" is "yes", expected true or false'),
+        ({"include_prompt": 1}, '"include_prompt" is 1, expected true or false'),
     ],
 )
 def test_a_pooling_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_path, changes, complaint):
@@ -222,6 +235,74 @@ def test_a_pooling_that_would_not_be_applied_is_refused_by_name(tiny_bert, tmp_p
     edit(folder / "1_Pooling" / "config.json", **changes)
     with pytest.raises(UserError, match=complaint):
         read_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("modules.json", {}, "modules.json: expected a list of modules"),
+        ("modules.json", [], "modules.json: expected a list of modules"),
+        ("modules.json", ["x"], "modules.json: module 0: a JSON str, expected an object"),
+        ("modules.json", [{"path": ""}], 'module 0: "type" is missing, expected a string'),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": ""}], 'module 0: "path" is missing'),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": -1},
+            '"max_seq_length" is -1, expected a whole number',
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": "512"}, '"max_seq_length" is "512", expected'),
+        ("sentence_bert_config.json", {"max_seq_length": True}, '"max_seq_length" is true, expected'),
+        ("sentence_bert_config.json", {"do_lower_case": "no"}, '"do_lower_case" is "no", expected true or false'),
+        ("sentence_bert_config.json", [], "sentence_bert_config.json: a JSON list, expected an object"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, '"prompts" is .*, expected an object of strings'),
+        ("config_sentence_transformers.json", {"prompts": {"query": 7}}, '"prompts" is .*, expected an object of str'),
+        ("config_sentence_transformers.json", {"default_prompt_name": 1}, '"default_prompt_name" is 1, expected'),
+        ("config_sentence_transformers.json", None, "config_sentence_transformers.json: a JSON NoneType, expected"),
+        ("1_Pooling/config.json", [], "config.json: a JSON list, expected an object"),
+        ("config.json", {"model_type": "bert", "hidden_size": 64}, "--model .*: cannot be loaded: .*"),
+        ("config.json", {"model_type": "bert", "hidden_size": "64"}, "--model .*: cannot be loaded: .*"),
+        ("config.json", [], "--model .*: cannot be loaded: .*"),
+        ("tokenizer.json", {}, "--model .*: cannot be loaded: .*"),
+        ("tokenizer_config.json", [], "--model .*: cannot be loaded: .*"),
+    ],
+)
+def test_a_side_file_of_another_kind_is_one_line_that_names_it(tiny_bert, tmp_path, name, content, complaint):
+    folder = saved(tiny_bert, tmp_path)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=complaint) as refusal:
+        load_backbone(str(folder), flag="--model")
+    assert "\n" not in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+
+
+def test_a_module_without_its_files_or_with_those_of_another_is_named(tiny_bert, tmp_path):
+    make_dense_model(tiny_bert, tmp_path, prompts={})
+    edit(tmp_path / "4_LayerNorm" / "config.json", dimension=47)
+    with pytest.raises(UserError, match=r"4_LayerNorm: .*; these are not the weights of a LayerNorm module"):
+        load_projection(str(tmp_path), read_config(str(tmp_path)))
+    (tmp_path / "4_LayerNorm" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r'4_LayerNorm/config\.json: "dimension" is missing, expected a whole number'):
+        read_config(str(tmp_path))
+    (tmp_path / "2_Dense" / "model.safetensors").write_bytes(b"no weights")
+    edit(tmp_path / "4_LayerNorm" / "config.json", dimension=48)
+    with pytest.raises(UserError, match="2_Dense: "):
+        load_projection(str(tmp_path), read_config(str(tmp_path)))
+    (tmp_path / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"2_Dense/model\.safetensors is missing, though modules.json names its module"):
+        load_projection(str(tmp_path), read_config(str(tmp_path)))
+    (tmp_path / "2_Dense" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"2_Dense/config\.json is missing, though modules.json names it"):
+        read_config(str(tmp_path))
+
+
+def test_modules_whose_weights_are_pickles_are_read(tiny_bert, tmp_path):
+    make_dense_model(tiny_bert, tmp_path, prompts={})
+    expected = our_embeddings(tmp_path, TEXTS)
+    for name in ("2_Dense", "4_LayerNorm"):
+        path = tmp_path / name / "model.safetensors"
+        torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+        path.unlink()
+    assert np.array_equal(our_embeddings(tmp_path, TEXTS), expected)
 
 
 def test_a_side_file_that_is_not_json_is_named(tiny_bert, tmp_path):

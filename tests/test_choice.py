@@ -1,11 +1,13 @@
+import random
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedding_finetune.mining.choice import lowest_scores, row_rng, select_negatives
+from embedding_finetune.mining.choice import draw_outside, lowest_scores, row_rng, sample_one_by_one, select_negatives
 
 
 def select(
@@ -111,3 +113,30 @@ def test_negatives_are_never_excluded_never_repeated_and_as_many_as_there_can_be
     assert set(fills) <= outside
     assert len(taken) == min(count, len(eligible))
     assert sum(selection.dropped.values()) == len(set(window) & excluded)
+
+
+@given(
+    st.integers(0, 3000),
+    st.floats(0, 1),
+    st.integers(0, 2**32),
+    st.sampled_from([1, 20, 21, 22, 37, 85, 86, 277, 1045]),
+)
+def test_numbers_drawn_one_by_one_are_those_of_random_sample(size, share, seed, edge):
+    for among in (size, edge):
+        count = round(share * among)
+        expected = random.Random(seed).sample(range(among), count)
+        assert list(sample_one_by_one(among, count, random.Random(seed))) == expected
+        few = list(islice(sample_one_by_one(among, count, random.Random(seed)), 3))
+        assert few == expected[:3]
+
+
+@given(st.data())
+def test_draws_outside_are_a_sample_of_all_without_what_is_excluded(data):
+    size, count = data.draw(st.integers(1, 300)), data.draw(st.integers(0, 20))
+    excluded = data.draw(st.sets(st.integers(0, size + 3)))
+    others, seed = data.draw(st.lists(st.integers(-1, size - 1))), data.draw(st.integers(0, 99))
+    refused = excluded | set(others)
+    sample = random.Random(seed).sample(range(size), min(size, count + len(refused)))
+    expected = [position for position in sample if position not in refused][:count]
+    reasons = dict.fromkeys(excluded, "positive")
+    assert draw_outside(reasons, others, count, size, random.Random(seed)) == expected

@@ -382,7 +382,7 @@ for number, pool in enumerate(pools):
         "--output_file", f"{folder}/{number}.reranked.jsonl", "--doubts_file", f"{folder}/{number}.doubts.jsonl",
         *flags])
     evaluate.main(["--model_name", model, "--index_file_jsonl_path", pool, "--query_file_jsonl_path", rows,
-        "--output_dir", f"{folder}/{number}"])
+        "--output_dir", f"{folder}/{number}", "--ignore_query_itself"])
     mine_hard_neg.main(["--model_name_or_path", model, "--output_file", f"{folder}/{number}.filtered.jsonl",
         "--absolute_margin", "0.001", "--keep_existing_negatives", "--judgements", judgements, *flags])
 """
@@ -398,6 +398,7 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
         texts = [{"text": passage_about(topic)} for topic in TOPICS[:count]]
         pools.append(str(write_jsonl(tmp_path / f"pool_{count}.jsonl", texts)))
     queries = [row["query"] for row in read_jsonl(data)]
+    write_jsonl(Path(pools[0]), [*read_jsonl(Path(pools[0])), {"text": queries[0]}])  # at position 10
     lines = [{"query": queries[n], "passage": passage_about(TOPICS[9]), "relevant": n == 0} for n in range(2)]
     judgements = write_jsonl(tmp_path / "judgements.jsonl", lines)
     outcomes = []
@@ -412,6 +413,9 @@ def test_mining_and_evaluating_give_the_same_whatever_the_number_of_processes(da
         metrics = [json.loads(files.pop(Path(f"{n}/metrics.json")))["metrics"] for n in range(len(pools))]
         outcomes.append((files, metrics, result.stdout))
     assert len(outcomes[0][0]) == 8 * len(pools)
+    first_ranking = next(content for path, content in outcomes[0][0].items() if path.match("0/run.*"))
+    assert b"01 Q0 10" in first_ranking
+    assert b"00 Q0 10" not in first_ranking
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 

@@ -6,7 +6,7 @@ import torch
 from helpers import kinds
 from helpers.data import TOPICS, passage_about, write_jsonl
 from helpers.running import encoding_arguments
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
 import finetune
 from embedding_finetune.model.limits import length_limit
@@ -24,7 +24,9 @@ def encoder_for(folder, *flags):
 
 def text_by_text(folder):
     """Mean states of each text alone, by transformers, scaled to length 1."""
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind = AutoConfig.from_pretrained(folder).model_type
+    model = kinds.class_of(kind).from_pretrained(folder).eval()
     embeddings = []
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text, truncation=True, max_length=kinds.POSITIONS)["input_ids"]])
@@ -102,3 +104,14 @@ def test_weights_in_several_files_are_those_in_one(tmp_path):
     whole, sharded = encoder_for(folder), encoder_for(parts)
     assert np.array_equal(whole.encode_queries(TEXTS), sharded.encode_queries(TEXTS))
     assert whole.weights_digest == sharded.weights_digest
+
+
+@pytest.mark.parametrize("kind", kinds.ENCODERS_ALONE)
+def test_a_checkpoint_with_a_decoder_embeds_as_its_encoder_alone_does(kind, tmp_path):
+    whole, alone = kinds.make_kind(kind, tmp_path / "whole"), tmp_path / "alone"
+    torch.manual_seed(1)
+    AutoModel.from_config(kinds.make_config(kind)).save_pretrained(whole)
+    AutoModelForTextEncoding.from_pretrained(whole).save_pretrained(alone)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(alone)
+    first, second = (encoder_for(folder).encode_queries(TEXTS) for folder in (whole, alone))
+    assert np.array_equal(first, second)

@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 from transformers import AutoModel, BertConfig
 
 from embedding_finetune.model import packing
-from embedding_finetune.model.bi_encoder import BiEncoder, pool
+from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.limits import first_position
+from embedding_finetune.model.modules import pool, pool_packed
 from embedding_finetune.model.packing import (
     Packed,
     kernel_serves,
     pack_if_possible,
     places_of,
-    pool_packed,
     takes_packed,
     text_by_text,
 )
+from embedding_finetune.model.pooling import POOLING_METHODS
 
 LENGTHS = [40, 1, 13, 150, 2]
 
@@ -165,7 +166,7 @@ def test_places_of_three_texts():
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())
-@pytest.mark.parametrize("method", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("method", [*POOLING_METHODS, "weightedmean+max+cls"])
 def test_pooling_of_packed_states_is_that_of_padded_ones(lengths, data, method):
     prompts = torch.tensor([data.draw(st.integers(0, length - 1)) for length in lengths])
     states = torch.randn(sum(lengths), 4, generator=torch.Generator().manual_seed(0))
@@ -174,8 +175,7 @@ def test_pooling_of_packed_states_is_that_of_padded_ones(lengths, data, method):
     position_ids, boundaries = map(torch.from_numpy, places_of(lengths, 0))
     texts = Packed(position_ids, boundaries, max(lengths))
     for given_prompts in (None, prompts):
-        left = mask if given_prompts is None else mask * (mask.cumsum(1) > given_prompts[:, None])
-        expected = pool(padded, left, method)
+        expected = pool(padded, mask, method, given_prompts)
         assert torch.allclose(pool_packed(states, texts, method, given_prompts), expected, atol=1e-6)
 
 

@@ -61,8 +61,9 @@ def without_torchrun(command: str) -> str:
 
 COMMANDS = [(path, block.replace("\\\n", " ").strip()) for path in PAGES for block in blocks(path)]
 SCRIPT_COMMANDS = [(path, without_torchrun(command)) for path, command in COMMANDS if is_script(command)]
-MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--output_file (\S+)", command)}
+MADE = {name for _, command in SCRIPT_COMMANDS for name in re.findall(r"--(?:output|doubts)_file (\S+)", command)}
 MADE |= {"scifact", "scifact/qrels/dev.tsv"}  # a BEIR folder; tests/test_beir.py runs these commands on one
+MADE |= {"judgements.jsonl"}  # of the report
 MADE |= {"pairs.csv", "pairs.parquet", "triplets.parquet"}  # of the reader, and of programs on docs/data.md
 MADE |= {"tuned/held_out.jsonl", "tuned/held_out_candidates.jsonl"}
 MADE |= {f"benchmarks/data/debian/{name}.jsonl.gz" for name in ("train", "test", "candidates", "pool")}

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers.data import write_jsonl
+from helpers.hub import put_into_cache
 from helpers.running import encoder_for, encoding_arguments, evaluation
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from helpers.training import TEXTS, embeddings, train, write_rows
@@ -22,16 +23,6 @@ from embedding_finetune.model.training_queries import read_training_queries
 from embedding_finetune.retrieval.reranker import check_reranker, load_reranker
 
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
-
-
-def put_into_cache(cache, name, folders):
-    """Lay models out as the hub's cache does. folders: commit -> (folder, branch or tag)."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    for commit, (folder, reference) in folders.items():
-        shutil.copytree(folder, place / "snapshots" / commit)
-        (place / "refs" / reference).parent.mkdir(exist_ok=True)
-        (place / "refs" / reference).write_text(commit)
 
 
 def make_embedder(folder, *, seed, instruction):
@@ -106,6 +97,19 @@ def test_a_reranker_is_checked_and_loaded_at_its_revision(hub):
     assert load_reranker("me/reranker@v1", options).model.config.num_labels == 1
     with pytest.raises(UserError, match="2 logits"):
         check_reranker("me/reranker", options)
+
+
+def test_an_adapter_alone_is_of_its_revision_and_so_is_its_base(hub, tmp_path):
+    cache, flags = tmp_path / "cache", ["--lora_rank", 2, "--save_adapter_only", "True"]
+    shutil.copytree(hub[0], cache)
+    bases = {OLD: (make_tiny_bert(tmp_path / "b1", seed=1), "v1"), NEW: (make_tiny_bert(tmp_path / "b2"), "main")}
+    put_into_cache(cache, "me/base", bases)
+    rows, used = write_rows(tmp_path), ["--cache_dir", str(cache)]
+    alone = [train("me/base@v1", rows, tmp_path / f"a{n}", *flags, *used, "--seed", n) for n in (1, 2)]
+    put_into_cache(cache, "me/adapter", {OLD: (alone[0], "v1"), NEW: (alone[1], "main")})
+    for name, folder in (("me/adapter@v1", alone[0]), ("me/adapter", alone[1])):
+        assert np.array_equal(embeddings(name, *used), embeddings(folder, *used))
+    assert not np.allclose(embeddings("me/adapter@v1", *used), embeddings("me/adapter", *used))
 
 
 def test_all_three_scripts_take_a_revision(hub, tmp_path):

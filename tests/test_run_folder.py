@@ -40,7 +40,7 @@ def test_an_adapter_alone_over_a_full_run_leaves_no_other_model(tiny_bert, mined
     finetune.main(flags(tiny_bert, mined, folder, overwrite_output_dir=True, lora_rank=2, save_adapter_only=True))
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "notes.txt"} <= names
-    assert not {"model.safetensors", "config.json", "merged", "modules.json", "tokenizer.json"} & names
+    assert not {"model.safetensors", "config.json", "merged"} & names
 
 
 def test_resuming_takes_the_checkpoint_of_its_own_run_and_not_an_earlier_ones(tiny_bert, mined, tmp_path):
@@ -160,6 +160,9 @@ def test_data_that_the_new_model_would_replace_is_refused(tiny_bert, mined, tmp_
     assert (folder / "rows.json").read_bytes() == mined.read_bytes()
 
 
+STATES = {"schedule": "scheduler.pt", "moments": "optimizer.pt", "random_state": "rng_state*.pth"}
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -167,7 +170,8 @@ def test_data_that_the_new_model_would_replace_is_refused(tiny_bert, mined, tmp_
         ({"resume_from_checkpoint": "{model}"}, "is no finished checkpoint"),
         ({"resume_from_checkpoint": "{file}"}, "there is no such folder"),
         ({"resume_from_checkpoint": "{weights_only}"}, "as --save_only_model leaves them out"),
-        ({"resume_from_checkpoint": "{no_schedule}"}, "lacks scheduler.pt"),
+        *(({"resume_from_checkpoint": f"{{no_{name}}}"}, f"lacks {file}, as --save") for name, file in STATES.items()),
+        ({"resume_from_checkpoint": "{no_step}"}, "is no finished checkpoint (trainer_state.json is missing"),
         ({"resume_from_checkpoint": "{damaged_state}"}, "a file of it is damaged"),
         ({"resume_from_checkpoint": "{out}/checkpoint-4", "max_steps": 3}, "is at step 4 already"),
         (
@@ -201,12 +205,14 @@ def finished_runs(tiny_bert, tmp_path_factory):
     shutil.copytree(folder / "out" / "checkpoint-2", folder / "damaged")
     with (folder / "damaged" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
-    for name, file in (("no_schedule", "scheduler.pt"), ("damaged_state", "optimizer.pt")):
-        shutil.copytree(folder / "out" / "checkpoint-2", folder / name)
-        (folder / name / file).unlink()
+    lacking = {**STATES, "step": "trainer_state.json"}
+    for name, file in lacking.items():
+        shutil.copytree(folder / "out" / "checkpoint-2", folder / f"no_{name}")
+        next((folder / f"no_{name}").glob(file)).unlink()
+    shutil.copytree(folder / "out" / "checkpoint-2", folder / "damaged_state")
     (folder / "damaged_state" / "optimizer.pt").write_bytes(b"cut short")
     return {
-        "no_schedule": folder / "no_schedule",
+        **{f"no_{name}": folder / f"no_{name}" for name in lacking},
         "damaged_state": folder / "damaged_state",
         "data": data,
         "out": folder / "out",

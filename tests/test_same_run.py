@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers.data import read_jsonl, write_jsonl
@@ -9,6 +10,7 @@ from helpers.tiny import make_tiny_bert
 from helpers.tiny_runs import flags, refusal
 
 import finetune
+from embedding_finetune.training.same_run import warn_of_what_is_lost
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,42 @@ def test_an_adapter_is_not_trained_on_with_another_base(tiny_bert, mined, tmp_pa
     assert "go on with another --model_name_or_path" in refusal(argv, capsys)
     moved = shutil.copytree(tiny_bert, tmp_path / "moved")
     finetune.main(flags(moved, mined, tmp_path / "out", resume_from_checkpoint=True, max_steps=6, **given))
+
+
+def test_what_a_run_goes_on_without_is_told_in_a_warning(tiny_bert, mined, tmp_path, caplog):
+    folder = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    finetune.main(flags(tiny_bert, mined, folder, **saving))
+    whole = folder / "checkpoint-2"
+    no_run, of_two = (shutil.copytree(whole, tmp_path / name) for name in ("no_run", "of_two"))
+    (no_run / "training_run.json").unlink()
+    (of_two / "rng_state.pth").rename(of_two / "rng_state_0.pth")
+    shutil.copy(of_two / "rng_state_0.pth", of_two / "rng_state_1.pth")
+    of_earlier_version = shutil.copytree(whole, tmp_path / "earlier")
+    (of_earlier_version / "training_run.json").write_text('{"run": "ab"}')
+    rows_and_flags = "lacks a training_run.json with rows and flags: it cannot be checked that"
+    for checkpoint, told in (
+        (whole, None),
+        (no_run, rows_and_flags),
+        (of_earlier_version, rows_and_flags),
+        (of_two, "lacks rng_state.pth: another number of processes than 1 wrote it"),
+    ):
+        caplog.clear()
+        finetune.main(flags(tiny_bert, mined, tmp_path / "new", resume_from_checkpoint=checkpoint))
+        warnings = [record.message for record in caplog.records if "resume_from_checkpoint" in record.message]
+        expected = [] if told is None else [f"warning: --resume_from_checkpoint {checkpoint}: {told}"]
+        assert [message[: len(start)] for message, start in zip(warnings, expected, strict=True)] == expected
+
+
+def test_processes_and_precision_ask_for_files_of_their_own(tmp_path, caplog):
+    (tmp_path / "training_run.json").write_text('{"run": "ab", "decided_by": {}}')
+    (tmp_path / "rng_state_1.pth").touch()
+    warn_of_what_is_lost(str(tmp_path), SimpleNamespace(world_size=3, fp16=True))
+    first, second = (record.message.partition("lacks ")[2] for record in caplog.records)
+    assert first.startswith("rng_state_0.pth, rng_state_2.pth: another number of processes than 3")
+    assert second == "scaler.pt: the scale of the loss for --fp16 begins anew"
+    warn_of_what_is_lost(None, SimpleNamespace(world_size=1, fp16=False))
+    assert len(caplog.records) == 2
 
 
 def test_how_batches_are_copied_decides_nothing_also_in_runs_of_earlier_versions(tiny_bert, mined, tmp_path):

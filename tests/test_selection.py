@@ -10,7 +10,7 @@ from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.mining.audit import audit_text, mining_audit
 from embedding_finetune.mining.candidates import Candidates, Pairs
 from embedding_finetune.mining.choice import lowest_scores
-from embedding_finetune.mining.selection import ExcludedTexts, choose_negatives, positive_pairs
+from embedding_finetune.mining.selection import choose_negatives, positive_pairs
 from embedding_finetune.mining.stopwatch import Stopwatch
 
 NOT_NEAR = np.empty((0, 2), dtype=np.int64)
@@ -136,8 +136,6 @@ def test_near_duplicates_hold_for_fills_and_old_negatives_of_all_rows_that_share
     near = np.array([[0, 4], [1, 5], [2, 6]])
     pool = Pool(scores, [[0, 1], [2], [3]], [[5, 6, 7], [4], [4, 4]], near)
     pool.rows[1]["query"] = " query 0"  # the first row's query
-    excluded = ExcludedTexts(pool.rows, pool.corpus, near)
-    assert [sorted(excluded.of(row)) for row in range(3)] == [[0, 1, 2, 4, 5, 6], [0, 1, 2, 4, 5, 6], [3]]
     first, second, third = pool.mine(window=(0, 2), count=12, keep=True)
     assert (first.kept, second.kept, third.kept) == (1, 0, 1)
     assert (first.negatives[0], third.negatives[0]) == (7, 4)

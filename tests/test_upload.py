@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
-from helpers.hub import running_hub
+from helpers.hub import put_into_cache, running_hub
 from helpers.training import TEXTS, embeddings, train, write_rows
 from huggingface_hub import ModelCard, constants
 from sentence_transformers import SentenceTransformer
@@ -43,6 +43,9 @@ UPLOAD = [
 def hub(monkeypatch, tmp_path):
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -173,9 +176,21 @@ def test_bad_rows_leave_no_empty_repository(hub, tiny_bert, tmp_path, capsys):
     assert hub.calls == BEFORE_TRAINING[:1]
 
 
-def test_an_adapter_alone_is_not_uploaded(hub, tiny_bert, tmp_path, capsys):
+def test_an_adapter_alone_is_uploaded_without_a_path_and_not_where_its_base_is_a_folder(
+    hub, tiny_bert, tmp_path, monkeypatch, capsys
+):
     flags = ["--lora_rank", 2, "--save_adapter_only", "True"]
-    assert "--save_adapter_only" in refused(lambda: push(tiny_bert, tmp_path, *flags), capsys)
+    assert "leave out --save_adapter_only" in refused(lambda: push(tiny_bert, tmp_path, *flags), capsys)
+    assert hub.calls == []
+    commit, cache = "0" * 40, str(tmp_path / "cache")
+    put_into_cache(tmp_path / "cache", "me/base", {commit: (tiny_bert, "v1")})
+    folder = push(f"me/base@{commit}", tmp_path, *flags, "--cache_dir", cache)
+    assert hub.files.keys() >= {"adapter_config.json", "adapter_base.json", "adapter_model.safetensors", "README.md"}
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+    assert json.loads(hub.files["adapter_base.json"])["name"] == f"me/base@{commit}"
+    config = json.loads(hub.files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", commit)
+    assert embeddings(folder, "--cache_dir", cache).shape == (3, 32)
 
 
 def test_a_token_on_the_command_line_is_refused_and_not_repeated(hub, tiny_bert, tmp_path, capsys):

@@ -29,7 +29,7 @@ class RetrievalTask(NamedTuple):
     without. instructions: those that queries have of their own.
     held_out_by: what all of them were kept out of training by, if so, see hold_out.py. unanswered: further questions,
     which the corpus does not answer; they are in no measure. not_relevant: for numbers of queries, the positions that
-    are known not to answer them.
+    are known not to answer them. left_out: for numbers of queries, the positions that their rankings leave out.
     """
 
     queries: list[str]
@@ -41,6 +41,7 @@ class RetrievalTask(NamedTuple):
     held_out_by: str | None = None
     unanswered: "RetrievalTask | None" = None
     not_relevant: Mapping[int, Set[int]] = MappingProxyType({})
+    left_out: Mapping[int, Set[int]] = MappingProxyType({})
 
     def asked(self) -> "RetrievalTask":
         """The task with the questions that the corpus does not answer behind the others."""
@@ -50,6 +51,10 @@ class RetrievalTask(NamedTuple):
         return self._replace(
             queries=[query for part in parts for query in part.queries],
             instructions=[own for part in parts for own in part.instructions or [None] * len(part.queries)],
+            left_out={
+                **self.left_out,
+                **{len(self.queries) + number: positions for number, positions in self.unanswered.left_out.items()},
+            },
         )
 
     def findable(self, number: int) -> list[int]:

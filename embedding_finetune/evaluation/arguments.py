@@ -46,6 +46,7 @@ class EvaluationOptions(EncodingOptions):
     fail_if_worse: bool = False
     thresholds: bool = False
     sizes: bool = False
+    ignore_query_itself: bool = False
 
     def __post_init__(self) -> None:
         parse_columns(self.columns)

@@ -5,11 +5,11 @@ Under torchrun the processes share the encoding and the search, and all get the 
 Shapes: Q queries, K ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 
-from embedding_finetune.data.corpus import Corpus, Documents
+from embedding_finetune.data.corpus import Documents
 from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.data.texts import TextsOnDisk
 from embedding_finetune.distributed import gather_objects
@@ -72,14 +72,38 @@ def _rank_distinct(rank: Callable[[TextsOnDisk, int], Ranking], task: RetrievalT
     corpus = task.corpus
     repeating = corpus if isinstance(corpus, Documents) and corpus.duplicates else None
     texts = corpus.texts if repeating is None else corpus.texts.at(repeating.distinct)
-    return as_documents(rank(texts, min(top_k, len(texts))), corpus, top_k)
+    return as_ranked(rank(texts, min(depth_of(task, top_k), len(texts))), task, top_k)
 
 
-def as_documents(ranking: Ranking, corpus: Corpus | Documents, top_k: int) -> Ranking:
-    """The ranking of a corpus, of that of its distinct texts."""
-    if not isinstance(corpus, Documents) or not corpus.duplicates:
+def depth_of(task: RetrievalTask, top_k: int) -> int:
+    """How deep the distinct texts are to be ranked, so that top_k remain without what the task leaves out."""
+    return top_k + max(map(len, task.left_out.values()), default=0)
+
+
+def as_ranked(ranking: Ranking, task: RetrievalTask, top_k: int) -> Ranking:
+    """The ranking of a task's corpus, of that of its distinct texts to depth_of. Every ranking passes through here.
+
+    Documents with one text all get its rank. What the task leaves out of a query's ranking is taken out, and what ranks
+    below moves up.
+    """
+    corpus = task.corpus
+    if isinstance(corpus, Documents) and corpus.duplicates:
+        ranking = rank_documents(ranking, corpus, min(depth_of(task, top_k), len(corpus)))
+    positions, scores = (part[:, :top_k] for part in _without(ranking, task.left_out))
+    return Ranking(positions, scores)
+
+
+def _without(ranking: Ranking, left_out: Mapping[int, Set[int]]) -> Ranking:
+    """The ranking without these positions, by numbers of queries; -1 past the end."""
+    if not left_out:
         return ranking
-    return rank_documents(ranking, corpus, min(top_k, len(corpus)))
+    positions, scores = (part.copy() for part in ranking)
+    for number, own in left_out.items():
+        gone = np.isin(positions[number], list(own))
+        positions[number][gone], scores[number][gone] = -1, -np.inf
+        order = np.argsort(gone, kind="stable")
+        positions[number], scores[number] = positions[number][order], scores[number][order]
+    return Ranking(positions, scores)
 
 
 def fuse_rankings(rankings: Sequence[Ranking]) -> Ranking:

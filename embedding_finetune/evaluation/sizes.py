@@ -17,7 +17,7 @@ from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.metrics import compare, means
-from embedding_finetune.evaluation.ranking import as_documents, values_per_query
+from embedding_finetune.evaluation.ranking import as_ranked, depth_of, values_per_query
 from embedding_finetune.retrieval.faiss_search import import_faiss
 from embedding_finetune.retrieval.top_k import Ranking, TopK
 
@@ -47,8 +47,8 @@ def sizes_of(embedded: Embedded, task: RetrievalTask, options: EvaluationOptions
     name = f"{judged}@{top_k}"
     records, whole = [], None
     for part in _parts(embedded, options.smaller_dimensions):
-        for precision, size, ranking in _rankings(part, min(top_k, len(part.passages))):
-            ranking = as_documents(ranking, task.corpus, top_k)
+        for precision, size, ranking in _rankings(part, min(depth_of(task, top_k), len(part.passages))):
+            ranking = as_ranked(ranking, task, top_k)
             values = values_per_query(ranking, task, options.measures, [top_k])
             whole = values[name] if whole is None else whole
             records.append(

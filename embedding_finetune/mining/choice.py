@@ -5,10 +5,12 @@ Candidates are positions in the corpus; their texts are not used here.
 Shapes: P pairs of a query and one of its positives.
 """
 
+import math
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -87,8 +89,7 @@ def select_negatives(
     chosen = rng.sample(eligible, min(wanted, len(eligible))) if strategy == "random" else eligible[:wanted]
     fills: list[int] = []
     if len(chosen) < wanted:
-        refused = excluded.keys() | kept.keys() | set(retrieved)
-        fills = draw_outside(refused, wanted - len(chosen), corpus_size, rng)
+        fills = draw_outside(excluded, [*kept, *retrieved], wanted - len(chosen), corpus_size, rng)
     return Selection(
         [*kept, *(retrieved[start + place] for place in chosen), *fills],
         [*kept.values(), *(float(scores[place]) for place in chosen), *([float("nan")] * len(fills))],
@@ -99,11 +100,39 @@ def select_negatives(
     )
 
 
-def draw_outside(refused: Collection[int], count: int, corpus_size: int, rng: random.Random) -> list[int]:
-    """Up to `count` distinct positions below corpus_size, drawn at random, none of them in the set `refused`."""
-    # At most len(refused) of a sample without replacement cannot be taken, so this many are enough.
-    drawn = rng.sample(range(corpus_size), min(corpus_size, count + len(refused)))
-    return [position for position in drawn if position not in refused][:count]
+def draw_outside(
+    excluded: Mapping[int, str], others: Iterable[int], count: int, corpus_size: int, rng: random.Random
+) -> list[int]:
+    """Up to `count` distinct positions below corpus_size, drawn at random, none of them among excluded or others.
+
+    The time that it takes depends on the others, and hardly on how many are excluded.
+    """
+    refused = {position for position in others if position not in excluded}
+    # At most so many of a sample without replacement cannot be taken, so this many are enough.
+    most = min(corpus_size, count + len(excluded) + len(refused))
+    drawn = sample_one_by_one(corpus_size, most, rng)
+    return list(islice((position for position in drawn if position not in refused and position not in excluded), count))
+
+
+def sample_one_by_one(size: int, count: int, rng: random.Random) -> Iterator[int]:
+    """What rng.sample(range(size), count) gives, number by number: who stops early does not pay for the rest.
+
+    The algorithm is that of Python's random.sample, with its choice of one of two ways: a seed gives what it gave.
+    """
+    set_size = 21 + (4 ** math.ceil(math.log(count * 3, 4)) if count > 5 else 0)
+    if size <= set_size:  # the list of all is shuffled from its beginning; only the places that changed are kept
+        changed: dict[int, int] = {}
+        for drawn in range(count):
+            place, last = rng.randrange(size - drawn), size - drawn - 1
+            yield changed.get(place, place)
+            changed[place] = changed.get(last, last)
+        return
+    seen: set[int] = set()
+    for _ in range(count):
+        while (number := rng.randrange(size)) in seen:
+            pass
+        seen.add(number)
+        yield number
 
 
 def row_rng(seed: int, row: int, attempt: int = 0) -> random.Random:

@@ -3,14 +3,16 @@
 Shapes: Q rows, P pairs of a row and one of its positives.
 """
 
+from collections import ChainMap
 from collections.abc import Sequence
 
 import numpy as np
 
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
+from embedding_finetune.mining.exclusions import ExcludedTexts
 from embedding_finetune.mining.negatives import Mined
-from embedding_finetune.mining.selection import ExcludedTexts, positive_pairs
+from embedding_finetune.mining.selection import positive_pairs
 from embedding_finetune.retrieval.doubts import Doubt, find_doubts
 
 
@@ -28,8 +30,9 @@ def doubts_of(rows: Sequence[Record], confirmed: Sequence[int], corpus: Corpus, 
     }
     excluded = ExcludedTexts(rows, corpus, np.empty((0, 2), dtype=np.int64))
 
-    def settled(row: int) -> set[int]:
+    def settled(row: int) -> ChainMap[int, str]:
         judged = rows[row].get("neg", [])[: confirmed[row]]
-        return {*excluded.of(row), *corpus.positions(judged).tolist()}
+        known = dict.fromkeys(corpus.positions(judged).tolist(), "judged")
+        return ChainMap(known, excluded.of(row))  # type: ignore[arg-type]  # nothing is written to it
 
     return find_doubts(witnesses, pairs.positions[best].tolist(), settled)

@@ -65,6 +65,11 @@ def rank_candidates(
     options = replace(options, range_for_sampling=(min(start, len(corpus)), min(stop, len(corpus))))
     gpus = gpus_to_search_on(working_device(), use_gpu_for_searching=options.use_gpu_for_searching, own_gpu=own_gpu())
     scratch = scratch or _scratch(options)
+    # Loaded and tried first: a reranker that does not work is told before an hour of encoding, not after it.
+    reranker = None
+    if options.reranker_name_or_path is not None:
+        reranker = load_reranker(options.reranker_name_or_path, options)
+        stopwatch.lap("load")
     if options.dense_models:
         candidates = _rank_with_first_model(
             queries, instructions, corpus, pairs, positives, options, gpus, stopwatch, scratch
@@ -73,11 +78,9 @@ def rank_candidates(
         candidates = _rank_by_words(queries, corpus, pairs, options, stopwatch)
     if len(options.model_name_or_path) > 1:
         candidates = _fuse_with_others(candidates, queries, instructions, corpus, options, gpus, stopwatch)
-    if options.reranker_name_or_path is not None:
-        reranker = load_reranker(options.reranker_name_or_path, options)
-        stopwatch.lap("load")
+    if reranker is not None:
         candidates = _rerank(candidates, reranker, queries, corpus, pairs, stopwatch)
-        name, reranked = options.reranker_name_or_path, candidates.ranking[:, candidates.window[0] :]
+        name, reranked = str(options.reranker_name_or_path), candidates.ranking[:, candidates.window[0] :]
         witness = _witness(Ranking(reranked, candidates.window_scores), candidates.pair_scores)
         candidates = candidates._replace(
             weights_digests={**candidates.weights_digests, name: reranker.weights_digest},

@@ -6,6 +6,7 @@ choices.
 Shapes: Q rows, P pairs of a row and a text.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +15,6 @@ import numpy as np
 
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.texts import canonical
 from embedding_finetune.mining.arguments import SelectionOptions
 from embedding_finetune.mining.candidates import Candidates, Pairs, Score
 from embedding_finetune.mining.choice import (
@@ -25,6 +25,7 @@ from embedding_finetune.mining.choice import (
     row_rng,
     select_negatives,
 )
+from embedding_finetune.mining.exclusions import ExcludedTexts
 from embedding_finetune.mining.filters import FILTERS, ScoreFilters
 from embedding_finetune.mining.stopwatch import Stopwatch
 
@@ -37,36 +38,6 @@ def positive_pairs(rows: Sequence[Record], corpus: Corpus) -> Pairs:
     """Every row paired with each of its positives, in order: (P,)."""
     positions = corpus.positions([text for row in rows for text in row["pos"]])
     return Pairs(np.repeat(np.arange(len(rows)), [len(row["pos"]) for row in rows]), positions)
-
-
-class ExcludedTexts:
-    """Texts that must not become a row's negatives: its query, the query's positives in any row, their near-duplicates.
-
-    near_duplicates: (n, 2), positions of a positive and of a passage that is nearly equal to it.
-    """
-
-    def __init__(self, rows: Sequence[Record], corpus: Corpus, near_duplicates: np.ndarray) -> None:
-        self._queries = corpus.positions([row["query"] for row in rows]).tolist()
-        self._positives = [corpus.positions(row["pos"]).tolist() for row in rows]
-        numbers: dict[str, int] = {}
-        self._query_numbers = [numbers.setdefault(canonical(row["query"]), len(numbers)) for row in rows]
-        self._answers: dict[int, dict[int, None]] = defaultdict(dict)
-        for number, positions in zip(self._query_numbers, self._positives):
-            self._answers[number].update(dict.fromkeys(positions))
-        self._near_duplicates: dict[int, list[int]] = defaultdict(list)
-        for positive, passage in near_duplicates.tolist():
-            self._near_duplicates[positive].append(passage)
-
-    def of(self, row: int) -> dict[int, str]:
-        """The row's excluded texts: position -> reason."""
-        answers = self._answers[self._query_numbers[row]]
-        near = (passage for answer in answers for passage in self._near_duplicates.get(answer, ()))
-        excluded = dict.fromkeys(near, "near-duplicate of a positive")
-        excluded[self._queries[row]] = "the query itself"
-        excluded.update(dict.fromkeys(answers, "positive of the same query in another row"))
-        excluded.update(dict.fromkeys(self._positives[row], "positive"))
-        excluded.pop(-1, None)  # of texts that the corpus does not hold
-        return excluded
 
 
 class FilteredScores:
@@ -230,10 +201,12 @@ def _replace_refused_fills(
             break
         drawn = {}
         for row in short:
-            refused = excluded.of(row).keys() | set(selections[row].negatives)
-            refused.update(ranking[row].tolist(), *(positions.tolist() for positions in tried[row]))
-            to_draw = (count - len(selections[row].negatives)) * 2**attempt
-            drawn[row] = np.array(draw_outside(refused, to_draw, corpus_size, row_rng(seed, row, attempt)), np.int64)
+            negatives, rng = selections[row].negatives, row_rng(seed, row, attempt)
+            others = itertools.chain(
+                negatives, ranking[row].tolist(), *(positions.tolist() for positions in tried[row])
+            )
+            to_draw = (count - len(negatives)) * 2**attempt
+            drawn[row] = np.array(draw_outside(excluded.of(row), others, to_draw, corpus_size, rng), dtype=np.int64)
             tried[row].append(drawn[row])
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from embedding_finetune.model.checkpoint import DenseConfig, EmbeddingConfig
-from embedding_finetune.model.packing import Packed, pool_packed
+from embedding_finetune.model.checkpoint import EmbeddingConfig
+from embedding_finetune.model.module_configs import DenseConfig
+from embedding_finetune.model.modules import pool, pool_packed
+from embedding_finetune.model.packing import Packed
 from embedding_finetune.model.sub_batches import Texts
 
 
@@ -87,9 +89,7 @@ class BiEncoder(nn.Module):
 
     def _embed(self, attention_mask: Tensor, prompt_lengths: Tensor | None, **inputs: Tensor) -> Tensor:
         states = self.backbone(attention_mask=attention_mask, **inputs).last_hidden_state  # (n, t, H')
-        if prompt_lengths is not None:
-            attention_mask = attention_mask * (attention_mask.cumsum(dim=1) > prompt_lengths[:, None])
-        return self._finished(pool(states.float(), attention_mask, self.embedding_config.pooling))
+        return self._finished(pool(states.float(), attention_mask, self.embedding_config.pooling, prompt_lengths))
 
     def _finished(self, embeddings: Tensor) -> Tensor:
         """Pooled states (n, H') through projection, cutting and normalisation: (n, H)."""
@@ -105,32 +105,7 @@ class BiEncoder(nn.Module):
 
 def embedding_dimensions(backbone: PreTrainedModel, config: EmbeddingConfig) -> int:
     """The number of dimensions of embeddings before they are cut to truncate_dim."""
-    return config.dense[-1].out_features if config.dense else backbone.config.hidden_size
-
-
-def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
-    """Token states (N, T, H) to one vector per text (N, H), by one of pooling.POOLING_METHODS."""
-    rows = torch.arange(len(states), device=states.device)
-    if method == "cls":
-        padding = (attention_mask.cumsum(dim=1) == 0).sum(dim=1)  # before the first token; not every device's argmax
-        return states[rows, padding % states.shape[1]]  # finds the first of equal ones
-    if method == "lasttoken":
-        positions = torch.arange(states.shape[1], device=states.device)
-        return states[rows, (attention_mask * positions).argmax(dim=1)]
-    if method == "mean":
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)  # (N, T, 1)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    raise ValueError(f"unknown pooling method {method!r}")
-
-
-class Dense(nn.Module):
-    """A linear layer and its activation."""
-
-    def __init__(self, config: DenseConfig) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.in_features, config.out_features, bias=config.bias)
-        self.activation = {"tanh": nn.Tanh(), "identity": nn.Identity()}[config.activation]
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(N, in) -> (N, out)."""
-        return self.activation(self.linear(embeddings))
+    dense = [module for module in config.modules if isinstance(module, DenseConfig)]
+    if dense:
+        return dense[-1].out_features
+    return backbone.config.hidden_size * len(config.pooling.split("+"))

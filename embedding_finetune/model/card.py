@@ -74,11 +74,6 @@ class CardFacts:
     runs_own_code: bool = False
 
     @property
-    def library(self) -> str:
-        """What loads the checkpoint, by the hub's name of it."""
-        return "peft" if self.adapter_alone else "sentence-transformers"
-
-    @property
     def name(self) -> str:
         """What the model is called: as its repository, else after its base."""
         if self.repository is not None:
@@ -158,11 +153,11 @@ def card_text(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> ModelCardData:
     measured = facts.measured
     return ModelCardData(
-        library_name=facts.library,
+        library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         base_model=facts.base[0] if len(facts.base) == 1 else list(facts.base) or None,
         tags=[
-            *(facts.library, "sentence-similarity", "feature-extraction", f"dataset_size:{facts.rows}"),
+            *("sentence-transformers", "sentence-similarity", "feature-extraction", f"dataset_size:{facts.rows}"),
             *(f"loss:{loss}" for loss in facts.losses),
         ],
         model_name=None if measured is None else facts.name,
@@ -220,19 +215,13 @@ def _measures(facts: CardFacts) -> str:
 def _usage(facts: CardFacts) -> str:
     name = facts.repository or "."
     folder = "" if facts.repository else "`.` stands for this folder, or for the name that you give it on the hub.\n\n"
-    if facts.adapter_alone:
-        base = facts.base[0] if facts.base else "BASE"
-        code = (
-            "from peft import PeftModel\nfrom transformers import AutoModel\n\n"
-            f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "{name}").merge_and_unload()'
-        )
-        return f"## Use\n\n{folder}These are the weights of an adapter alone.\n\n```python\n{code}\n```"
+    peft = "These are the weights of an adapter alone: install `peft` too.\n\n" if facts.adapter_alone else ""
     own_code = ", trust_remote_code=True" if facts.runs_own_code else ""
     prompts = {"query": facts.config.query_instruction, "document": facts.config.passage_instruction}
     said = json.dumps(prompts, ensure_ascii=False)
     return f"""## Use
 
-{folder}With [sentence-transformers](https://sbert.net):
+{folder}{peft}With [sentence-transformers](https://sbert.net):
 
 ```python
 from sentence_transformers import SentenceTransformer

@@ -2,7 +2,7 @@
 
     modules.json                        which modules run, in order
     1_Pooling/config.json               how token states become one vector
-    2_Dense/                            a linear layer and an activation on that vector, if there is one
+    2_Dense/, 2_LayerNorm/, 2_Dropout/  what is done to that vector, if anything is
     2_Normalize/                        present when vectors are scaled to length 1
     sentence_bert_config.json           max_seq_length, do_lower_case
     config_sentence_transformers.json   prompts: the query's and the passage's instruction
@@ -14,7 +14,6 @@ sentence-transformers 2.2 to 6.x reads.
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,39 +27,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.pooling import POOLING_METHODS
+from embedding_finetune.model.module_configs import (
+    KINDS,
+    ModuleConfig,
+    module_config,
+    module_file,
+    module_folders,
+    pooling_file,
+    pooling_method,
+)
 from embedding_finetune.model.revisions import at_revision
+from embedding_finetune.model.side_files import POSITIVE, SWITCH, TEXT, Kind, SideFile, read_json
 
 logger = logging.getLogger(__name__)
 
-_OLD_POOLING_FLAGS = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-    "max": "pooling_mode_max_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-}
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
-_SENTENCE_EMBEDDING = "sentence_embedding"
 _MODEL_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 """Old checkpoints name the kind of their model in sentence_<kind>_config.json. They are tried in the order of
 sentence-transformers."""
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.Tanh": "tanh",
-    "torch.nn.modules.linear.Identity": "identity",
-}
-
-
-@dataclass(frozen=True)
-class DenseConfig:
-    """A linear layer after pooling. activation: "tanh" or "identity". folder: holds its weights."""
-
-    in_features: int
-    out_features: int
-    bias: bool
-    activation: str
-    folder: str
+_PROMPTS = Kind(
+    lambda value: isinstance(value, dict) and all(isinstance(text, str | None) for text in value.values()),
+    "an object of strings",
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +57,8 @@ class EmbeddingConfig:
 
     max_seq_length None: the checkpoint does not say, and the tokenizer's limit holds. include_prompt False leaves the
     instruction's tokens out of the pooling. backbone_folder: the transformer's subfolder in the checkpoint.
-    truncate_dim: how many dimensions are kept, None for all. other_prompts and default_prompt_name are not used here:
-    they are saved again for users of sentence-transformers.
+    modules: those after pooling, without normalisation. truncate_dim: how many dimensions are kept, None for all.
+    other_prompts and default_prompt_name are not used here: they are saved again for users of sentence-transformers.
     """
 
     pooling: str = "cls"
@@ -81,7 +69,7 @@ class EmbeddingConfig:
     lower_case: bool = False
     backbone_folder: str = ""
     include_prompt: bool = True
-    dense: tuple[DenseConfig, ...] = ()
+    modules: tuple[ModuleConfig, ...] = ()
     truncate_dim: int | None = None
     other_prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
@@ -102,50 +90,50 @@ def read_config(name_or_path: str, *, cache_dir: str | None = None) -> Embedding
     Raises UserError for a module or pooling that this suite does not support.
     """
 
-    def load(filename: str) -> Any:
+    def load(filename: str) -> SideFile | None:
         path = find_file(name_or_path, filename, cache_dir)
-        if path is None:
-            return None
-        try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
+        return None if path is None else SideFile(path, read_json(path))
 
-    modules = load("modules.json")
-    described = load("config_sentence_transformers.json") or {}
-    prompts = {name: text or "" for name, text in (described.get("prompts") or {}).items()}
-    folders = _module_folders(name_or_path, modules or [])
-    backbone_folder = folders["Transformer"][0] if modules else ""
+    modules_file = find_file(name_or_path, "modules.json", cache_dir)
+    described = load("config_sentence_transformers.json")
+    prompts: dict[str, str] = {}
+    if described is not None:
+        prompts = {name: text or "" for name, text in described.field("prompts", _PROMPTS, {}).items()}
+    modules = [] if modules_file is None else module_folders(modules_file, read_json(modules_file))
+    backbone_folder = modules[0][1] if modules else ""
     limits = (
         load(os.path.join(backbone_folder, f"sentence_{kind}_config.json"))
         for kind in (_MODEL_KINDS if modules else _MODEL_KINDS[:1])
     )
-    limit: dict[str, Any] = next(filter(None, limits), {})
+    limit = next((file for file in limits if file is not None), SideFile("", {}))
     config = EmbeddingConfig(
         query_instruction=prompts.get("query", ""),
         passage_instruction=next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), ""),
-        max_seq_length=limit.get("max_seq_length"),
-        lower_case=bool(limit.get("do_lower_case", False)),
+        max_seq_length=limit.field("max_seq_length", POSITIVE, None),
+        lower_case=limit.field("do_lower_case", SWITCH, False),
         backbone_folder=backbone_folder,
         other_prompts={name: prompts[name] for name in prompts if name not in ("query", *_PASSAGE_PROMPTS)},
-        default_prompt_name=described.get("default_prompt_name"),
+        default_prompt_name=None if described is None else described.field("default_prompt_name", TEXT, None),
     )
-    if modules is None:
+    if not modules:
         logger.info("%s has no modules.json: cls pooling and normalisation, unless flags differ", name_or_path)
         return config
-    pooling_file = os.path.join(folders["Pooling"][0], "config.json")
-    pooling = load(pooling_file)
-    if pooling is None:
-        raise UserError(f"{name_or_path}: {pooling_file} is missing, though modules.json names it")
+
+    def config_of(folder: str) -> SideFile:
+        name = os.path.join(folder, "config.json")
+        if (file := load(name)) is None:
+            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names it")
+        return file
+
+    pooling = config_of(modules[1][1])
     return replace(
         config,
-        pooling=_pooling_method(name_or_path, pooling),
-        include_prompt=bool(pooling.get("include_prompt", True)),
-        dense=tuple(
-            _dense_config(name_or_path, folder, load(os.path.join(folder, "config.json")))
-            for folder in folders.get("Dense", ())
+        pooling=pooling_method(pooling),
+        include_prompt=pooling.field("include_prompt", SWITCH, True),
+        modules=tuple(
+            module_config(kind, folder, config_of(folder)) for kind, folder in modules[2:] if kind != "Normalize"
         ),
-        normalized="Normalize" in folders,
+        normalized=modules[-1][0] == "Normalize",
     )
 
 
@@ -158,15 +146,23 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint from which transformers, sentence-transformers and this suite get the same embeddings.
 
-    folder: an empty one, such as folder.model_replaced yields. projection: the layers that config.dense describes, from
-    loading.load_projection.
+    folder: an empty one, such as folder.model_replaced yields. projection: the modules that config.modules describes,
+    from loading.load_projection.
     """
     backbone.save_pretrained(folder)
+    save_beside_weights(folder, tokenizer, backbone.config.hidden_size, config)
+    for module, (name, _) in zip(projection or (), _modules(config)[2:]):
+        (folder / name).mkdir(exist_ok=True)
+        if weights := module.state_dict():
+            save_file(weights, folder / name / SAFE_WEIGHTS_NAME)
+
+
+def save_beside_weights(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, dimensions: int, config: EmbeddingConfig
+) -> None:
+    """Write what a checkpoint has beside weights. dimensions: of token states."""
     tokenizer.save_pretrained(folder)
-    for number, layer in enumerate(projection or ()):
-        (folder / f"{2 + number}_Dense").mkdir()
-        save_file(layer.state_dict(), folder / f"{2 + number}_Dense" / SAFE_WEIGHTS_NAME)
-    for name, content in _side_files(backbone.config.hidden_size, config).items():
+    for name, content in _side_files(dimensions, config).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -185,56 +181,10 @@ def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | 
     )
 
 
-def _module_folders(name_or_path: str, modules: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The modules' folders, by the last part of their type, which is the same in all spellings."""
-    folders: dict[str, list[str]] = {}
-    for module in modules:
-        folders.setdefault(module["type"].rsplit(".", 1)[-1], []).append(module["path"])
-    order = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if modules and not re.fullmatch("Transformer Pooling( Dense)*( Normalize)?", " ".join(order)):
-        raise UserError(
-            f"{name_or_path}: modules.json asks for {' > '.join(order)}; "
-            "only Transformer > Pooling, optionally followed by Dense and Normalize, is supported"
-        )
-    return folders
-
-
-def _dense_config(name_or_path: str, folder: str, described: dict[str, Any] | None) -> DenseConfig:
-    if described is None:
-        raise UserError(f"{name_or_path}: {folder}/config.json is missing, though modules.json names it")
-    activation = described.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if activation not in _ACTIVATIONS:
-        raise UserError(f"{name_or_path}: {folder} has the activation {activation}; only Tanh and Identity work here")
-    input_name = described.get("module_input_name", _SENTENCE_EMBEDDING)
-    if described.get("use_residual") or input_name != _SENTENCE_EMBEDDING:
-        raise UserError(
-            f"{name_or_path}: {folder} is a Dense module with a residual, or on token states; these are not supported"
-        )
-    return DenseConfig(
-        described["in_features"],
-        described["out_features"],
-        described.get("bias", True),
-        _ACTIVATIONS[activation],
-        folder,
-    )
-
-
-def _pooling_method(name_or_path: str, pooling_config: dict[str, Any]) -> str:
-    if "pooling_mode" in pooling_config:
-        mode = pooling_config["pooling_mode"]
-        modes = [mode] if isinstance(mode, str) else list(mode)
-    else:
-        modes = [method for method, flag in _OLD_POOLING_FLAGS.items() if pooling_config.get(flag)]
-    if len(modes) == 1 and modes[0] in POOLING_METHODS:
-        return modes[0]
-    raise UserError(
-        f"{name_or_path}: its pooling is {'+'.join(modes) or 'none'}, only {', '.join(POOLING_METHODS)} work here"
-    )
-
-
 def _modules(config: EmbeddingConfig) -> list[tuple[str, str]]:
     """Folder and type of each module, in order."""
-    kinds = ["Pooling", *("Dense" for _ in config.dense), *(["Normalize"] if config.normalized else [])]
+    kinds = ["Pooling", *(KINDS[type(module)] for module in config.modules)]
+    kinds += ["Normalize"] if config.normalized else []
     return [("", "Transformer"), *((f"{number}_{kind}", kind) for number, kind in enumerate(kinds, start=1))]
 
 
@@ -243,11 +193,7 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
     prompts = {"query": config.query_instruction, "document": config.passage_instruction}
     files: dict[str, Any] = {
         "sentence_bert_config.json": {"max_seq_length": config.max_seq_length, "do_lower_case": config.lower_case},
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": dimensions,
-            **{flag: method == config.pooling for method, flag in _OLD_POOLING_FLAGS.items()},
-            "include_prompt": config.include_prompt,
-        },
+        "1_Pooling/config.json": pooling_file(config.pooling, dimensions, include_prompt=config.include_prompt),
         "config_sentence_transformers.json": {
             "__version__": {
                 "sentence_transformers": "2.2.2",
@@ -263,13 +209,8 @@ def _side_files(dimensions: int, config: EmbeddingConfig) -> dict[str, Any]:
             for index, (folder, kind) in enumerate(_modules(config))
         ],
     }
-    for number, dense in enumerate(config.dense, start=2):
-        files[f"{number}_Dense/config.json"] = {
-            "in_features": dense.in_features,
-            "out_features": dense.out_features,
-            "bias": dense.bias,
-            "activation_function": next(path for path, name in _ACTIVATIONS.items() if name == dense.activation),
-        }
+    for (folder, _), module in zip(_modules(config)[2:], config.modules):
+        files[f"{folder}/config.json"] = module_file(module)
     if config.normalized:
-        files[f"{2 + len(config.dense)}_Normalize/config.json"] = {}
+        files[f"{_modules(config)[-1][0]}/config.json"] = {}
     return files

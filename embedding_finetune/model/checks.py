@@ -5,6 +5,7 @@ Shapes: N texts, T tokens, H dimensions.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from embedding_finetune.model.packing import Packed, places_of
 from embedding_finetune.model.padding import pad
 from embedding_finetune.model.sub_batches import padded_texts
 
-_TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
+TRIED_TEXT = "how do i reset the pump, and who is to be called when the red light of the alarm is on for an hour?"
 _TRIED_TOKENS = 13
 """The tokens of that text that are used; padding makes them 16."""
 
@@ -33,7 +34,7 @@ second one finds only gross errors.
 """
 
 Inputs = Mapping[str, Tensor]
-"""input_ids and attention_mask, (N, T) each."""
+"""input_ids and attention_mask, (N, T) each, and what else a model takes."""
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
@@ -96,7 +97,7 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         hidden: Tensor = backbone(**inputs).last_hidden_state
         return hidden[0][inputs["attention_mask"][0].bool()]
 
-    check_padding([states_of_text], backbone, tokenizer, limit=limit, what=what)
+    check_padding([states_of_text], backbone, tokenizer, partial(_inputs_to_try, tokenizer, limit), what=what)
 
 
 def check_encoding(
@@ -118,7 +119,7 @@ def check_encoding(
         packed = Packed(position_ids, ends, max(lengths))
         return model.embed_packed(packed, None, input_ids=inputs["input_ids"][real][None])[0]
 
-    check_padding([embedding], model.backbone, tokenizer, limit=limit, what=what)
+    check_padding([embedding], model.backbone, tokenizer, partial(_inputs_to_try, tokenizer, limit), what=what)
 
 
 def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
@@ -134,40 +135,51 @@ def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limi
             lambda inputs: model.encode_in_sub_batches(padded_texts(**inputs))[0],
         ]
         with torch.enable_grad():  # attention is computed differently with gradients
-            check_padding(paths, model.backbone, tokenizer, limit=limit, what=f"{what}, in training")
+            inputs_to_try = partial(_inputs_to_try, tokenizer, limit)
+            check_padding(paths, model.backbone, tokenizer, inputs_to_try, what=f"{what}, in training")
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def check_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
-    """Raise UserError unless a classifier gives a text the same score alone and padded."""
+def check_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs_to_try: Callable[[], tuple[Inputs, Inputs]],
+    *,
+    what: str,
+) -> None:
+    """Raise UserError unless a classifier gives a pair of texts the same score alone and padded.
+
+    inputs_to_try: the pair alone, and the pair before another one, padded on the tokenizer's side.
+    """
 
     @torch.no_grad()
     def score(inputs: Inputs) -> Tensor:
         logit = model(**inputs).logits[0, 0]
         return torch.stack([logit, torch.ones_like(logit)])  # for scores near 0 the tolerance is absolute
 
-    check_padding([score], model, tokenizer, limit=limit, what=what, result="score")
+    check_padding([score], model, tokenizer, inputs_to_try, what=what, result="score")
 
 
 def check_padding(
     paths: Sequence[Callable[[Inputs], Tensor]],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    inputs_to_try: Callable[[], tuple[Inputs, Inputs]],
     *,
-    limit: int,
     what: str,
     result: str = "embedding",
 ) -> None:
     """Raise UserError unless all paths give a text the same result, in a batch of its own and padded.
 
-    A path takes Inputs and returns the result of their first text, of any shape. result: its name in error messages.
+    A path takes Inputs and returns the result of their first text, of any shape. inputs_to_try: the text alone, and
+    before another one, padded on the tokenizer's side. result: its name in error messages.
     No random numbers are consumed.
     """
     name, dtype = type(model).__name__, next(model.parameters()).dtype
     try:
-        difference = _largest_difference(paths, model, tokenizer, limit)
+        difference = _largest_difference(paths, model, inputs_to_try)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise UserError(f"{what}: out of GPU memory on a short text: {first_line(error)}") from error
@@ -183,31 +195,33 @@ def check_padding(
     if difference > _tolerance(dtype):
         raise UserError(
             f"{what}: a {name} sees the padding on the {tokenizer.padding_side} of a text, which changes its {result} "
-            f"by {difference:.1%}, so results depend on the batch; {_remedy(paths, model, tokenizer, limit)}"
+            f"by {difference:.1%}, so results depend on the batch; {_remedy(paths, model, tokenizer, inputs_to_try)}"
         )
 
 
 def _largest_difference(
-    paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    paths: Sequence[Callable[[Inputs], Tensor]],
+    model: PreTrainedModel,
+    inputs_to_try: Callable[[], tuple[Inputs, Inputs]],
 ) -> float:
     """Between the first path's result for a text alone and all other results, as a fraction of its length."""
-    alone, padded = (
-        {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        for inputs in _inputs_to_try(tokenizer, limit)
-    )
+    alone, padded = ({name: tensor.to(model.device) for name, tensor in inputs.items()} for inputs in inputs_to_try())
     with torch.random.fork_rng(devices=[]):
         results = [path(inputs).detach().float() for inputs in (alone, padded) for path in paths]
     return max(float((result - results[0]).norm() / results[0].norm()) for result in results)
 
 
 def _remedy(
-    paths: Sequence[Callable[[Inputs], Tensor]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int
+    paths: Sequence[Callable[[Inputs], Tensor]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs_to_try: Callable[[], tuple[Inputs, Inputs]],
 ) -> str:
     """What to do where padding changes a result: pad on the other side if that helps."""
     side = tokenizer.padding_side
     other = tokenizer.padding_side = {"left": "right", "right": "left"}[side]
     try:
-        helps = _largest_difference(paths, model, tokenizer, limit) <= _tolerance(next(model.parameters()).dtype)
+        helps = _largest_difference(paths, model, inputs_to_try) <= _tolerance(next(model.parameters()).dtype)
     finally:
         tokenizer.padding_side = side
     if helps:
@@ -221,7 +235,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _inputs_to_try(tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Inputs, Inputs]:
     """A text alone, and the same text before a shorter one, both padded to the next multiple of 8."""
-    ids = tokenizer(_TRIED_TEXT)["input_ids"]
+    ids = tokenizer(TRIED_TEXT)["input_ids"]
     ids = ids[: max(min(_TRIED_TOKENS, limit - 1), 1)]
     shorter = ids[: max(len(ids) - 4, 1)]
     return pad(tokenizer, [ids], limit=len(ids)), pad(tokenizer, [ids, shorter], limit=max(limit, len(ids)))

@@ -6,34 +6,38 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.bi_encoder import Dense
+from embedding_finetune.model.adapters import AdapterBase, check_peft, find_adapter, merged_into
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config
 from embedding_finetune.model.checks import check_states, check_tokenizer
 from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
+from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.revisions import at_revision
 
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""More tokens than any text has. Tokenizers without a limit give 10^30."""
+_PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_ENTRIES = ("config.json", "modules.json", "adapter_config.json")
+"""A model has one of these."""
+_WITH_A_DECODER = ("t5", "mt5", "umt5")
+"""Models whose encoder alone embeds texts: sentence-t5, gtr-t5. AutoModel would make the decoder too."""
 
 
 def check_models_are_there(names: Sequence[str], *, flag: str, cache_dir: str | None = None) -> None:
@@ -41,7 +45,7 @@ def check_models_are_there(names: Sequence[str], *, flag: str, cache_dir: str | 
     for name in names:
         _log_hub_lookup(name, flag)
         try:
-            found = [file for file in ("config.json", "modules.json") if find_file(name, file, cache_dir) is not None]
+            found = [file for file in _ENTRIES if find_file(name, file, cache_dir) is not None]
         except (OSError, ValueError) as error:  # neither a folder nor a hub name
             found, reason = [], f": {first_line(error)}"
         else:
@@ -80,13 +84,16 @@ def load_pretrained(
     """
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    with errors_name_the_model(auto_class, name_or_path, flag=flag, **hub):
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
         name, revision = at_revision(name_or_path)
+        pickled = _only_pickled(name_or_path, subfolder, cache_dir)
+        if pickled is not None:
+            logger.info("%s: its weights are a pickle; it is read as weights alone, and runs no code", pickled)
         model, loading = auto_class.from_pretrained(
             name,
             config=load_config(config_name, **hub) if config_name else None,
             dtype=torch.float32,
-            use_safetensors=True,
+            use_safetensors=pickled is None,
             output_loading_info=True,
             subfolder=subfolder,
             **revision,
@@ -106,15 +113,18 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_config(name_or_path: str, *, cache_dir: str | None, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(
+    name_or_path: str, *, subfolder: str = "", cache_dir: str | None, trust_remote_code: bool
+) -> PretrainedConfig:
     """The config.json of a folder or hub model, as transformers reads it."""
     name, revision = at_revision(name_or_path)
-    return AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=trust_remote_code, **revision)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    return AutoConfig.from_pretrained(name, subfolder=subfolder, **revision, **hub)
 
 
 @contextmanager
 def errors_name_the_model(
-    auto_class: Any, name_or_path: str, *, flag: str, cache_dir: str | None, trust_remote_code: bool
+    name_or_path: str, *, flag: str, cache_dir: str | None, trust_remote_code: bool
 ) -> Iterator[None]:
     """Raise UserError, with flag, name and remedy, for any error while files of a model are loaded."""
     what, is_folder = f"{flag} {name_or_path}", os.path.isdir(name_or_path)
@@ -123,7 +133,11 @@ def errors_name_the_model(
     except UserError:
         raise
     except Exception as error:  # errors of transformers, tokenizers and safetensors share no class
-        _refuse_pickle(auto_class, what, name_or_path, cache_dir)
+        if isinstance(error, UnpicklingError) or "Weights only load failed" in str(error):
+            raise UserError(
+                f"{what}: its weights are a pickle that asks for more than weights, which could run any code; it is "
+                "not loaded. Give a model with model.safetensors"
+            ) from error
         if "custom code" in str(error) and not trust_remote_code:
             raise UserError(
                 f"{what}: the model comes with code of its own; read it, and give "
@@ -147,15 +161,25 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
     """Load the weights (as float32), tokenizer and embedding config of a folder or hub model.
 
-    flag: the flag that gave the name. Raises UserError when something cannot be loaded, when weights are missing, or
-    when the backbone does not give a state for every token.
+    An adapter alone is loaded with its base, and merged into it. flag: the flag that gave the name. Raises UserError
+    when something cannot be loaded, when weights are missing, or when the backbone does not give a state for every
+    token.
     """
     _log_hub_lookup(name_or_path, flag)
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    with errors_name_the_model(AutoModel, name_or_path, flag=flag, **hub):
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
+        base = find_adapter(name_or_path, cache_dir=cache_dir)
+    if base is not None:
+        return _load_adapted(
+            name_or_path, base, flag=flag, tokenizer_name=tokenizer_name, config_name=config_name, **hub
+        )
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
         config = read_config(name_or_path, cache_dir=cache_dir)
+        described = load_config(
+            config_name or name_or_path, subfolder="" if config_name else config.backbone_folder, **hub
+        )
     backbone, tokenizer = load_pretrained(
-        AutoModel,
+        AutoModelForTextEncoding if described.model_type in _WITH_A_DECODER else AutoModel,
         name_or_path,
         flag=flag,
         remedy="give an encoder's checkpoint",
@@ -166,6 +190,44 @@ def load_backbone(
         **hub,
     )
     check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=f"{flag} {name_or_path}")
+    return backbone, tokenizer, config
+
+
+def _load_adapted(
+    name_or_path: str,
+    base: AdapterBase,
+    *,
+    flag: str,
+    config_name: str | None,
+    tokenizer_name: str | None,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
+    """The base of an adapter with the adapter in its weights.
+
+    Tokenizer and embedding config are those beside the adapter, where there are any, else the base's.
+    """
+    what = f"{flag} {name_or_path}"
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    check_peft(f"{what} is an adapter, which")
+    backbone, tokenizer, config = load_backbone(
+        base.name,
+        flag=f"{what} is an adapter, and its base",
+        config_name=config_name,
+        tokenizer_name=tokenizer_name,
+        **hub,
+    )
+    if base.weights_sha256 not in (None, weights_digest(backbone)):
+        raise UserError(f"{what}: {base.name} has other weights than those that this adapter was trained on")
+    with errors_name_the_model(name_or_path, flag=flag, **hub):
+        backbone = merged_into(backbone, name_or_path, cache_dir=cache_dir)
+        if find_file(name_or_path, "modules.json", cache_dir) is not None:
+            config = read_config(name_or_path, cache_dir=cache_dir)
+        if tokenizer_name is None and find_file(name_or_path, "tokenizer_config.json", cache_dir) is not None:
+            name, revision = at_revision(name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(name, **revision, **hub)
+    check_tokenizer(tokenizer, backbone, what)
+    check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
     return backbone, tokenizer, config
 
 
@@ -226,36 +288,14 @@ def load_embedding_model(
     )
 
 
-def _refuse_pickle(auto_class: Any, what: str, name_or_path: str, cache_dir: str | None) -> None:
-    """Raise UserError if the model's weights exist only as a pickle."""
-    try:
-        found = [name for name in (*_PICKLES, *_SAFETENSORS) if find_file(name_or_path, name, cache_dir) is not None]
-    except OSError:  # neither a folder nor a hub name
-        return
-    if found and not set(found) & set(_SAFETENSORS):
-        raise UserError(
-            f"{what}: its weights are a pickle ({found[0]}), which can run any code when it is loaded. If you "
-            f'trust it, convert it: python -c "from transformers import {auto_class.__name__} as M; '
-            f"M.from_pretrained('{name_or_path}', use_safetensors=False).save_pretrained('{name_or_path}')\""
-        )
+def _only_pickled(name_or_path: str, subfolder: str, cache_dir: str | None) -> str | None:
+    """The file of a model's weights, where they exist only as a pickle."""
 
+    def first(names: Sequence[str]) -> str | None:
+        found = (find_file(name_or_path, os.path.join(subfolder, name), cache_dir) for name in names)
+        return next((path for path in found if path is not None), None)
 
-def load_projection(name_or_path: str, config: EmbeddingConfig, *, cache_dir: str | None = None) -> nn.Sequential:
-    """The layers that config.dense describes, with their weights as float32; empty without such layers.
-
-    Raises UserError when weights are missing or do not fit the described layers.
-    """
-    layers = nn.Sequential(*map(Dense, config.dense))
-    for layer, described in zip(layers, config.dense):
-        name = os.path.join(described.folder, SAFE_WEIGHTS_NAME)
-        path = find_file(name_or_path, name, cache_dir)
-        if path is None:
-            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names its module")
-        try:
-            layer.load_state_dict(load_file(path))
-        except (RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path}: {first_line(error)}; these are not the weights of a Dense module") from error
-    return layers.float()
+    return None if first(_SAFETENSORS) is not None else first(_PICKLES)
 
 
 def weights_digest(*modules: nn.Module) -> str:

@@ -67,27 +67,6 @@ def places_of(lengths: Sequence[int] | np.ndarray, first_position: int) -> tuple
     return np.arange(boundaries[-1]) - np.repeat(boundaries[:-1], lengths) + first_position, boundaries.astype(np.int32)
 
 
-def pool_packed(states: Tensor, texts: Packed, method: str, prompt_lengths: Tensor | None = None) -> Tensor:
-    """Token states (S, H) to one vector per text (n, H), as bi_encoder.pool does it for padded ones.
-
-    prompt_lengths: (n,), how many tokens at the beginning of each text are left out; None for none.
-    """
-    starts, ends = texts.boundaries[:-1], texts.boundaries[1:]
-    if method == "lasttoken":
-        return states[ends - 1]
-    if method == "cls":
-        return states[starts if prompt_lengths is None else torch.minimum(starts + prompt_lengths, ends - 1)]
-    if method != "mean":
-        raise ValueError(f"unknown pooling method {method!r}")
-    lengths = ends - starts
-    if prompt_lengths is not None:
-        begin = torch.repeat_interleave(starts + prompt_lengths, lengths, output_size=len(states))  # (S,)
-        states = states * (torch.arange(len(states), device=states.device) >= begin)[:, None]
-        lengths = lengths - prompt_lengths
-    sums = torch.segment_reduce(states, "sum", offsets=texts.boundaries.long(), axis=0, unsafe=True)
-    return sums / lengths.clamp(min=1)[:, None]
-
-
 def kernel_serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has the kernel for a device and a precision."""
     if device.type != "cuda" or dtype not in _HALF or torch.version.cuda is None:

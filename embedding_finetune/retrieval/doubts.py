@@ -8,7 +8,7 @@ Shapes: Q queries, K ranks of a ranking.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -104,7 +104,7 @@ class Doubt(NamedTuple):
 
 
 def find_doubts(
-    witnesses: Mapping[str, Witness], positives: Sequence[int], settled: Callable[[int], Collection[int]]
+    witnesses: Mapping[str, Witness], positives: Sequence[int], settled: Callable[[int], Container[int]]
 ) -> list[Doubt]:
     """The doubts of all queries, the most damaging first; of equal ones the first query's.
 
@@ -115,12 +115,12 @@ def find_doubts(
     for number, positive in enumerate(positives):
         if positive < 0:
             continue
-        known = {-1, positive, *settled(number)}
+        known = settled(number)
         places = {name: witness.places(number) for name, witness in witnesses.items()}
         scores = {name: float(witness.positive_scores[number]) for name, witness in witnesses.items()}
         seen = dict.fromkeys(passage for ranked in places.values() for passage in islice(ranked, RANKS_IN_DOUBT))
         for passage in seen:
-            if passage not in known:
+            if passage not in (-1, positive) and passage not in known:
                 standings = {name: _standing(places[name], scores[name], passage, positive) for name in places}
                 if any(standing.doubtful for standing in standings.values()):
                     doubts.append(Doubt(number, passage, positive, standings))

@@ -30,6 +30,7 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.limits import first_position
 from embedding_finetune.model.loading import load_embedding_model, weights_digest
+from embedding_finetune.model.module_configs import DropoutConfig, module_name
 from embedding_finetune.model.packing import pack_if_possible
 from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
 from embedding_finetune.progress import Progress
@@ -109,7 +110,7 @@ class Encoder:
             "pooling": config.pooling,
             "include_prompt": config.include_prompt,
             "truncate_dim": config.truncate_dim,
-            "dense": [dense.activation for dense in config.dense],
+            "dense": [module_name(module) for module in config.modules if not isinstance(module, DropoutConfig)],
             "normalized": config.normalized,
             "lower_case": config.lower_case,
             "dtype": str(dtype).removeprefix("torch."),

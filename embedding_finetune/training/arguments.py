@@ -4,7 +4,6 @@ Each checks itself when it is made, and settles its defaults. What only all thre
 the command line, is checked in training/parser.py.
 """
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from embedding_finetune.data.hold_out import KINDS
 from embedding_finetune.data.judgements import JUDGEMENTS_HELP, check_judgement_paths
 from embedding_finetune.distributed import check_launch
 from embedding_finetune.mining.arguments import SelectionOptions
+from embedding_finetune.model.adapters import check_peft
 from embedding_finetune.training.flags import check_launcher, check_numbers
 from embedding_finetune.training.optimizer import check_activation_checkpointing, check_optimizer, check_schedule
 
@@ -302,13 +302,8 @@ def _check_matryoshka(args: RetrieverTrainingArguments) -> None:
 
 def _check_adapters(args: RetrieverTrainingArguments) -> None:
     if args.lora_rank is not None:
-        if importlib.util.find_spec("peft") is None:
-            raise UserError("--lora_rank needs the package peft: pip install peft")
+        check_peft("--lora_rank")
     elif args.save_adapter_only:
         raise UserError("--save_adapter_only: there is no adapter without --lora_rank")
-    if args.save_adapter_only and args.uploads:
-        raise UserError(
-            "--push_to_hub: an adapter alone has no tokenizer and no pooling; leave out --save_adapter_only"
-        )
     if args.save_adapter_only and args.merge_with_base is not None:
         raise UserError("--merge_with_base makes a whole model; leave out --save_adapter_only")

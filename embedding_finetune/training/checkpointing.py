@@ -20,12 +20,12 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.adapters import load_adapter, merged, save_adapter
+from embedding_finetune.model.adapters import AdapterBase, load_adapter, merged, save_adapter
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.card import CardFacts, write_card
-from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_checkpoint
+from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_beside_weights, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.loading import load_projection
+from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.training_queries import write_training_queries
 from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
@@ -46,7 +46,8 @@ class CheckpointingTrainer(Trainer):
     saved_config: how the model embeds, as checkpoints say it. training_queries: ids of the queries that it has seen.
     rounds: what mines before each round, if training has rounds; checkpoints keep its negatives. run: what checkpoints
     say about the run, see run_folder.py. card: what their README.md says; None for none. written: the files that were
-    saved as the finished model, relative to its folder.
+    saved as the finished model, relative to its folder. adapter_base: the model that adapters belong to, where they
+    alone are saved.
     """
 
     bi_encoder: BiEncoder
@@ -56,6 +57,7 @@ class CheckpointingTrainer(Trainer):
     run: Run | None = None
     card: CardFacts | None = None
     written: Sequence[str] = ()
+    adapter_base: AdapterBase | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -107,10 +109,13 @@ class CheckpointingTrainer(Trainer):
         folder, model = output_dir or self.args.output_dir, self.bi_encoder
         with model_replaced(folder) as staging:
             if self.args.lora_rank is not None:
-                save_adapter(model.backbone, staging, alone=self.args.save_adapter_only)
-            if not self.args.save_adapter_only:
+                save_adapter(model.backbone, staging, base=self.adapter_base)
+            if self.adapter_base is None:
                 self.write_model(staging)
-                write_training_queries(staging, self.training_queries)
+            else:
+                dimensions = model.backbone.config.hidden_size
+                save_beside_weights(staging, self.processing_class, dimensions, self.saved_config)
+            write_training_queries(staging, self.training_queries)
             if self.rounds is not None and folder != self.args.output_dir:  # a checkpoint, to go on from
                 self.rounds.write(staging)
             if self.run is not None:
@@ -144,7 +149,7 @@ class CheckpointingTrainer(Trainer):
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
             ) from error
-        if self.saved_config.dense:
+        if self.saved_config.modules:
             saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
             self.bi_encoder.projection.load_state_dict(saved.state_dict())
 

@@ -153,6 +153,11 @@ def check_together(
     check_optimizer_takes(given, args)
     check_output_dir(model_args, data_args, args)
     _check_negatives(data_args, args)
+    if args.uploads and args.save_adapter_only and os.path.isdir(model_args.model_name_or_path):
+        raise UserError(
+            f"--push_to_hub: an adapter alone needs its base, and others do not have {model_args.model_name_or_path}; "
+            "give --model_name_or_path a name of the hub, or leave out --save_adapter_only"
+        )
     if args.false_negative_margin is not None and not args.rows_share_negatives:
         raise UserError(
             f"--false_negative_margin {args.false_negative_margin:g}: no passage of another row is a negative; give "

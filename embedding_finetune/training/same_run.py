@@ -1,6 +1,10 @@
-"""Whether a run that is resumed is the one that began: what decides about its result, its data and its flags."""
+"""Whether a run that is resumed is the one that began: what decides about its result, its data and its flags.
+
+It goes on exactly, or does not go on, or a warning says what is lost.
+"""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +19,8 @@ from embedding_finetune.training.run_folder import Run, read_run
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import RetrieverTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 _DECIDES_NOTHING = re.compile(
     r"(log|logging|save|eval|dataloader(?!_drop_last)|ddp|gradient_checkpointing|activation_checkpointing)_\w+"
@@ -88,6 +94,31 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 f"--resume_from_checkpoint {checkpoint}: the run would go on with {what}; give what it was started "
                 "with, or train on from its weights with --model_name_or_path"
             )
+
+
+def warn_of_what_is_lost(checkpoint: str | None, args: "RetrieverTrainingArguments") -> None:
+    """Log a warning for each file that a checkpoint lacks, and without which a run goes on, but not exactly.
+
+    Without others it does not go on: resume_point names them.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    lost = {}
+    if "decided_by" not in (read_run(folder) or {}):
+        lost["a training_run.json with rows and flags"] = (
+            "it cannot be checked that they are those that the run was started with"
+        )
+    processes = args.world_size
+    states = [f"rng_state_{number}.pth" for number in range(processes)] if processes > 1 else ["rng_state.pth"]
+    if missing := [name for name in states if not (folder / name).exists()]:
+        lost[", ".join(missing)] = (
+            f"another number of processes than {processes} wrote it, and dropout will draw other numbers than there"
+        )
+    if args.fp16 and not (folder / "scaler.pt").exists():
+        lost["scaler.pt"] = "the scale of the loss for --fp16 begins anew"
+    for names, what in lost.items():
+        logger.warning("warning: --resume_from_checkpoint %s: lacks %s: %s", checkpoint, names, what)
 
 
 def _shown(value: object) -> str:

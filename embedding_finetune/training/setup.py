@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.adapters import add_adapters, merged, mix_with
+from embedding_finetune.model.adapters import AdapterBase, add_adapters, as_base, find_adapter, merged, mix_with
 from embedding_finetune.model.attention import leave_out_cudnn_attention
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.card import write_card
@@ -25,7 +25,8 @@ from embedding_finetune.model.limits import (
     freeze_position_embeddings,
     length_limit,
 )
-from embedding_finetune.model.loading import load_backbone, load_projection
+from embedding_finetune.model.loading import load_backbone, weights_digest
+from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.packing import pack_if_possible
 from embedding_finetune.model.sub_batches import Layout, layout_for
 from embedding_finetune.model.tokens import first_rows
@@ -57,6 +58,7 @@ def make_trainer(
     neighbours_in = partial(Neighbours, most=most, files=files) if most else None
     neighbours = None if neighbours_in is None or rounds is not None else neighbours_in(dataset.rows)
     backbone, tokenizer, config = load_base(model_args)
+    adapter_base = base_of_adapter(model_args, args, backbone)
     length_to_save = check_lengths(backbone, tokenizer, config, data_args)
     limit = length_limit(backbone, tokenizer)
     backbone = prepare_for_training(backbone, config, args)
@@ -103,6 +105,7 @@ def make_trainer(
         encoding=EncodingOptions(
             embeddings_dir=data_args.embeddings_dir, trust_remote_code=model_args.trust_remote_code
         ),
+        adapter_base=adapter_base,
     )
 
 
@@ -146,6 +149,24 @@ def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     )
 
 
+def base_of_adapter(
+    model_args: ModelArguments, args: RetrieverTrainingArguments, backbone: PreTrainedModel
+) -> AdapterBase | None:
+    """What the adapter, where it alone is saved, says of the model that it belongs to.
+
+    Raises UserError where that is an adapter itself: no tool loads an adapter of an adapter.
+    """
+    if not args.save_adapter_only:
+        return None
+    name = model_args.model_name_or_path
+    if find_adapter(name, cache_dir=model_args.cache_dir) is not None:
+        raise UserError(
+            f"--save_adapter_only: {name} is an adapter itself, and is merged into its base before training; leave the "
+            "flag out to save a whole model"
+        )
+    return as_base(name, weights_digest(backbone))
+
+
 def check_lengths(
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -180,8 +201,8 @@ def prepare_for_training(
         logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
     if args.lora_rank is None:
         return backbone
-    if args.save_adapter_only and config.dense:
-        raise UserError("--save_adapter_only: the model's Dense modules are trained too; leave it out")
+    if args.save_adapter_only and config.modules:
+        raise UserError("--save_adapter_only: the model's modules after pooling are trained too; leave it out")
     if args.lora_rank > backbone.config.hidden_size:
         raise UserError(
             f"--lora_rank {args.lora_rank}: the model's hidden states have {backbone.config.hidden_size} dimensions"

@@ -20,6 +20,7 @@ from embedding_finetune.data.texts import text_id
 from embedding_finetune.distributed import gather_objects, random_numbers_kept
 from embedding_finetune.evaluation.metrics import means
 from embedding_finetune.evaluation.ranking import measure
+from embedding_finetune.model.adapters import AdapterBase
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import load_encoder
@@ -73,6 +74,7 @@ class RetrievalTrainer(PacedTrainer):
         task: RetrievalTask | None = None,
         held_out: HeldOut | None = None,
         encoding: EncodingOptions | None = None,
+        adapter_base: AdapterBase | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -93,6 +95,7 @@ class RetrievalTrainer(PacedTrainer):
         self.base_kept = False  # whether the weights are those from before the first step again
         self.latest: dict[str, tuple[int, np.ndarray]] = {}  # prefix -> step, (Q,) of the last VERDICT_MEASURE
         self.saved_config = saved_config
+        self.adapter_base = adapter_base
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         self.encoding = encoding or EncodingOptions()
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.

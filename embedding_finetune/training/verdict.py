@@ -15,7 +15,7 @@ from embedding_finetune.data.hold_out import what_is_new
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.evaluation.metrics import SIGNIFICANT, compare
 from embedding_finetune.model.adapters import add_adapters
-from embedding_finetune.model.loading import load_projection
+from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.training_queries import read_training_queries
 from embedding_finetune.training.all_rows import command_on_all_rows
 from embedding_finetune.training.arguments import DataArguments, ModelArguments

@@ -3,9 +3,20 @@
 import base64
 import json
 import re
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def put_into_cache(cache, name, folders):
+    """Lay models out as the hub's cache does. folders: commit -> (folder, branch or tag)."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    for commit, (folder, reference) in folders.items():
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs" / reference).parent.mkdir(exist_ok=True)
+        (place / "refs" / reference).write_text(commit)
 
 
 class Hub:
@@ -73,6 +84,8 @@ def running_hub():
             status, document = hub.answer(self.command, re.sub(r"\?.*", "", self.path), body)
             content = json.dumps(document).encode()
             self.send_response(status)
+            if "/resolve/" in self.path:
+                self.send_header("X-Error-Code", "EntryNotFound")  # it has no files but those in the cache
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

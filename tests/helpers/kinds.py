@@ -6,6 +6,7 @@ from helpers.tiny import make_tokenizer
 
 POSITIONS = 64
 
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 _HEADS = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 _SEQ2SEQ = {**_HEADS, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
@@ -59,6 +60,9 @@ _OWN = {
         "embedding_size": 32,
         **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
     },
+    "mt5": _T5,
+    "t5": _T5,
+    "umt5": _T5,
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 2},
     "xlm": _XLM,
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "max_position_embeddings": None},
@@ -73,11 +77,12 @@ WORKING = """albert apertus arcee bert bert-generation big_bird biogpt bitnet bl
 deberta deberta-v2 deepseek_v3 diffllama distilbert doge electra ernie ernie4_5 esm eurobert exaone4 falcon falcon_mamba
 flaubert gemma gemma2 gemma3_text git glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite gte helium jetmoe
 jina_embeddings_v3 layoutlm lfm2 lilt llama longformer luke mamba markuplm megatron-bert minimax mistral mixtral
-mobilebert modernbert modernbert-decoder mpnet mpt mra nomic_bert olmo olmo2 olmoe openai-gpt opt persimmon phi phi3
+mobilebert modernbert modernbert-decoder mpnet mpt mra mt5 nomic_bert olmo olmo2 olmoe openai-gpt opt persimmon phi phi3
 phimoe qwen2 qwen3 qwen3_moe rembert roberta roberta-prelayernorm roc_bert roformer rwkv seed_oss smollm3 splinter
-squeezebert stablelm starcoder2 tapas visual_bert xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod""".split()
+squeezebert stablelm starcoder2 t5 tapas umt5 visual_bert xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod""".split()
+ENCODERS_ALONE = "mt5 t5 umt5".split()
 SEEING_PADDING = "convbert fnet nystromformer".split()
-NOT_EMBEDDING = "blenderbot canine cpmant m2m_100 mt5 opt-350m pegasus reformer t5 vit wav2vec2".split()
+NOT_EMBEDDING = "blenderbot canine cpmant m2m_100 opt-350m pegasus reformer vit wav2vec2".split()
 NOT_TRAINABLE = "bart clip_text_model ibert led mbart".split()
 """They take no inputs_embeds, or take them for something else."""
 FLOAT32_ONLY = "minimax mra openai-gpt xglm".split()
@@ -111,12 +116,18 @@ def make_config(kind: str):
     return config
 
 
+def class_of(kind: str):
+    """The Auto class whose models embed texts: of T5 and its kin the encoder alone."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if kind in ENCODERS_ALONE else AutoModel
+
+
 def make_kind(kind: str, folder: Path, *, padding_side: str = "right") -> Path:
     """Save a tiny random model of a kind, with a WordPiece tokenizer."""
     import torch
-    from transformers import AutoModel
 
     torch.manual_seed(0)
-    AutoModel.from_config(make_config(kind)).save_pretrained(folder)
+    class_of(kind).from_config(make_config(kind)).save_pretrained(folder)
     make_tokenizer(padding_side=padding_side, model_max_length=POSITIONS).save_pretrained(folder)
     return folder
