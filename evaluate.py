@@ -147,7 +147,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationOptions:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="model folders or hub names, the first of these is the base; bm25 ranks by words, a+b fuses two",
+        help="model folders, hub names or NAME@REVISION, the first of these is the base; bm25 ranks by words, a+b "
+        "fuses two",
     )
     parser.add_argument(
         "--index_file_jsonl_path",

@@ -67,10 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         from embedding_finetune.training.held_out import write_held_out
         from embedding_finetune.training.recipe import with_recipe
+        from embedding_finetune.training.run_card import card_of
         from embedding_finetune.training.run_data import prepare, read_rows
         from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
         from embedding_finetune.training.same_run import check_same_run, warn_of_what_is_lost, what_decides
         from embedding_finetune.training.setup import make_trainer
+        from embedding_finetune.training.upload import find_repository, make_repository, upload
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
         from embedding_finetune.training.weights import weights_hash
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     leave_process_group_at_exit()
     tell_of_processes_that_were_not_started()
+    repository = find_repository(args)
     judgements = read_judgements(data_args.judgements)
     rows = read_rows(data_args, args, judgements)
     tells_costs = data_args.recipe is not None
@@ -98,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.tells_costs = tells_costs
     decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
     check_same_run(checkpoint, decided_by)
+    trainer.card = card_of(trainer, model_args, data_args, given=given, repository=repository)
+    make_repository(repository, args)
     with run_in(args.output_dir, checkpoint, decided_by) if args.should_save else nullcontext() as trainer.run:
         if args.should_save:
             write_held_out(args.output_dir, data.held_out)
@@ -109,25 +114,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             remove_earlier_runs(args.output_dir)
         summary = trainer.summary(result.metrics)
         verdict = judge(trainer, data_args)
-        once_in_all(lambda: write_outcome(trainer, model_args, args, summary, verdict))
+        once_in_all(lambda: write_outcome(trainer, model_args, data_args, args, summary, verdict))
     if verdict is not None and trainer.is_world_process_zero():
         for line in next_steps(verdict, trainer, argv):
             logger.info("%s", line)
         print(verdict.line, flush=True)
+    upload(repository, args, trainer.written)
 
 
 def write_outcome(
     trainer: "RetrievalTrainer",
     model_args: "ModelArguments",
+    data_args: "DataArguments",
     args: "RetrieverTrainingArguments",
     summary: "Record",
     verdict: "Verdict | None",
 ) -> None:
-    """Write the merged model, where one is wanted, and the summary; tell the summary."""
+    """Write the merged model, where one is wanted, the model card and the summary; tell the summary."""
+    from embedding_finetune.training.run_card import with_outcome
+
     if args.merge_with_base is not None:
         from embedding_finetune.training.setup import save_merged_with_base
 
         save_merged_with_base(trainer, model_args, args, share=args.merge_with_base)
+    assert trainer.card is not None
+    trainer.card = with_outcome(trainer.card, trainer, data_args, summary, verdict)
+    trainer.create_model_card()
     with files.atomic_writer(os.path.join(args.output_dir, "training_summary.json")) as file:
         document = {**summary, "verdict": None if verdict is None else verdict._asdict()}
         file.write(json.dumps(document, indent=2).encode() + b"\n")

@@ -119,7 +119,8 @@ def parse_arguments(argv: Sequence[str] | None) -> MiningOptions:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="model folder or hub name; with several, their rankings are fused, and the first one's scores count",
+        help="model folder, hub name or NAME@REVISION; with several, their rankings are fused, and the first one's "
+        "scores count",
     )
     parser.add_argument(
         "--input_file", required=True, metavar="FILE", help='rows {"query": str, "pos": [str, ...]}, or a BEIR folder'

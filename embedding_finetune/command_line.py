@@ -28,12 +28,20 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 class UserError(Exception):
     """A mistake in what the user gave us: one line that names file:line or flag, and the remedy."""
 
+    status = BAD_INPUT
+
+
+class UploadError(UserError):
+    """The run is finished and all is saved, but it could not be uploaded."""
+
+    status = 1
+
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
     """Wrap a script's `main`: what a user or the machine did wrong ends it in one line, with a status of its own.
 
-    2 for a UserError and for a disk that cannot be written, 141 for a reader of stdout that went away, 128 + its
-    number for a signal: 130 for Ctrl-C, 143 for SIGTERM.
+    2 for a UserError and for a disk that cannot be written, 1 for an UploadError, 141 for a reader of stdout that went
+    away, 128 + its number for a signal: 130 for Ctrl-C, 143 for SIGTERM.
 
     Log lines go to stderr. Called from Python, it leaves the process as it was, see process.py.
     """
@@ -53,7 +61,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             with process.as_a_run(), _any_character_on_stdout():
                 return main(*args, **kwargs)
         except UserError as error:
-            raise end(BAD_INPUT, f"error: {error}") from error
+            raise end(error.status, f"error: {error}") from error
         except KeyboardInterrupt:
             number = process.received[0] if process.received else signal.SIGINT
             raise end(128 + number, process.ENDING_SIGNALS[signal.Signals(number)]) from None

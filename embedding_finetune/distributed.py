@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedding_finetune import process
-from embedding_finetune.command_line import BAD_INPUT, UserError
+from embedding_finetune.command_line import UserError
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def gather_objects(value: T) -> list[T]:
 def once_per_machine(work: Callable[[], T]) -> T:
     """The result of `work`, which the first process of each machine does while the others wait.
 
-    The result must be picklable. A UserError ends all processes with status 2, and one of them prints it.
+    The result must be picklable. A UserError ends all processes with its status, and one of them prints it.
     """
     if world_size() == 1:
         return work()
@@ -161,7 +161,7 @@ def once_per_machine(work: Callable[[], T]) -> T:
         return outcomes[process_rank() - local_rank]  # torchrun numbers the processes of a machine consecutively
     if failed == process_rank():
         raise outcomes[failed]
-    raise SystemExit(BAD_INPUT)
+    raise SystemExit(outcomes[failed].status)
 
 
 def once_in_all(work: Callable[[], None]) -> None:

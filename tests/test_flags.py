@@ -35,6 +35,7 @@ ONLY_ONE_VALUE = {  # refused for the value that is given here alone
     "eval_on_start": "False",
     "greater_is_better": "False",
     "restore_callback_states_from_checkpoint": "False",
+    "hub_strategy": "every_save",
 }
 QUERIES = "--eval_query_file_jsonl_path good.jsonl"
 
@@ -78,7 +79,7 @@ def other_value(flag):
         return str(not default)
     if isinstance(default, int | float):
         return str(int(default) + 1)
-    return {"hub_strategy": "end", "debug": "underflow_overflow", "eval_accumulation_steps": "2"}.get(
+    return {"debug": "underflow_overflow", "eval_accumulation_steps": "2"}.get(
         flag, "True" if "bool" in str(kind) and "dict" not in str(kind) else "x"
     )
 
@@ -105,7 +106,7 @@ def test_a_refused_flag_ends_the_run_with_a_line_that_names_it(folder, capsys, f
 
 @pytest.mark.parametrize("flag", [flag for flag in REFUSED if DEFAULTS[flag] not in (None, "", MISSING)])
 def test_a_refused_flag_may_be_given_with_the_value_that_holds_anyway(folder, flag):
-    held = True if flag in ONLY_ONE_VALUE else DEFAULTS[flag]
+    held = {**dict.fromkeys(ONLY_ONE_VALUE, True), "hub_strategy": "end"}.get(flag, DEFAULTS[flag])
     assert parse(f"--{flag} {held} {QUERIES}")
 
 
@@ -138,6 +139,9 @@ def test_a_refused_flag_may_be_given_with_the_value_that_holds_anyway(folder, fl
         ("--warmup_steps 5 --lr_scheduler_type constant", "--warmup_steps"),
         ('--lr_scheduler_kwargs {"a":1} --lr_scheduler_type constant_with_warmup', "--lr_scheduler_kwargs"),
         ("--teacher_temperature 2", "--teacher_temperature"),
+        ("--hub_model_id me/tuned", "--hub_model_id"),
+        ("--hub_private_repo True", "--hub_private_repo"),
+        ("--hub_revision v2", "--hub_revision"),
         ("--local_rank 0", "--local_rank"),
         ("--optim sgd --adam_beta1 0.8", "--adam_beta1"),
         ("--optim adafactor --adam_epsilon 1e-6", "--adam_epsilon"),
@@ -178,6 +182,7 @@ def test_a_flag_that_would_do_nothing_without_another_is_refused(folder, capsys,
         "--dataloader_num_workers 2 --dataloader_prefetch_factor 2 --dataloader_persistent_workers True",
         "--local_rank -1 --tf32 False --report_to tensorboard --log_level info --use_cpu True",
         "--query_instruction_for_retrieval= --neftune_noise_alpha 5",
+        "--push_to_hub --hub_model_id me/tuned --hub_private_repo True --hub_revision v2 --hub_strategy end",
     ],
 )
 def test_flags_that_go_together_are_taken(folder, flags):

@@ -45,8 +45,8 @@ def test_help_shows_the_suites_own_flags_first_in_groups_by_what_a_user_wants(se
     assert sections["model"][0] == "model_name_or_path"
     assert sections["data"][0] == "train_data"
     assert {flag for title in titles[:own] for flag in sections[title]} == (ALL - THEIRS) | {
-        "output_dir",
-        "resume_from_checkpoint",
+        *("output_dir", "resume_from_checkpoint"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
     }
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from embedding_finetune.command_line import UserError
 from embedding_finetune.files import AnyPath
 from embedding_finetune.model.checkpoint import find_file
+from embedding_finetune.model.revisions import at_revision
 from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 
 _FOLDER = "adapter"
@@ -74,7 +75,8 @@ def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, base: Adapter
     backbone.save_pretrained(target)
     config = json.loads((target / _CONFIG).read_text(encoding="utf-8"))
     if base is not None:
-        config["base_model_name_or_path"] = base.name
+        name, revision = at_revision(base.name)
+        config |= {"base_model_name_or_path": name, **revision}
         (target / _BASE).write_text(json.dumps(base._asdict(), indent=2) + "\n", encoding="utf-8")
     config["target_modules"].sort()  # a set in peft: its order would change from run to run
     (target / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -121,7 +123,8 @@ def merged_into(backbone: PreTrainedModel, name_or_path: str, *, cache_dir: str 
     """The backbone with the adapter of a folder or hub model in its weights, which can all be trained."""
     from peft import PeftModel
 
-    whole = PeftModel.from_pretrained(backbone, name_or_path, cache_dir=cache_dir).merge_and_unload()
+    name, revision = at_revision(name_or_path)
+    whole = PeftModel.from_pretrained(backbone, name, cache_dir=cache_dir, **revision).merge_and_unload()
     return whole.requires_grad_(True)  # peft has frozen the base
 
 

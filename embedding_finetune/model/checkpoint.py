@@ -36,6 +36,7 @@ from embedding_finetune.model.module_configs import (
     pooling_file,
     pooling_method,
 )
+from embedding_finetune.model.revisions import at_revision
 from embedding_finetune.model.side_files import POSITIVE, SWITCH, TEXT, Kind, SideFile, read_json
 
 logger = logging.getLogger(__name__)
@@ -168,10 +169,12 @@ def save_beside_weights(
 
 def find_file(name_or_path: str, filename: str, cache_dir: str | None) -> str | None:
     """The path on this machine of a file in a checkpoint folder or hub model; None if it has no such file."""
+    name, revision = at_revision(name_or_path)
     return cached_file(
-        name_or_path,
+        name,
         filename,
         cache_dir=cache_dir,
+        **revision,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

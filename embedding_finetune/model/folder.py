@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.files import AnyPath, is_model_file
+from embedding_finetune.model.card import is_own_card
 from embedding_finetune.process import uninterrupted
 
 _STAGING_PREFIX = ".saving-"
@@ -60,7 +61,7 @@ def _replace(folder: Path, staging: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and _is_model_folder(path):
             shutil.rmtree(path)
-        elif is_model_file(path.name) and Path(path.name) not in staged:
+        elif _is_a_models(path) and Path(path.name) not in staged:
             path.unlink()
     mode = 0o666 & ~_umask()
     for written in sorted(staged, key=lambda written: str(written) in _ENTRY_FILES):
@@ -71,7 +72,11 @@ def _replace(folder: Path, staging: Path) -> None:
 
 def _is_model_folder(path: Path) -> bool:
     files = [file for file in path.rglob("*") if not file.is_dir()]
-    return _SUBFOLDERS.fullmatch(path.name) is not None and all(is_model_file(file.name) for file in files)
+    return _SUBFOLDERS.fullmatch(path.name) is not None and all(map(_is_a_models, files))
+
+
+def _is_a_models(file: Path) -> bool:
+    return is_model_file(file.name) or is_own_card(file)
 
 
 def _umask() -> int:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +28,7 @@ from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read
 from embedding_finetune.model.checks import check_states, check_tokenizer
 from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
 from embedding_finetune.model.modules import load_projection
+from embedding_finetune.model.revisions import at_revision
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +85,23 @@ def load_pretrained(
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     with errors_name_the_model(name_or_path, flag=flag, **hub):
+        name, revision = at_revision(name_or_path)
         pickled = _only_pickled(name_or_path, subfolder, cache_dir)
         if pickled is not None:
             logger.info("%s: its weights are a pickle; it is read as weights alone, and runs no code", pickled)
         model, loading = auto_class.from_pretrained(
-            name_or_path,
-            config=AutoConfig.from_pretrained(config_name, **hub) if config_name else None,
+            name,
+            config=load_config(config_name, **hub) if config_name else None,
             dtype=torch.float32,
             use_safetensors=pickled is None,
             output_loading_info=True,
             subfolder=subfolder,
+            **revision,
             **hub,
         )
+        name, revision = at_revision(tokenizer_name or name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_name or name_or_path, subfolder="" if tokenizer_name else subfolder, **hub
+            name, subfolder="" if tokenizer_name else subfolder, **revision, **hub
         )
     missing = sorted(name for name in loading["missing_keys"] if may_lack is None or may_lack not in name)
     if missing:
@@ -106,6 +111,15 @@ def load_pretrained(
         )
     check_tokenizer(tokenizer, model, f"--tokenizer_name {tokenizer_name}" if tokenizer_name else what)
     return model, tokenizer
+
+
+def load_config(
+    name_or_path: str, *, subfolder: str = "", cache_dir: str | None, trust_remote_code: bool
+) -> PretrainedConfig:
+    """The config.json of a folder or hub model, as transformers reads it."""
+    name, revision = at_revision(name_or_path)
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    return AutoConfig.from_pretrained(name, subfolder=subfolder, **revision, **hub)
 
 
 @contextmanager
@@ -161,10 +175,8 @@ def load_backbone(
         )
     with errors_name_the_model(name_or_path, flag=flag, **hub):
         config = read_config(name_or_path, cache_dir=cache_dir)
-        described = (
-            AutoConfig.from_pretrained(config_name, **hub)
-            if config_name
-            else AutoConfig.from_pretrained(name_or_path, subfolder=config.backbone_folder, **hub)
+        described = load_config(
+            config_name or name_or_path, subfolder="" if config_name else config.backbone_folder, **hub
         )
     backbone, tokenizer = load_pretrained(
         AutoModelForTextEncoding if described.model_type in _WITH_A_DECODER else AutoModel,
@@ -212,7 +224,8 @@ def _load_adapted(
         if find_file(name_or_path, "modules.json", cache_dir) is not None:
             config = read_config(name_or_path, cache_dir=cache_dir)
         if tokenizer_name is None and find_file(name_or_path, "tokenizer_config.json", cache_dir) is not None:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+            name, revision = at_revision(name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(name, **revision, **hub)
     check_tokenizer(tokenizer, backbone, what)
     check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
     return backbone, tokenizer, config

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +25,7 @@ from embedding_finetune.model.encoding_kernels import (
     working_device,
 )
 from embedding_finetune.model.limits import length_limit
-from embedding_finetune.model.loading import errors_name_the_model, load_pretrained, weights_digest
+from embedding_finetune.model.loading import errors_name_the_model, load_config, load_pretrained, weights_digest
 from embedding_finetune.model.padding import batches_of_one_length, padded_length
 from embedding_finetune.model.tokens import pair_beginnings
 from embedding_finetune.progress import Progress
@@ -168,7 +167,7 @@ def check_reranker(name_or_path: str, options: EncodingOptions) -> None:
     """Raise UserError unless the model's config says that it has one logit. No weights are read."""
     hub: dict[str, Any] = {"cache_dir": options.cache_dir, "trust_remote_code": options.trust_remote_code}
     with errors_name_the_model(name_or_path, flag=_FLAG, **hub):
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
+        config = load_config(name_or_path, **hub)
     if config.num_labels != 1:
         raise UserError(
             f"{_FLAG} {name_or_path}: its config says {config.num_labels} logits, but a reranker has one; {_REMEDY}"

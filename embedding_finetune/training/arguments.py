@@ -37,7 +37,7 @@ def _flag(default: Any, text: str) -> Any:
 class ModelArguments:
     """What to start from."""
 
-    model_name_or_path: str = field(metadata={"help": "model folder or hub name"})
+    model_name_or_path: str = field(metadata={"help": "model folder or hub name, or NAME@REVISION"})
     config_name: str | None = _flag(None, "folder or hub name of another config.json")
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer")
     cache_dir: str | None = _flag(None, "where models from the hub are kept")
@@ -214,6 +214,9 @@ class RetrieverTrainingArguments(TrainingArguments):
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 
+    uploads: bool = field(default=False, init=False)
+    """Whether --push_to_hub was given: the suite uploads once, at the end, transformers at every save."""
+
     @property
     def rows_share_negatives(self) -> bool:
         """Whether the passages of other rows are a row's negatives."""
@@ -225,6 +228,8 @@ class RetrieverTrainingArguments(TrainingArguments):
         check_launcher()
         check_numbers(self)
         _set_defaults(self)
+        self.uploads = bool(self.push_to_hub)  # type: ignore[has-type]
+        self.push_to_hub = False
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.use_cpu:
             raise UserError("--fp16 needs a GPU; --bf16 True works without one")

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.adapters import AdapterBase, load_adapter, merged, save_adapter
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.card import CardFacts, write_card
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_beside_weights, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.modules import load_projection
@@ -44,7 +45,9 @@ class CheckpointingTrainer(Trainer):
 
     saved_config: how the model embeds, as checkpoints say it. training_queries: ids of the queries that it has seen.
     rounds: what mines before each round, if training has rounds; checkpoints keep its negatives. run: what checkpoints
-    say about the run, see run_folder.py. adapter_base: the model that adapters belong to, where they alone are saved.
+    say about the run, see run_folder.py. card: what their README.md says; None for none. written: the files that were
+    saved as the finished model, relative to its folder. adapter_base: the model that adapters belong to, where they
+    alone are saved.
     """
 
     bi_encoder: BiEncoder
@@ -52,6 +55,8 @@ class CheckpointingTrainer(Trainer):
     training_queries: np.ndarray
     rounds: Rounds | None = None
     run: Run | None = None
+    card: CardFacts | None = None
+    written: Sequence[str] = ()
     adapter_base: AdapterBase | None = None
 
     def __init__(self, **kwargs: Any) -> None:
@@ -89,6 +94,15 @@ class CheckpointingTrainer(Trainer):
         """What a checkpoint says about the run, and how far it is."""
         return run
 
+    def facts_of_card(self, card: CardFacts) -> CardFacts:
+        """What the card of a checkpoint says, and how far the run is."""
+        return card
+
+    def create_model_card(self, **_: Any) -> None:
+        """Write README.md of the finished model as `card` says; transformers' own asks the model for its config."""
+        if self.card is not None:
+            write_card(self.args.output_dir, self.facts_of_card(self.card))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -106,6 +120,9 @@ class CheckpointingTrainer(Trainer):
                 self.rounds.write(staging)
             if self.run is not None:
                 write_run(staging, self.facts_of_run(self.run))
+            if self.card is not None:
+                write_card(staging, self.facts_of_card(self.card))
+            self.written = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MEASURED = "retrieval is measured with the whole candidate set; leave it out"
 SHARDED = "not supported; torchrun alone trains on several GPUs, --recompute_sub_batches True saves memory"
 _COMPILED = "sub-batches change their shape at every step, and each shape would be compiled anew; leave it out"
-_UPLOAD = "finetune.py writes to --output_dir alone; upload the finished folder with `hf upload`"
+_ONE_UPLOAD = "the finished model is uploaded once, at the end; leave it out"
 _EXACT = "batches and their order are this suite's own, the same for any number of processes; leave it out"
 _TEXTS = "rows are texts, not columns of a model's input; leave it out"
 
@@ -61,13 +61,9 @@ REFUSED = {
     "debug": "a loss that is not finite ends the run and names its rows; leave it out",
     "restore_callback_states_from_checkpoint": "a resumed run goes on exactly where it stopped; leave it out",
     "enable_jit_checkpoint": "a run that is stopped would be saved as a finished one; --save_steps bounds what is lost",
-    "push_to_hub": _UPLOAD,
-    "hub_token": _UPLOAD,
-    "hub_private_repo": _UPLOAD,
-    "hub_model_id": _UPLOAD,
-    "hub_strategy": _UPLOAD,
-    "hub_always_push": _UPLOAD,
-    "hub_revision": _UPLOAD,
+    "hub_token": "other users of the machine see it in the command line; run `hf auth login`, or set HF_TOKEN",
+    "hub_strategy": _ONE_UPLOAD,
+    "hub_always_push": _ONE_UPLOAD,
     "trackio_space_id": "trackio's uploads are not supported; leave it out",
     "trackio_bucket_id": "trackio's uploads are not supported; leave it out",
     "trackio_static_space_id": "trackio's uploads are not supported; leave it out",
@@ -83,9 +79,12 @@ OF_OLD = {
 }
 """Flags of transformers that are gone -> what to use instead."""
 
-_DESCRIBES_THIS_SUITE = dict.fromkeys(
-    ("do_train", "eval_on_start", "greater_is_better", "restore_callback_states_from_checkpoint"), True
-)
+_DESCRIBES_THIS_SUITE = {
+    **dict.fromkeys(
+        ("do_train", "eval_on_start", "greater_is_better", "restore_callback_states_from_checkpoint"), True
+    ),
+    "hub_strategy": "end",
+}
 """Where that value is not transformers' default."""
 
 _Rule = tuple[str, Callable[[float], bool], str]
@@ -186,7 +185,7 @@ def check_given(given: Mapping[str, object], defaults: Mapping[str, object]) -> 
     """
     for flag, value in given.items():
         if flag in REFUSED and value != _DESCRIBES_THIS_SUITE.get(flag, defaults[flag]):
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, list) else ["..." if flag == "hub_token" else value]
             shown = " ".join(str(getattr(part, "value", part)) for part in values)
             raise UserError(f"--{flag} {shown}: {REFUSED[flag]}")
         if flag in _JSON_OBJECTS:
@@ -229,6 +228,7 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "lr_scheduler_kwargs": (schedule not in _WITHOUT_KWARGS, "another --lr_scheduler_type"),
         "ddp_timeout": (not args.use_cpu, "GPUs"),
         "teacher_temperature": (args.distillation_weight > 0, "--distillation_weight"),
+        **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), (args.uploads, "--push_to_hub True")),
     }
     for flag, value in given.items():
         if flag in needs and value and not needs[flag][0]:

@@ -7,6 +7,7 @@ run that is resumed goes on.
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.distributed import gather_objects
+from embedding_finetune.model.card import CardFacts
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EpochSampler, TrainDataset
 from embedding_finetune.training.callbacks import EndOfMinutes
@@ -138,6 +140,10 @@ class PacedTrainer(CheckpointingTrainer):
             return float(self.state.epoch or 0)
         assert isinstance(self._sampler, RoundSampler)
         return self.state.global_step / steps_of_epoch(self.args, len(self._sampler.epochs))
+
+    def facts_of_card(self, card: CardFacts) -> CardFacts:
+        """What the card says, with the steps and epochs so far."""
+        return replace(card, steps=self.state.global_step, epochs=self.epochs_made())
 
     def rounds_until(self, step: int) -> int | None:
         """How many rounds were made until a step; None in a run without rounds."""

@@ -37,12 +37,17 @@ GROUPS = {
     "memory and speed": "dropout tokens_per_sub_batch recompute_sub_batches",
     "evaluation during training": "hold_out hold_out_by candidate_pool eval_query_file_jsonl_path "
     "eval_index_file_jsonl_path early_stopping_patience",
-    "output": "output_dir overwrite_output_dir resume_from_checkpoint save_adapter_only merge_with_base",
+    "output": "output_dir overwrite_output_dir resume_from_checkpoint save_adapter_only merge_with_base "
+    "push_to_hub hub_model_id hub_private_repo hub_revision",
 }
 """Title -> the suite's own flags, and some of transformers'. Help shows them in this order, before all others."""
 
 _HELP = {
     "output_dir": "where the model, its checkpoints and training_summary.json are written",
+    "push_to_hub": "upload the finished model, without checkpoints and held-out rows, to the hub",
+    "hub_model_id": "OWNER/NAME of where it is uploaded (default: the output folder's name, of the token's owner)",
+    "hub_private_repo": "whether a repository that is made for it is private (default: as its owner has set it)",
+    "hub_revision": "the branch it is uploaded to (default: main)",
     "resume_from_checkpoint": "True, or a checkpoint folder of the run: go on exactly where it stopped",
 }
 """What transformers' own texts do not say, or say of other scripts."""
@@ -148,6 +153,11 @@ def check_together(
     check_optimizer_takes(given, args)
     check_output_dir(model_args, data_args, args)
     _check_negatives(data_args, args)
+    if args.uploads and args.save_adapter_only and os.path.isdir(model_args.model_name_or_path):
+        raise UserError(
+            f"--push_to_hub: an adapter alone needs its base, and others do not have {model_args.model_name_or_path}; "
+            "give --model_name_or_path a name of the hub, or leave out --save_adapter_only"
+        )
     if args.false_negative_margin is not None and not args.rows_share_negatives:
         raise UserError(
             f"--false_negative_margin {args.false_negative_margin:g}: no passage of another row is a negative; give "

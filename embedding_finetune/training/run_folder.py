@@ -22,6 +22,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
+from embedding_finetune.model.card import check_card_is_not_replaced
 from embedding_finetune.model.folder import remove_unfinished
 from embedding_finetune.training.held_out import FILES as HELD_OUT_FILES
 from embedding_finetune.training.held_out import check_held_out_files
@@ -37,7 +38,7 @@ Run = dict[str, Any]
 _TRAINER_STATE = "trainer_state.json"
 _STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """Transformers' names of the files of a checkpoint that a run goes on with, beside its weights."""
-_RUN_FILE = "training_run.json"
+RUN_FILE = "training_run.json"
 _LOCK_FILE = ".running"
 _EARLIER = "earlier-checkpoint-"
 
@@ -58,6 +59,7 @@ def check_output_dir(
         _check_data_is_not_replaced(f"--{flag}", getattr(data_args, flag), args.output_dir)
     if data_args.hold_out is not None:
         check_held_out_files(args.output_dir)
+    check_card_is_not_replaced(args.output_dir)
     if resumes(args) or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     if os.listdir(args.output_dir):
@@ -201,7 +203,7 @@ def run_of(folder: AnyPath) -> str | None:
 def read_run(folder: Path) -> Run | None:
     """What a folder says about its run; None where it says nothing."""
     try:
-        run = json.loads((folder / _RUN_FILE).read_text(encoding="utf-8"))
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return run if isinstance(run, dict) and "run" in run else None
@@ -209,7 +211,7 @@ def read_run(folder: Path) -> Run | None:
 
 def write_run(folder: AnyPath, run: Run) -> None:
     """Say which run a folder belongs to."""
-    with atomic_writer(Path(folder) / _RUN_FILE) as file:
+    with atomic_writer(Path(folder) / RUN_FILE) as file:
         file.write(json.dumps(run, indent=2).encode() + b"\n")
 
 

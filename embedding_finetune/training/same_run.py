@@ -30,11 +30,16 @@ _DECIDES_NOTHING = re.compile(
     r"|recompute_sub_batches|report_to|run_name|project|disable_tqdm|use_cpu|local_rank|load_best_model_at_end"
     r"|metric_for_best_model|greater_is_better|early_stopping_patience|merge_with_base|torch_empty_cache_steps"
     r"|restore_callback_states_from_checkpoint|do_train|do_eval|skip_memory_metrics|candidate_pool|embeddings_dir"
-    r"|accelerator_config|judgements"
+    r"|accelerator_config|judgements|push_to_hub|hub_\w+"
 )
 """Flags that change nothing of a run's weights, or may change when it is resumed, or are told in another way."""
 _OF_THE_DEVICE = "accelerator_config"
 """Set by the suite alone, to how batches are copied. Runs of earlier versions have it among what decides."""
+
+
+def decides_something(flag: str) -> bool:
+    """Whether a run's weights depend on the flag itself; data and length are told in another way."""
+    return _DECIDES_NOTHING.fullmatch(flag) is None
 
 
 def what_decides(
@@ -47,7 +52,7 @@ def what_decides(
     given: flag -> value, of the flags that are not at their default. How long a run is may change when it is resumed,
     unless it has rounds, and so may how many processes share a batch.
     """
-    flags = {flag: value for flag, value in given.items() if not _DECIDES_NOTHING.fullmatch(flag)}
+    flags = {flag: value for flag, value in given.items() if decides_something(flag)}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = data.dataset.rows
     described = {**flags, "rows": len(rows), "rows_digest": rows_digest(rows), "batch_of_all_processes": batch}

@@ -13,6 +13,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.adapters import AdapterBase, add_adapters, as_base, find_adapter, merged, mix_with
 from embedding_finetune.model.attention import leave_out_cudnn_attention
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.card import write_card
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
 from embedding_finetune.model.checks import check_training
 from embedding_finetune.model.encoding_kernels import choose_dtype
@@ -283,4 +284,7 @@ def save_merged_with_base(
     with model_replaced(folder) as staging:
         save_checkpoint(staging, backbone, trainer.processing_class, trainer.saved_config, projection)
         write_training_queries(staging, trainer.training_queries)
+        if trainer.card is not None:
+            note = f"These are {share:g} of the tuned and {1 - share:g} of the base's weights."
+            write_card(staging, dataclasses.replace(trainer.facts_of_card(trainer.card), repository=None, note=note))
     logger.info("%g of the tuned and %g of the base weights: %s", share, 1 - share, folder)
