@@ -55,6 +55,9 @@ def test_adapters_train_few_weights_and_are_saved_merged_so_that_every_tool_load
     assert changed
     assert all(name.startswith("encoder.layer.") and name.endswith("weight") for name in changed)
 
+    described = json.loads((tuned / "adapter" / "adapter_base.json").read_text())
+    assert described["name"] == str(tiny_bert)
+    assert np.allclose(embeddings(tuned / "adapter", "--normalized", "True"), embeddings(tuned), atol=1e-5)
     adapter = load_file(tuned / "adapter" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in adapter.values()} == {4}
 
@@ -159,7 +162,7 @@ def test_an_adapter_without_its_base_or_with_another_or_damaged_is_one_line(alon
         "adapter_base.json", name=str(other_bert)
     )
     gone = changed("adapter_base.json", name=str(tmp_path / "gone"))
-    assert f"--model {alone} is an adapter, and its base {tmp_path / 'gone'}" in gone
+    assert f"--model {alone} is an adapter of {tmp_path / 'gone'}, which is not there; put that model back" in gone
     assert '"name" is 7, expected a string' in changed("adapter_base.json", name=7)
     (alone / "adapter_base.json").write_text(before)
     assert "cannot be loaded" in changed("adapter_config.json", peft_type="NONE_SUCH")

@@ -37,6 +37,18 @@ def test_fields_of_a_file_of_doubts_are_no_obstacle(tmp_path):
     assert read_judgements([str(write_jsonl(tmp_path / "j.jsonl", [line]))]).of("q").relevant == ["a"]
 
 
+def test_a_query_that_is_a_passage_too_does_not_answer_itself():
+    ((settled, confirmed),) = settle_rows([{"query": "q", "pos": ["a"]}], Judgements([("q", " q", True)]), "f")
+    assert (settled["pos"], settled["neg"], confirmed) == (["a"], [], 0)
+
+
+def test_folders_and_names_of_tables_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--judgements: .* is a folder; give files of judgements"):
+        check_judgement_paths([str(tmp_path)])
+    with pytest.raises(UserError, match=r"--doubts_file .*d\.csv: JSON Lines are written; give a name that ends in"):
+        check_judgement_paths([], str(tmp_path / "d.csv"))
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [
@@ -116,7 +128,7 @@ def test_settled_rows_hold_what_was_judged(rows, lines):
         relevant = {passage for (of, passage), answer in last.items() if of == query and answer}
         refused = {passage for (of, passage), answer in last.items() if of == query and not answer}
         assert settled["pos"][: len(row["pos"])] == row["pos"]
-        assert set(positives) == labelled | relevant
+        assert set(positives) == labelled | (relevant - {query})
         assert set(negatives[:confirmed]) == refused - set(positives) - {query}
         if relevant | refused:
             assert set(negatives) - set(negatives[:confirmed]) == before - set(positives) - refused - {query}

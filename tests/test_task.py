@@ -29,7 +29,7 @@ def test_judgements_make_passages_of_the_corpus_answers_or_known_not_to_be(tmp_p
     assert task.relevant == [{0: 1, 1: 1}, {1: 1}]
     assert task.not_relevant == {0: {2}, 1: set()}
     assert task.missing == 0
-    assert "5 of 5 judgements are about its queries, and add 1 positives; 1 are about passages" in caplog.text
+    assert "5 of 5 judgements are about its queries, and add 1 positives; 2 are about passages" in caplog.text
     assert "warning: " in caplog.text
     assert "1 judgements say that a positive of the data answers nothing" in caplog.text
 

@@ -169,7 +169,8 @@ def settle_rows(rows: Iterable[Record], judgements: Judgements, where: object) -
             yield Settled(row, 0)
             continue
         labelled = set(map(canonical, row["pos"]))
-        positives = [*row["pos"], *(text for text in judged.relevant if canonical(text) not in labelled)]
+        known = {*labelled, canonical(row["query"])}  # a query that is a passage too does not answer itself
+        positives = [*row["pos"], *(text for text in judged.relevant if canonical(text) not in known)]
         answers = {*map(canonical, positives), canonical(row["query"])}
         confirmed = [text for text in judged.not_relevant if canonical(text) not in answers]
         taken = answers.union(map(canonical, confirmed))
@@ -210,6 +211,10 @@ def check_judgement_paths(judgements: Sequence[str], doubts_file: str | None = N
     """Raise UserError where a file is missing, or where one cannot be written or must not be replaced."""
     for path in judgements:
         files.require_data("--judgements", path)
+        if os.path.isdir(path):
+            raise UserError(f"--judgements: {path} is a folder; give files of judgements")
     if doubts_file is not None:
+        if doubts_file.lower().endswith((".csv", ".tsv", ".parquet")):
+            raise UserError(f"--doubts_file {doubts_file}: JSON Lines are written; give a name that ends in .jsonl")
         files.require_writable("--doubts_file", doubts_file)
         check_can_be_replaced("--doubts_file", doubts_file)

@@ -139,6 +139,7 @@ def _with_judged_positives(
                 not_held += 1
             elif canonical(text) not in labelled:
                 held.append(text)
+        not_held += int((corpus.positions(judged.not_relevant) < 0).sum())
         use.add(row["query"], added=len(held), against_labels=judged.count_against(labelled), not_held=not_held)
         yield {**row, "pos": [*row["pos"], *held]}
     use.log()
@@ -236,6 +237,7 @@ def _add_judged(
             scores.update({position: max(scores.get(position, 0), 1) for position in held})
         for text in judged.not_relevant:
             held = positions.get(canonical(text), [])
+            not_held += not held
             against_labels += any(scores.get(position, 0) > 0 for position in held)
             scores.update({position: scores.get(position, 0) for position in held})
         use.add(query, added=added, against_labels=against_labels, not_held=not_held)

@@ -24,7 +24,7 @@ from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 _FOLDER = "adapter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "adapter_base.json"
-"""What an adapter that is saved alone says of the model that it belongs to."""
+"""What an adapter says of the model that it belongs to."""
 
 
 class AdapterBase(NamedTuple):
@@ -65,19 +65,17 @@ def merged(backbone: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(backbone, {**weights, **buffers}).merge_and_unload()
 
 
-def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, base: AdapterBase | None = None) -> None:
-    """Write the adapter as peft does.
+def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, base: AdapterBase, alone: bool) -> None:
+    """Write the adapter as peft does: into the folder itself when it is all that is saved, else into `adapter`.
 
-    base: the model that it belongs to, where the adapter alone is saved, into the folder itself; None where a whole
-    model is there, and the adapter goes into its subfolder `adapter`.
+    base: the model that it belongs to.
     """
-    target = Path(folder) / _FOLDER if base is None else Path(folder)
+    target = Path(folder) if alone else Path(folder) / _FOLDER
     backbone.save_pretrained(target)
     config = json.loads((target / _CONFIG).read_text(encoding="utf-8"))
-    if base is not None:
-        name, revision = at_revision(base.name)
-        config |= {"base_model_name_or_path": name, **revision}
-        (target / _BASE).write_text(json.dumps(base._asdict(), indent=2) + "\n", encoding="utf-8")
+    name, revision = at_revision(base.name)
+    config |= {"base_model_name_or_path": name, **revision}
+    (target / _BASE).write_text(json.dumps(base._asdict(), indent=2) + "\n", encoding="utf-8")
     config["target_modules"].sort()  # a set in peft: its order would change from run to run
     (target / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (target / "README.md").unlink(missing_ok=True)  # peft's model card, a form that nobody filled in

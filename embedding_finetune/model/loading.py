@@ -210,6 +210,8 @@ def _load_adapted(
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     check_peft(f"{what} is an adapter, which")
+    if os.path.isabs(base.name) and not os.path.isdir(base.name):
+        raise UserError(f"{what} is an adapter of {base.name}, which is not there; put that model back in its place")
     backbone, tokenizer, config = load_backbone(
         base.name,
         flag=f"{what} is an adapter, and its base",

@@ -47,7 +47,7 @@ class CheckpointingTrainer(Trainer):
     rounds: what mines before each round, if training has rounds; checkpoints keep its negatives. run: what checkpoints
     say about the run, see run_folder.py. card: what their README.md says; None for none. written: the files that were
     saved as the finished model, relative to its folder. adapter_base: the model that adapters belong to, where they
-    alone are saved.
+    are trained.
     """
 
     bi_encoder: BiEncoder
@@ -108,9 +108,10 @@ class CheckpointingTrainer(Trainer):
             return
         folder, model = output_dir or self.args.output_dir, self.bi_encoder
         with model_replaced(folder) as staging:
-            if self.args.lora_rank is not None:
-                save_adapter(model.backbone, staging, base=self.adapter_base)
-            if self.adapter_base is None:
+            if self.adapter_base is not None:
+                alone = self.args.save_adapter_only
+                save_adapter(model.backbone, staging, base=self.adapter_base, alone=alone)
+            if not self.args.save_adapter_only:
                 self.write_model(staging)
             else:
                 dimensions = model.backbone.config.hidden_size

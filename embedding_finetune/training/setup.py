@@ -152,14 +152,14 @@ def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
 def base_of_adapter(
     model_args: ModelArguments, args: RetrieverTrainingArguments, backbone: PreTrainedModel
 ) -> AdapterBase | None:
-    """What the adapter, where it alone is saved, says of the model that it belongs to.
+    """What adapters say of the model that they belong to; None where none are trained.
 
-    Raises UserError where that is an adapter itself: no tool loads an adapter of an adapter.
+    Raises UserError where they alone are saved, and it is an adapter itself: no other tool loads an adapter of one.
     """
-    if not args.save_adapter_only:
+    if args.lora_rank is None:
         return None
     name = model_args.model_name_or_path
-    if find_adapter(name, cache_dir=model_args.cache_dir) is not None:
+    if args.save_adapter_only and find_adapter(name, cache_dir=model_args.cache_dir) is not None:
         raise UserError(
             f"--save_adapter_only: {name} is an adapter itself, and is merged into its base before training; leave the "
             "flag out to save a whole model"
