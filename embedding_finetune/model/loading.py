@@ -227,7 +227,8 @@ def _load_adapted(
             config = read_config(name_or_path, cache_dir=cache_dir)
         if tokenizer_name is None and find_file(name_or_path, "tokenizer_config.json", cache_dir) is not None:
             name, revision = at_revision(name_or_path)
-            tokenizer = AutoTokenizer.from_pretrained(name, **revision, **hub)
+            # The config is the base's: an adapter has none, and offline the hub's cache does not say that it has none.
+            tokenizer = AutoTokenizer.from_pretrained(name, config=backbone.config, **revision, **hub)
     check_tokenizer(tokenizer, backbone, what)
     check_states(backbone, tokenizer, limit=length_limit(backbone, tokenizer), what=what)
     return backbone, tokenizer, config
