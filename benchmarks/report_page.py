@@ -55,8 +55,7 @@ def report(data: Path, count: int, depth: int) -> str:
     task = RetrievalTask(
         [row["query"] for row in rows],
         corpus,
-        [set(positions.tolist()) for positions in answers],
-        [1] * count,
+        [dict.fromkeys(positions.tolist(), 1) for positions in answers],
         [f"{number:05d}" for number in range(count)],
         [None] * count,
     )
