@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.judgements import (
     NO_JUDGEMENTS,
     Judgements,
@@ -13,6 +14,7 @@ from embedding_finetune.data.judgements import (
     read_judgements,
     settle_rows,
 )
+from embedding_finetune.data.task import make_task
 from embedding_finetune.data.texts import canonical
 
 
@@ -38,8 +40,12 @@ def test_fields_of_a_file_of_doubts_are_no_obstacle(tmp_path):
 
 
 def test_a_query_that_is_a_passage_too_does_not_answer_itself():
-    ((settled, confirmed),) = settle_rows([{"query": "q", "pos": ["a"]}], Judgements([("q", " q", True)]), "f")
-    assert (settled["pos"], settled["neg"], confirmed) == (["a"], [], 0)
+    row = {"query": "q", "pos": ["a"]}
+    for relevant in (True, False):
+        judgements = Judgements([("q", " q", relevant)])
+        assert len(judgements) == 0
+        assert list(settle_rows([row], judgements, "f")) == [(row, 0)]
+        assert make_task([row], Corpus(["a", "q"]), judgements).relevant == [{0: 1}]
 
 
 def test_folders_and_names_of_tables_are_refused(tmp_path):
@@ -87,7 +93,7 @@ def test_a_row_gets_further_positives_and_its_confirmed_negatives_first(caplog):
     first = {"query": "q", "pos": ["old", "new"], "neg": ["n2 ", "never seen", "n1"], "id": 7}
     third = {"query": "q ", "pos": ["old", "new"], "neg": ["n2 ", "never seen"]}
     assert settled == [(first, 2), (rows[1], 0), (third, 2)]
-    assert "rows.jsonl: 5 of 5 judgements are about its queries, and add 2 positives" in caplog.text
+    assert "rows.jsonl: 4 of 4 judgements are about its queries, and add 2 positives" in caplog.text
 
 
 def test_a_positive_of_the_data_stays_one_and_unknown_queries_are_counted(caplog):
@@ -120,7 +126,8 @@ TEXTS = st.sampled_from(["a", "b", " a", "c", "d ", "e\u0301", "\u00e9"])
     lines=st.lists(st.tuples(TEXTS, TEXTS, st.booleans()), max_size=20),
 )
 def test_settled_rows_hold_what_was_judged(rows, lines):
-    last = {(canonical(query), canonical(passage)): relevant for query, passage, relevant in lines}
+    pairs = [(canonical(query), canonical(passage), relevant) for query, passage, relevant in lines]
+    last = {(query, passage): relevant for query, passage, relevant in pairs if query != passage}
     for row, (settled, confirmed) in zip(rows, settle_rows(rows, Judgements(lines), "f"), strict=True):
         query = canonical(row["query"])
         labelled, before = ({canonical(text) for text in row[field]} for field in ("pos", "neg"))
@@ -128,7 +135,7 @@ def test_settled_rows_hold_what_was_judged(rows, lines):
         relevant = {passage for (of, passage), answer in last.items() if of == query and answer}
         refused = {passage for (of, passage), answer in last.items() if of == query and not answer}
         assert settled["pos"][: len(row["pos"])] == row["pos"]
-        assert set(positives) == labelled | (relevant - {query})
+        assert set(positives) == labelled | relevant
         assert set(negatives[:confirmed]) == refused - set(positives) - {query}
         if relevant | refused:
             assert set(negatives) - set(negatives[:confirmed]) == before - set(positives) - refused - {query}

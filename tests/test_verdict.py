@@ -74,6 +74,8 @@ def test_what_to_do_next_follows_from_what_was_measured():
     interval = "200 queries judge, and the interval reaches 0.07 to either side"  # 1.96 * 0.5 / sqrt(200)
     assert (undecided.outcome, hinted(undecided)) == ("no difference", [interval])
     assert hinted(undecided, rows=499) == [interval, "499 rows are few to learn from"]
+    same = verdict([0.25, 0.5, 1.0], [0.25, 0.5, 1.0])
+    assert hinted(same)[0] == "3 queries judge, and none tells the models apart; hold out more, or label more"
     known = "7 of 200 queries that judge were trained on, now or when the base was made"
     assert hinted(undecided, rows=499, known_queries=7) == [known, interval]
     above = "30% of the negatives scored above their positive in the last round"

@@ -47,12 +47,17 @@ class Settled(NamedTuple):
 
 
 class Judgements:
-    """Judgements by query; there may be none. Of two about the same texts the later one holds."""
+    """Judgements by query; there may be none. Of two about the same texts the later one holds.
+
+    One about a query as a passage is left out: in no script does a query answer itself, or serve as its negative.
+    """
 
     def __init__(self, judged: Iterable[tuple[str, str, bool]] = ()) -> None:
         self.contradicted = 0
         self._by_query: dict[str, dict[str, tuple[str, bool]]] = {}
         for query, passage, relevant in judged:
+            if canonical(query) == canonical(passage):
+                continue
             of_query = self._by_query.setdefault(canonical(query), {})
             _, before = of_query.pop(canonical(passage), ("", relevant))
             self.contradicted += before != relevant
@@ -169,8 +174,7 @@ def settle_rows(rows: Iterable[Record], judgements: Judgements, where: object) -
             yield Settled(row, 0)
             continue
         labelled = set(map(canonical, row["pos"]))
-        known = {*labelled, canonical(row["query"])}  # a query that is a passage too does not answer itself
-        positives = [*row["pos"], *(text for text in judged.relevant if canonical(text) not in known)]
+        positives = [*row["pos"], *(text for text in judged.relevant if canonical(text) not in labelled)]
         answers = {*map(canonical, positives), canonical(row["query"])}
         confirmed = [text for text in judged.not_relevant if canonical(text) not in answers]
         taken = answers.union(map(canonical, confirmed))

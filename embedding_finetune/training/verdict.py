@@ -205,6 +205,8 @@ def hints(verdict: Verdict, *, rows: int, known_queries: int, above: float | Non
         found.append(
             f"{verdict.queries} queries judge, and the interval reaches {half:.2g} to either side: four times as many "
             "halve it; hold out more, or label more"
+            if half
+            else f"{verdict.queries} queries judge, and none tells the models apart; hold out more, or label more"
         )
     if undecided and rows < _FEW_ROWS:
         found.append(f"{rows} rows are few to learn from: add rows, or train for longer")
