@@ -12,6 +12,7 @@ from helpers.running import embed_passages, encoder_for
 from helpers.tiny import make_tiny_bert
 
 from embedding_finetune.command_line import UserError
+from embedding_finetune.data.texts import raw_digests
 from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval.store import EmbeddingStore
@@ -133,7 +134,7 @@ def get_and_put(folder, start):
         embeddings, found = store.get(TEXTS)
         assert np.array_equal(embeddings[found], VECTORS[found])
         part = slice((start + step) % 20, (start + step) % 20 + 10)
-        store.put(TEXTS[part], VECTORS[part])
+        store.keep(raw_digests(TEXTS[part]), VECTORS[part])
 
 
 def test_processes_on_the_same_folder_do_not_disturb_each_other(tmp_path):
@@ -156,13 +157,14 @@ sys.path.insert(0, {repository!r})
 import mine_hard_neg
 from embedding_finetune.retrieval import encoder as encoding, store
 encoding.TEXTS_PER_BLOCK = 5
-put, blocks = store.EmbeddingStore.put, []
-def put_and_die(self, texts, *rest):
-    put(self, texts, *rest)
-    blocks.append(len(texts))
+keep, blocks = store.EmbeddingStore.keep, []
+def keep_and_die(self, digests, embeddings):
+    blocks.append(len(digests))
+    path = keep(self, digests, embeddings)
     if len(blocks) == {dies_after}:
         os.kill(os.getpid(), signal.SIGKILL)
-store.EmbeddingStore.put = put_and_die
+    return path
+store.EmbeddingStore.keep = keep_and_die
 mine_hard_neg.main(sys.argv[1:])
 print(sum(blocks))
 """
@@ -191,14 +193,14 @@ def test_a_killed_run_goes_on_with_the_first_block_that_is_not_there(tiny_bert, 
 
 def test_a_scratch_store_never_speaks_of_a_flag_that_nobody_gave(tmp_path, caplog):
     store = EmbeddingStore(tmp_path, {"weights": "a"}, dimensions=2, is_scratch=True)
-    store.put(["x"], np.ones((1, 2), np.float32))
+    store.keep(raw_digests(["x"]), np.ones((1, 2), np.float32))
     (path,) = store.folder.glob("*.segment")
     path.write_bytes(path.read_bytes()[:-1])
     store.refresh()
     assert f"warning: TMPDIR: {path} is damaged" in caplog.text
     path.mkdir()
     for _ in range(2):  # on a full disk it is of no use, and does no harm
-        store.put(["x"], np.ones((1, 2), np.float32))
+        store.keep(raw_digests(["x"]), np.ones((1, 2), np.float32))
     assert caplog.text.count("embeddings are not kept") == 1
     assert "warning: TMPDIR: " in caplog.text
     assert "embeddings_dir" not in caplog.text

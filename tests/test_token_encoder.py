@@ -45,7 +45,7 @@ def test_packed_and_padded_texts_get_the_embeddings_that_each_gets_alone(encoder
                 texts,
                 max_length=40,
                 with_prompt=with_prompt,
-                done=lambda rows, count=done[-1]: np.add.at(count, rows, 1),
+                done=lambda rows, _, count=done[-1]: np.add.at(count, rows, 1),
             )
         )
     assert all((count == 1).all() for count in done)
@@ -62,4 +62,4 @@ def test_packed_and_padded_texts_get_the_embeddings_that_each_gets_alone(encoder
 def test_no_texts_have_no_embeddings(encoders, packed):
     encoder = encoders[packed]
     empty = TokenEncoder(encoder.model, encoder.tokenizer, tokens_per_batch=None, packed_from=0 if packed else None)
-    assert empty.embed([], max_length=40, with_prompt=True, done=lambda rows: None).shape == (0, 32)
+    assert empty.embed([], max_length=40, with_prompt=True, done=lambda *_: None).shape == (0, 32)

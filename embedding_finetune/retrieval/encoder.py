@@ -6,20 +6,19 @@ encoded again.
 Shapes: N texts, H dimensions.
 """
 
-import hashlib
-import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.texts import Instructions
+from embedding_finetune.data.texts import Instructions, raw_digests
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
@@ -30,12 +29,13 @@ from embedding_finetune.model.encoding_kernels import (
 )
 from embedding_finetune.model.limits import first_position
 from embedding_finetune.model.loading import load_embedding_model, weights_digest
-from embedding_finetune.model.module_configs import DropoutConfig, module_name
 from embedding_finetune.model.packing import pack_if_possible
 from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.block_keeper import BlockKeeper, has_direction
 from embedding_finetune.retrieval.store import EmbeddingStore
+from embedding_finetune.retrieval.store_settings import store_settings
 from embedding_finetune.retrieval.token_encoder import TokenEncoder
 
 logger = logging.getLogger(__name__)
@@ -95,29 +95,21 @@ class Encoder:
         """Where the model encodes."""
         return self.model.backbone.device
 
-    def keep_embeddings(self, root: str, dtype: torch.dtype, *, is_scratch: bool = False) -> None:
+    def keep_embeddings(self, root: str, dtype: torch.dtype, *, name: str = "", is_scratch: bool = False) -> None:
         """Reuse the embeddings that earlier runs kept in the folder `root`, and keep new ones there.
 
-        is_scratch: the folder is temporary, and the user did not ask for it.
+        name: the model's, for people. is_scratch: the folder is temporary, and the user did not ask for it.
         """
         if not self.weights_digest:
             raise ValueError("embeddings are kept by weights_digest: without it two models would share them")
-        config, dimensions = self.model.embedding_config, self.model.dimensions
-        shared = {
-            "weights": self.weights_digest,
-            "architecture": _digest(self.model.backbone.config.to_diff_dict()),
-            "tokenizer": _tokenizer_digest(self.tokenizer),
-            "pooling": config.pooling,
-            "include_prompt": config.include_prompt,
-            "truncate_dim": config.truncate_dim,
-            "dense": [module_name(module) for module in config.modules if not isinstance(module, DropoutConfig)],
-            "normalized": config.normalized,
-            "lower_case": config.lower_case,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
         for kind in (self.query, self.passage):
-            settings = {**shared, "instruction": kind.instruction, "max_length": kind.max_length}
-            self.stores[kind.name] = EmbeddingStore(root, settings, dimensions=dimensions, is_scratch=is_scratch)
+            self.stores[kind.name] = EmbeddingStore(
+                root,
+                store_settings(self.model, self.tokenizer, kind, weights_digest=self.weights_digest, dtype=dtype),
+                dimensions=self.model.dimensions,
+                model=name,
+                is_scratch=is_scratch,
+            )
 
     def encode_queries(self, queries: Sequence[str], instructions: Instructions = None) -> np.ndarray:
         """Embeddings (N, H) float32. Raises UserError when an embedding has no direction: NaN, infinite or zero."""
@@ -155,13 +147,11 @@ class Encoder:
                 progress.skip(len(block.texts) - len(block.missing))
                 if len(block.missing):
                     progress.show()
-                    block.embeddings[block.missing] = self._embed(block, kind, progress)
-                    _check_directions(block, kind)
-                    if store is not None:
-                        encoded_texts, their_instructions = _at(block.missing, block.texts, block.instructions)
-                        store.put(encoded_texts, block.embeddings[block.missing], their_instructions)
+                    self._embed(block, kind, progress)
                 cut, encoded = cut + block.cut, encoded + len(block.missing)
                 yield block.start, block.embeddings
+        if store is not None and encoded:
+            store.tidy()
         if store is not None and not store.is_scratch and parts and not quiet:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
@@ -187,19 +177,28 @@ class Encoder:
         tokens, cut = kind.tokenize(self.tokenizer, *_at(missing, texts, instructions))
         return Block(start, texts, instructions, embeddings, missing, tokens, cut)
 
-    def _embed(self, block: Block, kind: TextKind, progress: Progress) -> np.ndarray:
-        """Embeddings of a block's missing texts: (m, H)."""
+    def _embed(self, block: Block, kind: TextKind, progress: Progress) -> None:
+        """Fill in the embeddings of a block's missing texts, and keep them where there is a store."""
         # Texts with the same tokens are encoded once.
         rows_of: dict[Tokens, int] = {}
         rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
         copies = np.bincount(rows, minlength=len(rows_of))
+        store, keeper = self.stores.get(kind.name), None
+        if store is not None:
+            keeper = BlockKeeper(store, raw_digests(*_at(block.missing, block.texts, block.instructions)), rows)
+
+        def done(batch: np.ndarray, embeddings: np.ndarray) -> None:
+            progress.update(int(copies[batch].sum()))
+            if keeper is not None:
+                keeper.done(batch, embeddings)
+
         embeddings = self._tokens.embed(
-            list(rows_of),
-            max_length=kind.max_length,
-            with_prompt=kind.include_prompt,
-            done=lambda batch: progress.update(int(copies[batch].sum())),
+            list(rows_of), max_length=kind.max_length, with_prompt=kind.include_prompt, done=done
         )
-        return embeddings[rows]
+        block.embeddings[block.missing] = embeddings[rows]
+        _check_directions(block, kind)
+        if keeper is not None:
+            keeper.finish(embeddings)
 
 
 def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:
@@ -248,7 +247,8 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
         weights_digest=digest,
     )
     if options.embeddings_dir is not None:
-        encoder.keep_embeddings(options.embeddings_dir, dtype)
+        name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+        encoder.keep_embeddings(options.embeddings_dir, dtype, name=name)
     elif scratch is not None:
         encoder.keep_embeddings(scratch, dtype, is_scratch=True)
     return encoder
@@ -271,27 +271,13 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _check_directions(block: Block, kind: TextKind) -> None:
-    has_direction = np.isfinite(block.embeddings).all(axis=1) & block.embeddings.any(axis=1)
-    if has_direction.all():
+    comparable = has_direction(block.embeddings)
+    if comparable.all():
         return
-    row = int(np.argmin(has_direction))
+    row = int(np.argmin(comparable))
     value = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
     text = block.texts[row]
     raise UserError(
         f"{kind.name} {block.start + row + 1} has an embedding that is {value}: {text[:_SHOWN_CHARACTERS]!r}; "
         "the model's weights are damaged, or they need --dtype float32"
     )
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides token ids: a fast tokenizer's own description, else vocabulary and settings."""
-    if tokenizer.is_fast:
-        description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-        description.update(padding=None, truncation=None)  # each call sets them
-    else:
-        description = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
-    return _digest([description, tokenizer.padding_side])

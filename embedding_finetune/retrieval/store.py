@@ -1,42 +1,72 @@
 """Embeddings kept on disk between runs, found again by text, model and settings.
 
-A store is a folder for one model and one set of settings. It holds segments of a few thousand texts. A segment is
+A store is a folder for one model and one set of settings. It holds
 
-    checksum (4 bytes) | texts n (8) | dimensions H (8) | digests (n * 16) | embeddings (n * H float32)
+    settings.json   what decides an embedding; every run that opens the store writes it anew, so its age is the store's
+    model.txt       the name of the model that was last used with it, for people; copies of a model share a store
+    *.segment       the embeddings, see segments.py
 
-and appears whole, by renaming. Its name is a digest of its texts, so two processes that encode the same texts write
-the same file. The checksum covers everything after it, and is checked before the segment is first used.
+Other processes may write, merge and remove segments at any time.
 """
 
+import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
-import struct
-import zlib
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from embedding_finetune import process
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.data.texts import DIGEST_BYTES, Instructions, raw_digests
+from embedding_finetune.data.texts import Instructions, raw_digests
+from embedding_finetune.distributed import process_rank
 from embedding_finetune.files import AnyPath, atomic_writer
+from embedding_finetune.retrieval.segments import (
+    MOST_SMALL,
+    SMALL,
+    DamagedError,
+    Segment,
+    check,
+    count_texts,
+    is_gone,
+    merge_small,
+    read_digests,
+    read_rows,
+    write_segment,
+)
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUM, _SIZES = struct.Struct("<I"), struct.Struct("<QQ")
-_HEADER_BYTES = _CHECKSUM.size + _SIZES.size
+T = TypeVar("T")
+
 _FORMAT = 1
+_FLAG = "--embeddings_dir"
+_LOOKS = 3
+"""How often to look again for segments that went while they were looked at."""
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+"""What a killed atomic_writer leaves."""
+_STALE_SECONDS = 3600
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_told_of: set[str] = set()
+"""Folders that cannot be written, which the user was told of."""
 
 
 class EmbeddingStore:
     """The embeddings of one model, pooling, dtype, length and instruction, by text and the instruction of its own.
 
     root: the folder of --embeddings_dir, or with is_scratch a folder in TMPDIR. settings: everything that decides an
-    embedding, the weights' digest included; different settings have different stores. Raises UserError where the folder
-    cannot be written.
+    embedding, the weights' digest included; different settings have different stores. model: its name, for people.
+
+    Where root is there but cannot be written, what it holds is read and nothing is kept. Raises UserError where root
+    cannot be made, or its disk is full.
     """
 
     def __init__(
@@ -45,133 +75,193 @@ class EmbeddingStore:
         settings: Mapping[str, object],
         *,
         dimensions: int,
+        model: str = "",
         is_scratch: bool = False,
     ) -> None:
         text = json.dumps({"format": _FORMAT, **settings}, indent=2, sort_keys=True)
         self.folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.dimensions = dimensions
         self.is_scratch = is_scratch
-        self._is_full = False
-        self._name = "TMPDIR" if is_scratch else "--embeddings_dir"  # what the user has to change after an error
+        self._name = "TMPDIR" if is_scratch else _FLAG  # what the user has to change after an error
+        self._keeps = True
+        self._left_out: set[Path] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(self.folder / "settings.json") as file:
-                file.write(text.encode() + b"\n")
+            for name, content in (("settings.json", text), ("model.txt", model)):
+                if content:
+                    with atomic_writer(self.folder / name) as file:
+                        file.write(content.encode() + b"\n")
+            _remove_stale(self.folder)
         except (OSError, UserError) as error:
-            raise UserError(f"{self._name} {root}: cannot be written: {first_line(error)}") from error
+            reason = error if isinstance(error, OSError) else error.__cause__
+            if not (isinstance(reason, OSError) and reason.errno in _READ_ONLY and os.path.isdir(root)):
+                raise UserError(f"{self._name} {root}: cannot be written: {first_line(error)}") from error
+            self._keeps = False
+            _tell_that_it_is_read_only(self._name, root, reason)
         self.refresh()
+
+    @property
+    def outlives_the_run(self) -> bool:
+        """Whether what is put here is of use to another run."""
+        return self._keeps and not self.is_scratch
 
     def refresh(self) -> None:
         """Look for segments that this process or another has written since."""
-        self._segments = [path for path in sorted(self.folder.glob("*.segment")) if self._is_complete(path)]
-        self._checked: set[int] = set()
-        self._damaged: set[int] = set()
-        self._index()
+        for _ in range(_LOOKS):
+            listed = sorted(self.folder.glob("*.segment"))
+            there = list(self._read_each(listed, read_digests))
+            if len(there) == len({*listed} - self._left_out):
+                break  # else some were merged meanwhile, into one that may not have been listed
+        self._index = _Index.of(there)
+        self._small = sum(len(digests) < SMALL for _, digests in there)
 
     def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
         embeddings = np.zeros((len(texts), self.dimensions), dtype=np.float32)
         is_stored = np.zeros(len(texts), dtype=bool)
-        if not len(self._digests):
-            return embeddings, is_stored
-        wanted = raw_digests(texts, instructions)
-        places = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
-        matches = np.flatnonzero(self._digests[places] == wanted)
-        segments, rows = self._segment_of[places[matches]], self._row_of[places[matches]]
-        for segment in np.unique(segments):
-            here = segments == segment
-            if self._is_sound(segment):
-                embeddings[matches[here]] = self._read(segment, rows[here])
-                is_stored[matches[here]] = True
+        if len(self._index.digests):
+            wanted = raw_digests(texts, instructions)
+            for _ in range(_LOOKS):
+                if self._look_up(wanted, embeddings, is_stored):
+                    break
+                self.refresh()  # another process has merged segments
         return embeddings, is_stored
 
-    def put(self, texts: Sequence[str], embeddings: np.ndarray, instructions: Instructions = None) -> None:
-        """Keep the embeddings (n, H) of texts as one segment.
+    def keep(self, digests: np.ndarray, embeddings: np.ndarray) -> Path | None:
+        """Keep the embeddings (n, H) of texts with these raw_digests (n,) as one segment. Gives its path, if any.
 
         Raises UserError when they cannot be written; into a temporary folder nothing more is written then.
         """
-        if not len(texts) or self._is_full:
-            return
-        digests = raw_digests(texts, instructions).tobytes()
-        sizes = _SIZES.pack(len(texts), embeddings.shape[1])
-        vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
-        checksum = zlib.crc32(vectors, zlib.crc32(digests, zlib.crc32(sizes)))
-        name = hashlib.blake2b(digests, digest_size=16).hexdigest() + ".segment"
+        if not len(digests) or not self._keeps:
+            return None
         try:
-            with atomic_writer(self.folder / name) as file:
-                for part in (_CHECKSUM.pack(checksum), sizes, digests, vectors):
-                    file.write(part)
+            path = write_segment(self.folder, digests, embeddings)
         except UserError as error:
             if not self.is_scratch:
-                raise UserError(f"--embeddings_dir: {error}") from error
+                raise UserError(f"{_FLAG}: {error}") from error
             # They are encoded again where they are needed again.
             logger.warning("warning: TMPDIR: %s: embeddings are not kept", error)
-            self._is_full = True
+            self._keeps = False
+            return None
+        self._left_out.discard(path)
+        self._small += len(digests) < SMALL
+        return path
 
-    def _is_complete(self, path: Path) -> bool:
-        """Whether a segment has the size that its header says; any other is removed."""
-        try:
-            with path.open("rb") as file:
-                count, dimensions = _read_sizes(file)
-            expected = _HEADER_BYTES + count * (DIGEST_BYTES + 4 * dimensions)
-            complete = dimensions == self.dimensions and path.stat().st_size == expected
-        except (OSError, struct.error):
-            complete = False
-        if not complete:
-            self._discard(path)
-        return complete
+    def tidy(self) -> None:
+        """Merge small segments if there are many: parts of blocks of killed runs, or a few queries each."""
+        if not self._keeps or self._small <= MOST_SMALL:
+            return
+        segments = itertools.starmap(Segment, self._read_each(sorted(self.folder.glob("*.segment")), count_texts))
+        # Another process merges them, or the disk is full: then they stay as they are.
+        with contextlib.suppress(UserError, OSError):
+            merge_small(list(segments), self.dimensions, self._leave_out)
+        self._small = 0  # as far as this process can help it
 
-    def _index(self) -> None:
-        """Sort the digests of all segments for searching, with the segment and the row of each."""
-        digests, segments, rows = [np.empty(0, "S16")], [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        for number, path in enumerate(self._segments):
-            with path.open("rb") as file:
-                count, _ = _read_sizes(file)
-                digests.append(np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16"))
-            segments.append(np.full(count, number, dtype=np.int32))
-            rows.append(np.arange(count, dtype=np.int32))
-        all_digests = np.concatenate(digests)
+    def remove(self, path: Path, count: int) -> None:
+        """Remove a segment of so many texts, all of which are in another one."""
+        self._small -= count < SMALL
+        with contextlib.suppress(OSError):  # then they are there twice
+            path.unlink(missing_ok=True)
+
+    def _read_each(self, paths: Sequence[Path], read: Callable[[Path, int], T]) -> Iterator[tuple[Path, T]]:
+        """What `read` says of each segment that is there and sound, as far as it can tell."""
+        for path in paths:
+            if path not in self._left_out:
+                try:
+                    yield path, read(path, self.dimensions)
+                except (DamagedError, OSError) as error:
+                    self._leave_out(path, error)
+
+    def _look_up(self, wanted: np.ndarray, embeddings: np.ndarray, is_stored: np.ndarray) -> bool:
+        """Fill in what is there of the texts that are not stored yet. Gives whether no segment was gone."""
+        index, nothing_gone = self._index, True  # another thread may look for segments
+        rows = np.flatnonzero(~is_stored)
+        for path, matches, their_rows in index.places(wanted[rows]):
+            if path in self._left_out:
+                continue
+            try:
+                if path not in index.checked:
+                    check(path)
+                    index.checked.add(path)
+                embeddings[rows[matches]] = read_rows(path, their_rows, self.dimensions)
+                is_stored[rows[matches]] = True
+            except (DamagedError, OSError) as error:
+                self._leave_out(path, error)
+                nothing_gone = nothing_gone and not (isinstance(error, OSError) and is_gone(error))
+        return nothing_gone
+
+    def _leave_out(self, path: Path, error: Exception) -> None:
+        """Say that a segment is damaged, and remove it; or that it cannot be read. Its texts are encoded again."""
+        if isinstance(error, OSError) and is_gone(error):
+            return
+        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is damaged"
+        logger.warning("warning: %s: %s %s; its texts are encoded again", self._name, path, why)
+        self._left_out.add(path)
+        if isinstance(error, DamagedError):
+            with contextlib.suppress(OSError):  # on a read-only disk for instance
+                path.unlink(missing_ok=True)
+
+
+class _Index(NamedTuple):
+    """Where each text is: the digests (M,) of all segments, sorted, with the segment and the row of each."""
+
+    paths: list[Path]
+    digests: np.ndarray
+    segment_of: np.ndarray
+    row_of: np.ndarray
+    checked: set[Path]
+    """Segments whose checksum was found right."""
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[Path, np.ndarray]]) -> "_Index":
+        counts = [len(digests) for _, digests in segments]
+        all_digests = np.concatenate([np.empty(0, "S16"), *(digests for _, digests in segments)])
         order = np.argsort(all_digests, kind="stable")
-        self._digests = all_digests[order]
-        self._segment_of, self._row_of = np.concatenate(segments)[order], np.concatenate(rows)[order]
+        segment_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        row_of = np.concatenate([np.empty(0, np.int32), *(np.arange(count, dtype=np.int32) for count in counts)])[order]
+        return cls([path for path, _ in segments], all_digests[order], segment_of, row_of, set())
 
-    def _is_sound(self, segment: int) -> bool:
-        """Whether a segment's checksum is right, checked at its first use. A damaged segment is removed."""
-        path = self._segments[segment]
-        if segment in self._checked:
-            return segment not in self._damaged
-        self._checked.add(segment)
-        try:
-            with path.open("rb") as file:
-                expected, checksum = _CHECKSUM.unpack(file.read(_CHECKSUM.size))[0], 0
-                while part := file.read(2**20):
-                    checksum = zlib.crc32(part, checksum)
-        except (OSError, struct.error):
-            expected, checksum = 0, None  # the file is gone since it was listed
-        if checksum != expected:
-            self._discard(path)
-            self._damaged.add(segment)
-        return checksum == expected
-
-    def _read(self, segment: int, rows: np.ndarray) -> np.ndarray:
-        """Rows of a segment: (len(rows), H). Adjacent rows are read together."""
-        order = np.argsort(rows, kind="stable")
-        result = np.empty((len(rows), self.dimensions), dtype=np.float32)
-        with self._segments[segment].open("rb") as file:
-            count, _ = _read_sizes(file)
-            vectors_at, row_bytes = _HEADER_BYTES + count * DIGEST_BYTES, 4 * self.dimensions
-            for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
-                raw = os.pread(file.fileno(), len(run) * row_bytes, vectors_at + int(rows[run[0]]) * row_bytes)
-                result[run] = np.frombuffer(raw, dtype="<f4").reshape(len(run), self.dimensions)
-        return result
-
-    def _discard(self, path: Path) -> None:
-        logger.warning("warning: %s: %s is damaged; its texts are encoded again", self._name, path)
-        path.unlink(missing_ok=True)
+    def places(self, wanted: np.ndarray) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+        """Segment by segment: its path, which of the wanted digests it holds, and the row of each."""
+        if not len(self.digests):
+            return
+        places = np.searchsorted(self.digests, wanted).clip(max=len(self.digests) - 1)
+        matches = np.flatnonzero(self.digests[places] == wanted)
+        segments, rows = self.segment_of[places[matches]], self.row_of[places[matches]]
+        for segment in np.unique(segments):
+            here = segments == segment
+            yield self.paths[segment], matches[here], rows[here]
 
 
-def _read_sizes(file: BinaryIO) -> tuple[int, int]:
-    """A segment's number of texts and of dimensions. The file is left at its digests."""
-    file.seek(_CHECKSUM.size)
-    count, dimensions = _SIZES.unpack(file.read(_SIZES.size))
-    return count, dimensions
+def tell_size(root: AnyPath | None) -> None:
+    """Log how large the folder of --embeddings_dir is; under torchrun the first process does."""
+    if root is None or process_rank() != 0:
+        return
+    files, size = 0, 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process has merged it
+                size += os.stat(os.path.join(folder, name)).st_size
+                files += 1
+    logger.info("%s %s holds %.1f MB in %d files", _FLAG, root, size / 1e6, files)
+
+
+def _tell_that_it_is_read_only(name: str, root: AnyPath, error: OSError) -> None:
+    """Say it once: a run opens several stores in one folder."""
+    if str(root) not in _told_of:
+        _told_of.add(str(root))
+        process.put_back.callback(_told_of.discard, str(root))
+        logger.warning(
+            "warning: %s %s: cannot be written (%s): what is there is read, nothing new is kept",
+            name,
+            root,
+            error.strerror,
+        )
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed writers left. A running one finishes its file within seconds."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < time.time() - _STALE_SECONDS:
+                path.unlink()

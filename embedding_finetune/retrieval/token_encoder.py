@@ -26,6 +26,9 @@ _TOKENS_STEP = 256
 """On a CPU batches are filled with copies of a text to about a multiple of this. oneDNN keeps kernels for each shape:
 without it memory would grow with the number of shapes."""
 
+Done = Callable[[np.ndarray, np.ndarray], None]
+"""Is told which rows of embeddings (N, H) have come, and these; rows that have not come yet hold anything."""
+
 
 @dataclass(frozen=True)
 class _InFlight:
@@ -61,10 +64,8 @@ class TokenEncoder:
         self.packed_from = packed_from
         self.budget = TokenBudget(tokens_per_batch, model.backbone.device)
 
-    def embed(
-        self, texts: Sequence[Tokens], *, max_length: int, with_prompt: bool, done: Callable[[np.ndarray], None]
-    ) -> np.ndarray:
-        """Embeddings (N, H) float32. with_prompt: whether pooling includes prompts. done: is told which rows are."""
+    def embed(self, texts: Sequence[Tokens], *, max_length: int, with_prompt: bool, done: Done) -> np.ndarray:
+        """Embeddings (N, H) float32. with_prompt: whether pooling includes prompts. done: is told after each batch."""
         embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
         before: tuple[np.ndarray, list[_InFlight]] | None = None
         for rows, parts in self._launched(texts, max_length, with_prompt):
@@ -148,8 +149,6 @@ class TokenEncoder:
         return _InFlight(home, event)
 
 
-def _put(
-    embeddings: np.ndarray, rows: np.ndarray, parts: Sequence[_InFlight], done: Callable[[np.ndarray], None]
-) -> None:
+def _put(embeddings: np.ndarray, rows: np.ndarray, parts: Sequence[_InFlight], done: Done) -> None:
     embeddings[rows] = np.concatenate([part.arrived() for part in parts])
-    done(rows)
+    done(rows, embeddings)

@@ -1,0 +1,47 @@
+"""What decides an embedding besides the text: the key of an embedding store."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.module_configs import DropoutConfig, module_name
+from embedding_finetune.model.tokens import TextKind
+
+
+def store_settings(
+    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The settings that texts of a kind are encoded with; two runs may share embeddings where these are equal."""
+    config = model.embedding_config
+    return {
+        "weights": weights_digest,
+        "architecture": _digest(model.backbone.config.to_diff_dict()),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "pooling": config.pooling,
+        "include_prompt": config.include_prompt,
+        "truncate_dim": config.truncate_dim,
+        "dense": [module_name(module) for module in config.modules if not isinstance(module, DropoutConfig)],
+        "normalized": config.normalized,
+        "lower_case": config.lower_case,
+        "dtype": str(dtype).removeprefix("torch."),
+        "instruction": kind.instruction,
+        "max_length": kind.max_length,
+    }
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides token ids: a fast tokenizer's own description, else vocabulary and settings."""
+    if tokenizer.is_fast:
+        description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        description.update(padding=None, truncation=None)  # each call sets them
+    else:
+        description = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
+    return _digest([description, tokenizer.padding_side])
