@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         from embedding_finetune.distributed import join_process_group, once_in_all, process_rank
         from embedding_finetune.evaluation.rankings import rank_all
         from embedding_finetune.model.loading import check_models_are_there
+        from embedding_finetune.retrieval.store import tell_size
 
     join_process_group()
     first_is_loaded_first = options.rankings[0] in options.dense_models
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         options.dense_models[first_is_loaded_first:], flag="--model_name", cache_dir=options.cache_dir
     )
     ranked = rank_all(task, options)
+    tell_size(options.embeddings_dir)
     document = measure(ranked, task, options)
     once_in_all(lambda: tell(document, ranked, task, options))
     if process_rank() == 0:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             once_in_all,
             tell_of_processes_that_were_not_started,
         )
+        from embedding_finetune.retrieval.store import tell_size
         from embedding_finetune.training.flag_errors import (
             errors_name_their_flag,
             flags_not_at_default,
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             remove_earlier_runs(args.output_dir)
         summary = trainer.summary(result.metrics)
         verdict = judge(trainer, data_args)
+        tell_size(data_args.embeddings_dir)
         once_in_all(lambda: write_outcome(trainer, model_args, data_args, args, summary, verdict))
     if verdict is not None and trainer.is_world_process_zero():
         for line in next_steps(verdict, trainer, argv):

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.mining.selection import fill_in_scores
         from embedding_finetune.model.loading import check_models_are_there
         from embedding_finetune.retrieval.reranker import check_reranker
+        from embedding_finetune.retrieval.store import tell_size
 
     join_process_group()
     check_models_are_there(options.dense_models[1:], flag="--model_name_or_path", cache_dir=options.cache_dir)
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mined = mine_negatives(rows, corpus, options, stopwatch, confirmed=confirmed)
     if options.save_scores:
         fill_in_scores(mined.selections, mined.score)
+    tell_size(options.embeddings_dir)
     once_in_all(lambda: write_outcome(rows, corpus, mined, options, stopwatch))
     if options.doubts_file is not None:
         once_in_all(lambda: write_doubts_of(rows, confirmed, corpus, mined, options))

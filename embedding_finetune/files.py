@@ -78,8 +78,11 @@ def require_writable(flag: str, path: AnyPath) -> None:
         raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from error
 
 
-def require_folder(flag: str, path: AnyPath) -> None:
-    """Raise UserError naming `flag` unless `path` is a writable folder, or one can be created there."""
+def require_folder(flag: str, path: AnyPath, *, may_be_read_only: bool = False) -> None:
+    """Raise UserError naming `flag` unless `path` is a writable folder, or one can be created there.
+
+    may_be_read_only: a folder that is there is enough.
+    """
     try:
         os.lstat(path)
     except OSError as error:
@@ -90,7 +93,7 @@ def require_folder(flag: str, path: AnyPath) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"{flag} {path}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK):
+    if not os.access(existing, os.W_OK) and not (may_be_read_only and os.path.isdir(path)):
         raise UserError(f"{flag} {path}: {existing} is not writable")
 
 

@@ -77,3 +77,19 @@ def mined(pairs, tmp_path) -> Path:
     rows = read_jsonl(pairs)
     others = [[other["pos"][0] for other in rows if other["pos"] != row["pos"]] for row in rows]
     return write_jsonl(tmp_path / "mined.jsonl", [{**row, "neg": own[:4]} for row, own in zip(rows, others)])
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The texts that went through the tokenizer, and so through the model."""
+    from embedding_finetune.model.tokens import TextKind
+
+    seen = []
+    tokenize = TextKind.tokenize
+
+    def counting(kind, tokenizer, texts, instructions=None):
+        seen.extend(texts)
+        return tokenize(kind, tokenizer, texts, instructions)
+
+    monkeypatch.setattr(TextKind, "tokenize", counting)
+    return seen

@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import signal
@@ -9,29 +8,13 @@ import numpy as np
 import pytest
 from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
 from helpers.running import embed_passages, encoder_for
-from helpers.tiny import make_tiny_bert
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import raw_digests
-from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval.store import EmbeddingStore
 
 TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """The texts that went through the tokenizer, and so through the model."""
-    seen = []
-    tokenize = TextKind.tokenize
-
-    def counting(kind, tokenizer, texts, instructions=None):
-        seen.extend(texts)
-        return tokenize(kind, tokenizer, texts, instructions)
-
-    monkeypatch.setattr(TextKind, "tokenize", counting)
-    return seen
 
 
 def test_a_second_run_encodes_nothing_and_gives_the_same_bits(tiny_bert, tmp_path, encoded):
@@ -52,49 +35,6 @@ def test_only_new_texts_are_encoded_in_whatever_order_the_others_come(tiny_bert,
     again = embed_passages(encoder_for(tiny_bert, *flags), changed)
     assert encoded == ["a new text", TEXTS[0] + "!"]
     assert np.array_equal(again, embed_passages(encoder_for(tiny_bert), changed))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--passage_instruction_for_retrieval", "it is "),
-        ("--passage_max_len", "9"),
-        ("--sentence_pooling_method", "mean"),
-        ("--normalized", "False"),
-        ("--dtype", "bfloat16"),
-    ],
-)
-def test_another_setting_never_reuses(tiny_bert, tmp_path, encoded, flags):
-    common = ("--embeddings_dir", str(tmp_path / "store"))
-    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32"), TEXTS)
-    encoded.clear()
-    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32", *flags), TEXTS)
-    assert encoded == TEXTS
-
-
-@pytest.mark.parametrize("changed", ["weights", "tokenizer", "architecture"])
-def test_a_changed_model_in_the_same_folder_never_reuses(tmp_path, encoded, changed):
-    folder, flags = tmp_path / "model", ("--embeddings_dir", str(tmp_path / "store"))
-    make_tiny_bert(folder)
-    embed_passages(encoder_for(folder, *flags), TEXTS)
-    if changed == "architecture":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
-    else:
-        make_tiny_bert(folder, seed=int(changed == "weights"), lower_case=changed != "tokenizer")
-    encoded.clear()
-    again = embed_passages(encoder_for(folder, *flags), TEXTS)
-    assert encoded == TEXTS
-    assert np.array_equal(again, embed_passages(encoder_for(folder), TEXTS))
-
-
-def test_a_copy_of_the_model_under_another_name_reuses(tiny_bert, tmp_path, encoded):
-    flags = ("--embeddings_dir", str(tmp_path / "store"))
-    embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
-    make_tiny_bert(tmp_path / "elsewhere")
-    encoded.clear()
-    embed_passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
-    assert encoded == []
 
 
 def damage(path, how):

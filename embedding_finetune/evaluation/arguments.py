@@ -125,7 +125,7 @@ class EvaluationOptions(EncodingOptions):
             names = [*FILES, *(run_file(name, self.model_name) for name in self.model_name)]
             outputs |= {f"--output_dir: {name}": os.path.join(self.output_dir, name) for name in names}
         if self.embeddings_dir is not None:
-            files.require_folder("--embeddings_dir", self.embeddings_dir)
+            files.require_folder("--embeddings_dir", self.embeddings_dir, may_be_read_only=True)
         files.require_apart(inputs, outputs)
         for path in self.judgements:
             files.require_apart({"--judgements": path}, outputs)

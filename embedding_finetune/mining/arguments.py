@@ -121,7 +121,7 @@ class MiningOptions(RankingOptions):
         if self.report_file is not None:
             files.require_writable("--report_file", self.report_file)
         if self.embeddings_dir is not None:
-            files.require_folder("--embeddings_dir", self.embeddings_dir)
+            files.require_folder("--embeddings_dir", self.embeddings_dir, may_be_read_only=True)
         check_judgement_paths(self.judgements, self.doubts_file)
         names = ("output_file", "report_file", "doubts_file", "embeddings_dir")
         outputs = {f"--{name}": getattr(self, name) for name in names}

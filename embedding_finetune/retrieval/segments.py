@@ -128,10 +128,11 @@ def merge_small(segments: Sequence[Segment], dimensions: int, leave_out: LeaveOu
 
 def _merge(group: Sequence[Segment], dimensions: int, leave_out: LeaveOut) -> None:
     sources, digests, embeddings = [], [], []
-    for path, count in group:
+    for path, _ in group:
         try:
             check(path)
-            of_texts, vectors = read_digests(path, dimensions), read_rows(path, np.arange(count), dimensions)
+            of_texts = read_digests(path, dimensions)
+            vectors = read_rows(path, np.arange(len(of_texts)), dimensions)
         except (DamagedError, OSError) as error:
             if isinstance(error, OSError) and is_gone(error):
                 raise

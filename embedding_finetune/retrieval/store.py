@@ -235,7 +235,7 @@ class _Index(NamedTuple):
 
 def tell_size(root: AnyPath | None) -> None:
     """Log how large the folder of --embeddings_dir is; under torchrun the first process does."""
-    if root is None or process_rank() != 0:
+    if root is None or not os.path.isdir(root) or process_rank() != 0:
         return
     files, size = 0, 0
     for folder, _, names in os.walk(root):

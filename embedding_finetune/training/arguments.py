@@ -137,7 +137,7 @@ class DataArguments:
                 files.require_data(f"--{flag}", getattr(self, flag))
         check_judgement_paths(self.judgements)
         if self.embeddings_dir is not None:
-            files.require_folder("--embeddings_dir", self.embeddings_dir)
+            files.require_folder("--embeddings_dir", self.embeddings_dir, may_be_read_only=True)
 
     @property
     def hold_out_field(self) -> str | None:

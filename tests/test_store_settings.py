@@ -1,0 +1,54 @@
+"""What decides an embedding, and nothing else, is in the key of its store."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.data import TOPICS, passage_about
+from helpers.running import embed_passages, encoder_for
+from helpers.tiny import make_tiny_bert
+
+TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--passage_instruction_for_retrieval", "it is "),
+        ("--passage_max_len", "9"),
+        ("--sentence_pooling_method", "mean"),
+        ("--normalized", "False"),
+        ("--dtype", "bfloat16"),
+    ],
+)
+def test_another_setting_never_reuses(tiny_bert, tmp_path, encoded, flags):
+    common = ("--embeddings_dir", str(tmp_path / "store"))
+    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32"), TEXTS)
+    encoded.clear()
+    embed_passages(encoder_for(tiny_bert, *common, "--dtype", "float32", *flags), TEXTS)
+    assert encoded == TEXTS
+
+
+@pytest.mark.parametrize("changed", ["weights", "tokenizer", "architecture"])
+def test_a_changed_model_in_the_same_folder_never_reuses(tmp_path, encoded, changed):
+    folder, flags = tmp_path / "model", ("--embeddings_dir", str(tmp_path / "store"))
+    make_tiny_bert(folder)
+    embed_passages(encoder_for(folder, *flags), TEXTS)
+    if changed == "architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    else:
+        make_tiny_bert(folder, seed=int(changed == "weights"), lower_case=changed != "tokenizer")
+    encoded.clear()
+    again = embed_passages(encoder_for(folder, *flags), TEXTS)
+    assert encoded == TEXTS
+    assert np.array_equal(again, embed_passages(encoder_for(folder), TEXTS))
+
+
+def test_a_copy_of_the_model_under_another_name_reuses(tiny_bert, tmp_path, encoded):
+    flags = ("--embeddings_dir", str(tmp_path / "store"))
+    embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
+    make_tiny_bert(tmp_path / "elsewhere")
+    encoded.clear()
+    embed_passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
+    assert encoded == []
