@@ -252,6 +252,9 @@ def test_a_path_that_cannot_be_used_is_told_with_its_flag_and_why(tmp_path, monk
         require_writable("--flag", tmp_path / "new")
     with pytest.raises(UserError, match=f"--flag {tmp_path}/new/folder: {tmp_path} is not writable"):
         require_folder("--flag", tmp_path / "new" / "folder")
+    require_folder("--flag", tmp_path, may_be_read_only=True)
+    with pytest.raises(UserError, match=f"--flag {tmp_path}/new: {tmp_path} is not writable"):
+        require_folder("--flag", tmp_path / "new", may_be_read_only=True)
 
 
 def test_only_files_of_a_models_own_that_are_there_are_kept_from_being_replaced(tmp_path):

@@ -1,8 +1,12 @@
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from helpers.running import embed_passages, encoder_for
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import raw_digests
 from embedding_finetune.retrieval import encoder as encoding
-from embedding_finetune.retrieval.store import EmbeddingStore
+from embedding_finetune.retrieval import store as module
+from embedding_finetune.retrieval.store import EmbeddingStore, tell_size
 
 TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
 
@@ -68,24 +73,186 @@ def test_a_damaged_block_is_noticed_and_made_again(tiny_bert, tmp_path, encoded,
 VECTORS = np.random.default_rng(0).standard_normal((len(TEXTS), 8)).astype(np.float32)
 
 
-def get_and_put(folder, start):
-    for step in range(20):
-        store = EmbeddingStore(folder, {"weights": "x"}, dimensions=8)
-        embeddings, found = store.get(TEXTS)
-        assert np.array_equal(embeddings[found], VECTORS[found])
-        part = slice((start + step) % 20, (start + step) % 20 + 10)
-        store.keep(raw_digests(TEXTS[part]), VECTORS[part])
+def store_in(folder, **named):
+    return EmbeddingStore(folder, {"weights": "x"}, dimensions=8, **named)
 
 
-def test_processes_on_the_same_folder_do_not_disturb_each_other(tmp_path):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.starmap(get_and_put, [(tmp_path, start) for start in range(4)])
-    embeddings, found = EmbeddingStore(tmp_path, {"weights": "x"}, dimensions=8).get(TEXTS)
+def keep(store, numbers):
+    return store.keep(raw_digests([TEXTS[number] for number in numbers]), VECTORS[numbers])
+
+
+def found_in(store):
+    """The numbers of the texts that a store gives, each with its embedding."""
+    embeddings, found = store.get(TEXTS)
     assert np.array_equal(embeddings[found], VECTORS[found])
-    assert found.sum() == 29
+    return np.flatnonzero(found).tolist()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_flag(tmp_path):
+def get_and_keep(folder, start):
+    for step in range(20):
+        store = store_in(folder)
+        found_in(store)
+        keep(store, list(range((start + step) % 20, (start + step) % 20 + 10)))
+        keep(store, [start, start + 5])
+        store.tidy()
+        found_in(store)
+
+
+@pytest.mark.parametrize("most_small", [32, 1])
+def test_processes_on_the_same_folder_do_not_disturb_each_other(tmp_path, monkeypatch, most_small):
+    monkeypatch.setattr(module, "MOST_SMALL", most_small)  # with 1 all four merge all the time
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.starmap(get_and_keep, [(tmp_path, start) for start in range(4)])
+    assert found_in(store_in(tmp_path)) == list(range(29))
+
+
+def test_many_small_segments_are_merged_and_the_next_run_finds_all(tmp_path, caplog):
+    store = store_in(tmp_path)
+    for number in range(30):
+        keep(store, [number])
+    keep(store, [0, 1])
+    keep(store, [2, 3])
+    store.tidy()
+    assert len(list(store.folder.glob("*.segment"))) == 32
+    keep(store, [4, 5])
+    store.tidy()
+    assert len(list(store.folder.glob("*.segment"))) == 1
+    assert found_in(store) == []  # it looks for what others wrote when a pass begins
+    store.refresh()
+    assert found_in(store) == found_in(store_in(tmp_path)) == list(range(30))
+    assert caplog.text == ""
+
+
+def test_queries_that_come_one_at_a_time_leave_few_segments(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SMALL", 5)
+    encoder = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path))
+    for text in TEXTS:
+        encoder.encode_queries([text])
+        assert len(list(tmp_path.rglob("*.segment"))) <= 5
+    fresh = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path))
+    assert fresh.stores["query"].get(TEXTS)[1].all()
+
+
+def test_what_another_process_merged_meanwhile_is_found_where_it_is_now(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SMALL", 1)
+    writer = store_in(tmp_path)
+    for number in range(10):
+        keep(writer, [number])
+    reader = store_in(tmp_path)
+    writer.tidy()
+    assert len(list(writer.folder.glob("*.segment"))) == 1
+    assert found_in(reader) == list(range(10))
+    for path in writer.folder.glob("*.segment"):  # and what a person removed is encoded again
+        path.unlink()
+    assert found_in(reader) == []
+    assert caplog.text == ""
+
+
+def test_a_segment_that_goes_while_the_folder_is_listed_is_looked_for_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(module, "MOST_SMALL", 1)
+    writer, read = store_in(tmp_path), module.read_digests
+    for number in range(10):
+        keep(writer, [number])
+
+    def merging_meanwhile(path, dimensions):
+        writer.tidy()
+        return read(path, dimensions)
+
+    monkeypatch.setattr(module, "read_digests", merging_meanwhile)
+    assert found_in(store_in(tmp_path)) == list(range(10))
+    assert caplog.text == ""
+
+
+def test_a_segment_that_is_cut_short_after_it_was_checked_is_left_out(tmp_path, caplog):
+    writer = store_in(tmp_path)
+    cut, whole = keep(writer, [0, 1, 2]), keep(writer, [3, 4])
+    reader = store_in(tmp_path)
+    assert found_in(reader) == [0, 1, 2, 3, 4]
+    cut.write_bytes(cut.read_bytes()[:-5])
+    assert found_in(reader) == [3, 4]
+    assert caplog.text.count("is damaged") == 1
+    assert not cut.exists()
+    assert whole.exists()
+
+
+def test_a_segment_that_cannot_be_read_is_told_once_and_stays(tmp_path, caplog, monkeypatch):
+    """It may be another user's, or a disk that comes back."""
+    writer, read = store_in(tmp_path), module.read_digests
+    unreadable = keep(writer, [0, 1])
+    keep(writer, [2])
+
+    def failing(path, dimensions):
+        if path == unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, dimensions)
+
+    monkeypatch.setattr(module, "read_digests", failing)
+    reader = store_in(tmp_path)
+    assert found_in(reader) == [2]
+    reader.refresh()
+    assert caplog.messages == [
+        f"warning: --embeddings_dir: {unreadable} cannot be read (Input/output error); its texts are encoded again"
+    ]
+    assert unreadable.exists()
+    keep(reader, [0, 1])  # the same file, written anew
+    monkeypatch.undo()
+    reader.refresh()
+    assert found_in(reader) == [0, 1, 2]
+
+
+def test_a_damaged_segment_that_cannot_be_removed_is_told_once_and_left_out(tmp_path, caplog, monkeypatch):
+    writer = store_in(tmp_path)
+    path = keep(writer, [0, 1])
+    keep(writer, [2])
+    path.write_bytes(path.read_bytes()[:-5])
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    writer.refresh()
+    writer.refresh()
+    assert found_in(writer) == [2]
+    assert caplog.text.count("is damaged") == 1
+
+
+def test_what_a_killed_writer_left_is_removed_an_hour_later(tmp_path):
+    folder = store_in(tmp_path).folder
+    names = [".00112233445566aa.tmp", ".00112233445566bb.tmp", ".mine.tmp", "00112233445566aa.tmp"]
+    for name in names:
+        (folder / name).write_bytes(b"half a segment")
+    for name in names[::2]:
+        os.utime(folder / name, (time.time() - 3700,) * 2)
+    store_in(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {*names[1:], "settings.json"}
+
+
+def test_a_store_tells_which_model_used_it_last_and_when(tiny_bert, tmp_path, encoded):
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    shutil.copytree(tiny_bert, copy)
+    for folder in (tiny_bert, copy):
+        encoder = encoder_for(folder, "--embeddings_dir", str(store))
+        embed_passages(encoder, TEXTS[:3])
+        for settings in store.glob("*/settings.json"):
+            assert time.time() - settings.stat().st_mtime < 1000
+            os.utime(settings, (0, 0))
+            assert (settings.parent / "model.txt").read_text() == f"{folder}\n"
+    assert encoded == TEXTS[:3]
+    assert len(list(store.iterdir())) == 1  # queries and passages are encoded alike
+
+
+def test_the_size_that_is_told_is_that_of_all_files(tmp_path, caplog):
+    (tmp_path / "of_a_model").mkdir()
+    (tmp_path / "of_a_model" / "one").write_bytes(b"x" * 1_200_000)
+    (tmp_path / "two").write_bytes(b"x" * 50_000)
+    with caplog.at_level("INFO"):
+        tell_size(tmp_path)
+        tell_size(None)
+        tell_size(tmp_path / "not made")
+    assert caplog.messages == [f"--embeddings_dir {tmp_path} holds 1.2 MB in 2 files"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_flag(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--embeddings_dir .*cannot be written"):
         EmbeddingStore(tmp_path / "file", {}, dimensions=8)
