@@ -50,9 +50,7 @@ def main() -> None:
     parser = new_parser(__doc__, model=True, data=True)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--texts", type=int, default=3000)
-    parser.add_argument(
-        "--seconds", type=float, default=18, help="kill this many seconds after encoding began, at most"
-    )
+    parser.add_argument("--seconds", type=float, default=12, help="kill within so long after encoding began")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
@@ -62,7 +60,8 @@ def main() -> None:
         print("killed after  encoded  kept  segments  lost: texts  seconds")
         for number in range(args.kills):
             store = f"{folder}/store{number}"
-            came, at = killed_run(args.model, folder, store, after=draw.uniform(0, args.seconds))
+            after = (number + draw.random()) * args.seconds / args.kills  # early and late ones, as many of each
+            came, at = killed_run(args.model, folder, store, after=after)
             found, segments = map(int, run_of(_COUNT, args.model, folder, store).stdout.read().split())
             done, last_kept = 0, came[0][0]
             for moment, count in came:

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import time
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -96,6 +99,20 @@ def test_the_documents_have_commands_of_every_script_and_those_of_the_readme_are
     assert {path.name for path, _ in SCRIPT_COMMANDS} >= {
         "differences.md", "evaluation.md", "mining.md", "recipes.md", "scaling.md"
     }  # fmt: skip
+
+
+def test_the_commands_that_prune_a_store_remove_what_was_not_used_for_30_days_alone(tmp_path):
+    (command,) = blocks(REPOSITORY / "docs" / "scaling.md", "sh")
+    for name, days in (("old", 31), ("recent", 29)):
+        folder = tmp_path / "embeddings" / name
+        folder.mkdir(parents=True)
+        for file in ("settings.json", "model.txt", "some.segment"):
+            (folder / file).write_text(f"{name} model\n")
+            os.utime(folder / file, (time.time() - 86400 * days,) * 2)
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "embeddings/old/model.txt:old model\nembeddings/recent/model.txt:recent model\n" in result.stdout
+    assert result.stdout.endswith("\nembeddings/old/settings.json\n")
+    assert os.listdir(tmp_path / "embeddings") == ["recent"]
 
 
 def test_every_other_command_of_the_documents_installs_what_is_there():
@@ -221,7 +238,7 @@ def test_every_other_block_of_the_documents_is_valid(path):
         compile(program, path.name, "exec")
     for document in blocks(path, "json"):
         json.loads(document)
-    assert set(re.findall(r"^```(\w+)$", text_of(path), flags=re.MULTILINE)) <= {"python", "json"}
+    assert set(re.findall(r"^```(\w+)$", text_of(path), flags=re.MULTILINE)) <= {"python", "json", "sh"}
 
 
 def help_of(script, capsys):

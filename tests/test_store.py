@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
-from helpers.running import embed_passages, encoder_for
+from helpers.running import embed_passages, encoder_for, evaluation
 
+import evaluate
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import raw_digests
 from embedding_finetune.retrieval import encoder as encoding
@@ -250,6 +252,16 @@ def test_the_size_that_is_told_is_that_of_all_files(tmp_path, caplog):
         tell_size(None)
         tell_size(tmp_path / "not made")
     assert caplog.messages == [f"--embeddings_dir {tmp_path} holds 1.2 MB in 2 files"]
+
+
+def test_a_run_over_two_models_says_it_once_after_the_last(tiny_bert, other_bert, candidates, pairs, tmp_path, caplog):
+    argv = evaluation(tiny_bert, candidates, pairs)
+    argv[2:2] = [str(other_bert)]
+    evaluate.main([*argv, "--embeddings_dir", str(tmp_path / "store")])
+    ours = [line for line in caplog.messages if "passage texts were in --embeddings_dir" in line or " MB in " in line]
+    assert len(ours) == 3
+    # of each model settings.json, model.txt, and a segment of queries and one of passages, which are encoded alike
+    assert re.fullmatch(r"--embeddings_dir \S+/store holds 0\.0 MB in 8 files", ours[2])
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_flag(tmp_path):
