@@ -134,7 +134,7 @@ def test_an_encoder_that_does_not_know_its_weights_keeps_no_embeddings(tiny_bert
     encoder = encoder_for(tiny_bert)
     encoder.weights_digest = ""
     with pytest.raises(ValueError, match="two models would share them"):
-        encoder.keep_embeddings(str(tmp_path), torch.float32)
+        encoder.keep_embeddings(str(tmp_path), "float32")
 
 
 @pytest.mark.parametrize("flag", ["", "it is "])

@@ -49,6 +49,7 @@ class EvaluationOptions(EncodingOptions):
     ignore_query_itself: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_columns(self.columns)
         self._check_names()
         if self.fail_if_worse and len(self.model_name) == 1:

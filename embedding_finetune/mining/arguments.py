@@ -68,6 +68,10 @@ class RankingOptions(EncodingOptions, SelectionOptions):
     model_name_or_path: list[str]
     reranker_name_or_path: str | None = None
 
+    def __post_init__(self) -> None:
+        EncodingOptions.__post_init__(self)
+        SelectionOptions.__post_init__(self)
+
     @property
     def dense_models(self) -> list[str]:
         """The models that embed texts: all but BM25."""

@@ -101,7 +101,13 @@ def check_states(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def check_encoding(
-    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str, packed_from: int | None = None
+    model: BiEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    limit: int,
+    what: str,
+    packed_from: int | None = None,
 ) -> None:
     """Raise UserError unless a model prepared for encoding gives a text the same embedding alone and beside another.
 
@@ -119,7 +125,8 @@ def check_encoding(
         packed = Packed(position_ids, ends, max(lengths))
         return model.embed_packed(packed, None, input_ids=inputs["input_ids"][real][None])[0]
 
-    check_padding([embedding], model.backbone, tokenizer, partial(_inputs_to_try, tokenizer, limit), what=what)
+    inputs_to_try = partial(_inputs_to_try, tokenizer, limit)
+    check_padding([embedding], model.backbone, tokenizer, inputs_to_try, dtype=dtype, what=what)
 
 
 def check_training(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> None:
@@ -170,14 +177,15 @@ def check_padding(
     *,
     what: str,
     result: str = "embedding",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise UserError unless all paths give a text the same result, in a batch of its own and padded.
 
     A path takes Inputs and returns the result of their first text, of any shape. inputs_to_try: the text alone, and
-    before another one, padded on the tokenizer's side. result: its name in error messages.
-    No random numbers are consumed.
+    before another one, padded on the tokenizer's side. result: its name in error messages. dtype: what the model
+    computes in; None for the dtype of its parameters. No random numbers are consumed.
     """
-    name, dtype = type(model).__name__, next(model.parameters()).dtype
+    name, dtype = type(model).__name__, dtype or next(model.parameters()).dtype
     try:
         difference = _largest_difference(paths, model, inputs_to_try)
     except Exception as error:

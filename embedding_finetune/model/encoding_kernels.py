@@ -23,6 +23,8 @@ from embedding_finetune.model.attention import (
     replace_sdpa,
     weighted_values,
 )
+from embedding_finetune.model.calibration import Calibration, texts_digest
+from embedding_finetune.model.int8 import has_int8_products, quantize_linear_layers
 from embedding_finetune.process import put_back
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,12 @@ def free_memory(device: torch.device) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for `--dtype` on a device: "auto" is bfloat16 where the hardware computes it natively, else float32."""
+    """The dtype for `--dtype` on a device: "auto" is bfloat16 where the hardware computes it natively, else float32.
+
+    Raises UserError for "int8" where it would be slow or wrong.
+    """
+    if name == "int8":
+        _check_int8(device)
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -65,14 +72,42 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def _check_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise UserError(f"--dtype int8 is for encoding on a CPU, and this machine encodes on {device.type}: drop it")
+    if not has_int8_products():
+        raise UserError(
+            "--dtype int8 needs a CPU with VNNI (avx512_vnni or avx_vnni among its flags), and this one has none: "
+            "drop it"
+        )
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What embeddings are computed in, for the key of a store: two runs may share them where it is the same."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.int8:
+        return name
+    return f"{name} of {texts_digest()}, and {precision(choose_dtype('auto', device), device)}"
+
+
 def prepare_for_encoding(
-    backbone: PreTrainedModel, *, dtype: torch.dtype, device: torch.device, torch_compile: bool
+    backbone: PreTrainedModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    torch_compile: bool,
+    calibration: Calibration | None = None,
 ) -> None:
     """Bring a model to its dtype and device, in evaluation mode, with the kernels that suit them.
 
-    Raises UserError when it does not fit there, or --torch_compile is asked for and there is no compiler.
+    In int8 the linear layers are, and all else in the dtype that is automatic: this needs a calibration. Raises
+    UserError when the model does not fit there, or --torch_compile is asked for and there is no compiler.
     """
     backbone.eval().requires_grad_(False)
+    if dtype == torch.int8:
+        assert calibration is not None
+        dtype = choose_dtype("auto", device)
+        quantize_linear_layers(backbone, calibration, dtype)
     for parameter in backbone.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers, such as rotary frequencies, stay as precise as they are
     try:
@@ -178,7 +213,9 @@ def _mask(scores: Tensor, visible: Tensor) -> None:
 
 def _softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension of bfloat16 scores; by oneDNN where torch is slow: rows of no multiple of 32."""
-    if torch.compiler.is_compiling() or scores.shape[-1] % 32 == 0 or not _ONE_DNN_HAS_BFLOAT16:
+    length = scores.shape[-1]
+    torch_is_fast = length % 32 == 0 and length > 160
+    if torch.compiler.is_compiling() or torch_is_fast or not _ONE_DNN_HAS_BFLOAT16:
         return scores.softmax(dim=-1)
     return scores.to_mkldnn().softmax(dim=-1).to_dense()
 

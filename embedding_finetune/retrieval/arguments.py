@@ -12,7 +12,7 @@ from embedding_finetune.parser import add_switch, boolean, positive_int
 BM25 = "bm25"
 """Stands among the names of models: ranking by words, see keywords.py."""
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
@@ -34,6 +34,10 @@ class EncodingOptions:
     use_gpu_for_searching: bool = False
     trust_remote_code: bool = False
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype == "int8" and self.torch_compile:
+            raise UserError("--dtype int8 has kernels of its own, which are not compiled: drop --torch_compile")
 
 
 def check_bm25s(flag: str) -> None:
@@ -79,7 +83,8 @@ def add_encoding_arguments(parser: argparse.ArgumentParser, *, several_dimension
         choices=DTYPES,
         default=EncodingOptions.dtype,
         help="precision of the model; auto: bfloat16 where the hardware computes it natively, else float32. "
-        "Pooling, normalisation and scores are always float32",
+        "int8: linear layers in 8 bits, on a CPU with VNNI, but not a reranker's, which stays at auto. Pooling, "
+        "normalisation and scores are always float32",
     )
     group.add_argument(
         "--tokens_per_batch",

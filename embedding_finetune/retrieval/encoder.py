@@ -20,15 +20,17 @@ from transformers import PreTrainedTokenizerBase
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import Instructions, raw_digests
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.calibration import calibrate, check_likeness
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
     leave_out_pooler,
+    precision,
     prepare_for_encoding,
     working_device,
 )
 from embedding_finetune.model.limits import first_position
-from embedding_finetune.model.loading import load_embedding_model, weights_digest
+from embedding_finetune.model.loading import EmbeddingModel, load_embedding_model, weights_digest
 from embedding_finetune.model.packing import pack_if_possible
 from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
 from embedding_finetune.progress import Progress
@@ -95,7 +97,7 @@ class Encoder:
         """Where the model encodes."""
         return self.model.backbone.device
 
-    def keep_embeddings(self, root: str, dtype: torch.dtype, *, name: str = "", is_scratch: bool = False) -> None:
+    def keep_embeddings(self, root: str, precision: str, *, name: str = "", is_scratch: bool = False) -> None:
         """Reuse the embeddings that earlier runs kept in the folder `root`, and keep new ones there.
 
         name: the model's, for people. is_scratch: the folder is temporary, and the user did not ask for it.
@@ -105,7 +107,9 @@ class Encoder:
         for kind in (self.query, self.passage):
             self.stores[kind.name] = EmbeddingStore(
                 root,
-                store_settings(self.model, self.tokenizer, kind, weights_digest=self.weights_digest, dtype=dtype),
+                store_settings(
+                    self.model, self.tokenizer, kind, weights_digest=self.weights_digest, precision=precision
+                ),
                 dimensions=self.model.dimensions,
                 model=name,
                 is_scratch=is_scratch,
@@ -206,6 +210,8 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
 
     scratch: a temporary folder to keep embeddings in where --embeddings_dir is not given.
     """
+    device = working_device()
+    dtype = choose_dtype(options.dtype, device)
     loaded = load_embedding_model(
         name_or_path,
         flag=flag,
@@ -221,22 +227,8 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
         cache_dir=options.cache_dir,
         trust_remote_code=options.trust_remote_code,
     )
-    backbone = loaded.backbone
-    digest = weights_digest(backbone, loaded.projection)  # as they are stored, before they change precision
-    device = working_device()
-    dtype = choose_dtype(options.dtype, device)
-    leave_out_pooler(backbone)
-    position = first_position(backbone)
-    packs = not options.torch_compile and pack_if_possible(
-        backbone, loaded.tokenizer, device, dtype, first_position=position, limit=loaded.length_limit
-    )
-    how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
-    logger.info("%s: encoding in %s", name_or_path, how)
-    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=options.torch_compile)
-    model = BiEncoder(backbone, loaded.config, projection=loaded.projection.to(device)).eval()
-    packed_from = position if packs else None
-    what = f"{flag} {name_or_path}"
-    check_encoding(model, loaded.tokenizer, limit=loaded.length_limit, what=what, packed_from=packed_from)
+    digest = weights_digest(loaded.backbone, loaded.projection)  # as they are stored, before they change precision
+    model, packed_from = _prepared(loaded, name_or_path, dtype, device, flag=flag, compiled=options.torch_compile)
     encoder = Encoder(
         model,
         loaded.tokenizer,
@@ -248,10 +240,33 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     )
     if options.embeddings_dir is not None:
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-        encoder.keep_embeddings(options.embeddings_dir, dtype, name=name)
+        encoder.keep_embeddings(options.embeddings_dir, precision(dtype, device), name=name)
     elif scratch is not None:
-        encoder.keep_embeddings(scratch, dtype, is_scratch=True)
+        encoder.keep_embeddings(scratch, precision(dtype, device), is_scratch=True)
     return encoder
+
+
+def _prepared(
+    loaded: EmbeddingModel, name: str, dtype: torch.dtype, device: torch.device, *, flag: str, compiled: bool
+) -> tuple[BiEncoder, int | None]:
+    """The model in its precision and tried, and the position id of a text's first token if it takes packed texts."""
+    backbone, tokenizer, limit = loaded.backbone, loaded.tokenizer, loaded.length_limit
+    leave_out_pooler(backbone)
+    position = first_position(backbone)
+    packs = not compiled and pack_if_possible(backbone, tokenizer, device, dtype, first_position=position, limit=limit)
+    packed_from = position if packs else None
+    how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
+    logger.info("%s: encoding in %s", name, how)
+    model = BiEncoder(backbone, loaded.config, projection=loaded.projection).eval()
+    what = f"{flag} {name}"
+    calibration = calibrate(model, tokenizer, limit=limit, what=what) if dtype == torch.int8 else None
+    prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=compiled, calibration=calibration)
+    loaded.projection.to(device)
+    if calibration is not None:
+        cosine = check_likeness(model, tokenizer, calibration, limit=limit, what=what)
+        logger.info("int8: the smallest cosine to float32 is %.4f among the texts it was tried on", cosine)
+    check_encoding(model, tokenizer, dtype=dtype, limit=limit, what=what, packed_from=packed_from)
+    return model, packed_from
 
 
 def _at(rows: np.ndarray, texts: Sequence[str], instructions: Instructions) -> tuple[list[str], Instructions]:

@@ -189,7 +189,7 @@ def load_reranker(name_or_path: str, options: EncodingOptions) -> Reranker:
     check_scores(model, tokenizer, partial(padding.to_try, limit), what=f"{_FLAG} {name_or_path}")
     digest = weights_digest(model)
     device = working_device()
-    dtype = choose_dtype(options.dtype, device)
+    dtype = choose_dtype("auto" if options.dtype == "int8" else options.dtype, device)
     logger.info("%s: rescoring in %s on %s", name_or_path, str(dtype).removeprefix("torch."), device.type)
     prepare_for_encoding(model, dtype=dtype, device=device, torch_compile=options.torch_compile)
     check_scores(model, tokenizer, partial(padding.to_try, limit), what=f"{_FLAG} {name_or_path}")

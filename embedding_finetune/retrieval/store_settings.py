@@ -4,7 +4,6 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.model.bi_encoder import BiEncoder
@@ -13,7 +12,7 @@ from embedding_finetune.model.tokens import TextKind
 
 
 def store_settings(
-    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str, dtype: torch.dtype
+    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str, precision: str
 ) -> dict[str, Any]:
     """The settings that texts of a kind are encoded with; two runs may share embeddings where these are equal."""
     config = model.embedding_config
@@ -27,7 +26,7 @@ def store_settings(
         "dense": [module_name(module) for module in config.modules if not isinstance(module, DropoutConfig)],
         "normalized": config.normalized,
         "lower_case": config.lower_case,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": precision,
         "instruction": kind.instruction,
         "max_length": kind.max_length,
     }
