@@ -152,16 +152,18 @@ STREAMS = {
     top_k=st.sampled_from([1, 2, 5, 30, 400]),
     block=st.sampled_from([1, 3, 16, 60, 150]),
     ties=st.sampled_from(["first", "last"]),
+    passages_at_once=st.sampled_from([40, 1000]),
     rows_at_once=st.sampled_from([1, 7, 100]),
     seed=st.integers(0, 10_000),
 )
 def test_whatever_comes_in_whatever_blocks_the_best_are_those_of_all_pairs(
-    stream, queries, passages, top_k, block, ties, rows_at_once, seed
+    stream, queries, passages, top_k, block, ties, passages_at_once, rows_at_once, seed
 ):
     rng = np.random.default_rng(seed)
     q, p = STREAMS[queries](rng, 23).astype(np.float32), STREAMS[stream](rng, passages).astype(np.float32)
     best, start = TopK(q, top_k, ties=ties), 0
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss_search, "_PASSAGES_PER_SEARCH", passages_at_once)
         patch.setattr(faiss_search, "_PAIRS_PER_SEARCH", rows_at_once * block)
         while start < passages:
             size = int(rng.integers(1, 2 * block + 1))  # unequal, the last one often tiny

@@ -31,6 +31,7 @@ from embedding_finetune.retrieval.results import (
 logger = logging.getLogger(__name__)
 
 _RESULTS_PER_SEARCH = 2**20
+_PASSAGES_PER_SEARCH = 2**15
 _PAIRS_PER_SEARCH = 2**23
 """Of queries and passages: where all are above the bound, faiss gives as many results, of 12 bytes."""
 _QUERIES_PER_RANGE_SEARCH = 1024
@@ -88,12 +89,16 @@ class FaissSearch:
 
     def add(self, start: int, block: np.ndarray) -> None:
         """Search passages start .. start + n - 1, whose embeddings are block (n, H)."""
+        for first in range(0, len(block), _PASSAGES_PER_SEARCH):
+            self._add(start + first, block[first : first + _PASSAGES_PER_SEARCH])
+
+    def _add(self, start: int, block: np.ndarray) -> None:
         index = _Index(block, self.gpus)
         width = min(self.best.shape[1] + SPARE_RESULTS, len(block))
         pending = np.arange(len(self.queries))
         while len(pending):
             unsettled = []
-            rows_at_once = max(min(_RESULTS_PER_SEARCH // width, _PAIRS_PER_SEARCH // len(block)), 1)
+            rows_at_once = max(min(_RESULTS_PER_SEARCH // width, index.most_queries), 1)
             starts = range(0, len(pending), rows_at_once)
             with Progress(len(starts), "Searching", "batch", leave=False, disable=len(starts) == 1) as progress:
                 for first in starts:
@@ -173,6 +178,11 @@ class _Index:
         self._gpus = gpus
         self._longest = longest(self.block)
         self._indices: dict[str, Any] = {}
+
+    @property
+    def most_queries(self) -> int:
+        """How many queries to search for at once."""
+        return sys.maxsize if self._gpus else _PAIRS_PER_SEARCH // len(self.block)
 
     @property
     def can_search_above(self) -> bool:
