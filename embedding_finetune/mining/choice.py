@@ -24,7 +24,7 @@ DRAWN_AT_RANDOM, FROM_INPUT = "(drawn at random)", "(of the input)"
 """Follow a reason in the audit where it concerns candidates from elsewhere than the ranks to sample from."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Selection:
     """The negatives of one row: positions in the corpus, and their scores, NaN where they are not known yet.
 
