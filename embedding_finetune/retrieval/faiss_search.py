@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _RESULTS_PER_SEARCH = 2**20
 _PASSAGES_PER_SEARCH = 2**15
+"""A block may be a whole corpus, and faiss copies what it searches."""
 _PAIRS_PER_SEARCH = 2**23
 """Of queries and passages: where all are above the bound, faiss gives as many results, of 12 bytes."""
 _QUERIES_PER_RANGE_SEARCH = 1024
