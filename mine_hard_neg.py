@@ -87,8 +87,10 @@ def write_outcome(
     written = [number for number, selection in enumerate(mined.selections) if selection.negatives or keep_all]
     if not written:
         raise UserError("no row has a negative: widen --range_for_sampling, or relax the filters")
-    positive_scores = np.split(mined.positive_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
-    to_write = partial(mined_rows, rows, corpus, mined.selections, positive_scores if options.save_scores else None)
+    positive_scores = None
+    if options.save_scores:
+        positive_scores = np.split(mined.positive_scores, np.cumsum([len(row["pos"]) for row in rows])[:-1])
+    to_write = partial(mined_rows, rows, corpus, mined.selections, positive_scores)
     write(options.output_file, to_write(written), columns_to_write(rows, options))
     stopwatch.lap("write")
     audit = mined.audit(corpus, options, stopwatch, dropped=len(rows) - len(written))

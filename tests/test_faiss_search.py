@@ -3,10 +3,13 @@ import sys
 import numpy as np
 import pytest
 from helpers.running import search
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval import faiss_search
 from embedding_finetune.retrieval.faiss_search import FaissSearch, import_faiss, near_pairs
+from embedding_finetune.retrieval.results import exact_scores
 from embedding_finetune.retrieval.top_k import TopK
 
 
@@ -95,15 +98,144 @@ def test_a_faiss_that_cannot_be_imported_is_one_line_that_says_what_to_install(e
         assert str(raised.value) == f"searching needs faiss, which cannot be imported ({first}): pip install faiss-cpu"
 
 
-def test_only_as_many_columns_are_merged_as_any_query_has_survivors(monkeypatch):
+def test_only_queries_with_survivors_are_merged_and_only_as_many_columns_as_any_has(monkeypatch):
     merged = []
     monkeypatch.setattr(
-        faiss_search, "best_of", lambda lists, k: merged.append(lists[1].shape[1]) or np.sort(np.hstack(lists))[:, :k]
+        faiss_search, "best_of", lambda lists, k: merged.append(lists[1].shape) or np.sort(np.hstack(lists))[:, :k]
     )
-    q = np.array([[1], [2]], np.float32)
+    q = np.array([[1], [2], [-1]], np.float32)
     passages = FaissSearch(q, 2, ties="first")
     passages.add(0, np.array([[5], [9], [1]], np.float32))
-    passages.add(3, np.array([[1], [2], [7]], np.float32))
-    passages.add(6, np.array([[1], [2]], np.float32))
-    assert merged == [3, 1, 0]
-    assert (passages.results(slice(None)) & (2**32 - 1)).tolist() == [[1, 5], [1, 5]]
+    passages.add(3, np.array([[7], [2]], np.float32))
+    passages.add(5, np.array([[4], [8]], np.float32))
+    # 7 enters for the first two, 2 for the third. Of 4 and 8 only 8 enters, for the first two.
+    assert merged == [(3, 3), (3, 1), (2, 1)]
+    assert (passages.results(slice(None)) & (2**32 - 1)).tolist() == [[1, 6], [1, 6], [2, 4]]
+
+
+def every_pair_scored_and_sorted(queries, passages, top_k, ties):
+    """Positions and scores by the definition, pair by pair; -1 and -inf past the end."""
+    everywhere, each = np.indices((len(queries), len(passages)))
+    scores = exact_scores(queries, everywhere.ravel(), passages, each.ravel()).reshape(everywhere.shape)
+    positions = np.full((len(queries), top_k), -1)
+    best_scores = np.full((len(queries), top_k), -np.inf, np.float32)
+    for row, own in enumerate(scores):
+        order = np.lexsort((each[0] if ties == "first" else -each[0], -own))[:top_k]
+        positions[row, : len(order)], best_scores[row, : len(order)] = order, own[order]
+    return positions, best_scores
+
+
+def real(rng, count):
+    return rng.standard_normal((count, 5)).astype(np.float32)
+
+
+STREAMS = {
+    "random": lambda rng, n: real(rng, n),
+    "random of many lengths": lambda rng, n: real(rng, n) * np.float32(10) ** rng.integers(-9, 9, (n, 1)),
+    "each better than all before": lambda rng, n: np.abs(real(rng, n)) + 9 * np.arange(n, dtype=np.float32)[:, None],
+    "better for some queries": lambda rng, n: real(rng, n) + np.arange(n, dtype=np.float32)[:, None] * [0, 0, 0, 0, 9],
+    "each worse than all before": lambda rng, n: np.abs(real(rng, n)) - 9 * np.arange(n, dtype=np.float32)[:, None],
+    "constant": lambda rng, n: np.ones((n, 5)),
+    "of few kinds": lambda rng, n: real(rng, 4)[rng.integers(0, 4, n)],
+    "better, of few kinds": lambda rng, n: real(rng, 4)[rng.integers(0, 4, n)] * (1 + np.arange(n) // 16)[:, None],
+    "zero": lambda rng, n: np.zeros((n, 5)),
+    "partly zero": lambda rng, n: real(rng, n) * rng.integers(0, 2, (n, 1)),
+    "small integers": lambda rng, n: vectors(rng, n, 5),
+}
+
+
+@settings(max_examples=200)
+@given(
+    stream=st.sampled_from(list(STREAMS)),
+    queries=st.sampled_from(list(STREAMS)),
+    passages=st.integers(1, 300),
+    top_k=st.sampled_from([1, 2, 5, 30, 400]),
+    block=st.sampled_from([1, 3, 16, 60, 150]),
+    ties=st.sampled_from(["first", "last"]),
+    passages_at_once=st.sampled_from([40, 1000]),
+    rows_at_once=st.sampled_from([1, 7, 100]),
+    seed=st.integers(0, 10_000),
+)
+def test_whatever_comes_in_whatever_blocks_the_best_are_those_of_all_pairs(
+    stream, queries, passages, top_k, block, ties, passages_at_once, rows_at_once, seed
+):
+    rng = np.random.default_rng(seed)
+    q, p = STREAMS[queries](rng, 23).astype(np.float32), STREAMS[stream](rng, passages).astype(np.float32)
+    best, start = TopK(q, top_k, ties=ties), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss_search, "_PASSAGES_PER_SEARCH", passages_at_once)
+        patch.setattr(faiss_search, "_PAIRS_PER_SEARCH", rows_at_once * block)
+        while start < passages:
+            size = int(rng.integers(1, 2 * block + 1))  # unequal, the last one often tiny
+            best.add(start, p[start : start + size])
+            start += size
+    found = best.ranking()
+    positions, scores = every_pair_scored_and_sorted(q, p, top_k, ties)
+    assert np.array_equal(found.positions, positions)
+    assert np.array_equal(found.scores, scores)
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """The searches that were made, by name."""
+    names = []
+    for method in (faiss_search._Index.nearest, faiss_search._Index.above):
+
+        def told(*args, method=method):
+            names.append(method.__name__)
+            return method(*args)
+
+        monkeypatch.setattr(faiss_search._Index, method.__name__, told)
+    return names
+
+
+def test_where_few_enter_only_what_is_above_the_bound_is_looked_at(searched):
+    rng = np.random.default_rng(0)
+    search_in = FaissSearch(real(rng, 40), 10, ties="first")
+    for start in range(0, 5000, 500):
+        search_in.add(start, real(rng, 500))
+    # As many as in the first block, 10 a query, are above its bound in the second, 5 in the third: less than half of
+    # the 18 that are taken.
+    assert searched == ["nearest"] * 3 + ["above"] * 7
+
+
+def test_where_each_block_is_better_than_all_before_the_nearest_are_looked_at(searched):
+    rng = np.random.default_rng(0)
+    search_in = FaissSearch(np.abs(real(rng, 40)), 10, ties="first")
+    for number in range(10):
+        search_in.add(500 * number, np.abs(real(rng, 500)) + np.float32(20 * number))
+    assert searched == ["nearest"] * 10
+
+
+def test_after_a_better_block_the_nearest_are_looked_at_until_few_enter_again(searched):
+    rng = np.random.default_rng(0)
+    search_in = FaissSearch(np.abs(real(rng, 40)), 10, ties="first")
+    for number, better in enumerate([0, 0, 0, 20, 0, 0]):
+        search_in.add(500 * number, np.abs(real(rng, 500)) + np.float32(better))
+    assert searched == ["nearest", "nearest", "nearest", "above", "nearest", "above"]
+
+
+def test_of_many_passages_above_the_bound_only_those_are_scored_that_may_be_the_best(monkeypatch):
+    scored = []
+
+    def told(queries, rows, passages, places):
+        scored.append(len(rows))
+        return exact_scores(queries, rows, passages, places)
+
+    monkeypatch.setattr(faiss_search, "exact_scores", told)
+    rng = np.random.default_rng(0)
+    search_in = FaissSearch(np.abs(real(rng, 40)), 10, ties="first")
+    for number, better in enumerate([0, 0, 0, 20]):
+        search_in.add(500 * number, np.abs(real(rng, 500)) + np.float32(better))
+    assert scored[0] == 40 * 18
+    assert scored[3] == 40 * 10
+
+
+def test_faiss_gpu_gives_the_nearest_alone(faiss_gpu, searched):
+    rng = np.random.default_rng(0)
+    q, p = real(rng, 40), real(rng, 2000)
+    on_gpu = TopK(q, 10, gpus=[0])
+    for start in range(0, 2000, 500):
+        on_gpu.add(start, p[start : start + 500])
+    assert searched == ["nearest"] * 4
+    assert np.array_equal(on_gpu.ranking().positions, search(q, p, 10)[1])

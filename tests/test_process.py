@@ -55,6 +55,31 @@ def test_malloc_reuses_large_blocks_during_a_run_and_maps_them_after_it():
     assert blocks_mapped_for(2**29) == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_freed_memory_stays_in_the_process_until_it_is_given_back():
+    program = """
+from embedding_finetune import process
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+with process.as_a_run():
+    with process.importing():
+        pass
+    blocks = [bytearray(2**20) for _ in range(200)]
+    held = resident()
+    kept = blocks.pop()  # above the freed ones, so that they are not at the heap's end
+    del blocks
+    freed = resident()
+    process.give_back_free_memory()
+    print(held - freed < 2**20, freed - resident() > 150 * 2**20)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert result.stdout.split() == ["True", "True"]
+
+
 def test_what_a_library_imports_of_the_package_switches_nothing():
     program = """
 import gc, os, signal

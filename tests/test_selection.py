@@ -89,7 +89,7 @@ def test_every_negative_passes_every_filter_and_none_that_would_is_missing(seed,
         ranking = np.argsort(-scores[row], kind="stable")
         kept = [position for position in old[row] if position in good]
         reachable = (set(ranking[start:stop].tolist()) | set(ranking[stop:].tolist())) & good
-        assert selection.negatives[: len(kept)] == kept
+        assert selection.negatives.tolist()[: len(kept)] == kept
         assert len(set(selection.negatives)) == len(selection.negatives)
         assert set(selection.negatives) <= good
         assert len(selection.negatives) == max(len(kept), min(count, len(set(kept) | reachable)))

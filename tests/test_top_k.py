@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.retrieval import top_k
-from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK, fuse, gpus_to_search_on
+from embedding_finetune.retrieval.results import MOST_PASSAGES, NO_RESULT, as_results
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, TopK, fuse, gpus_to_search_on, split
 
 
 def reference_search(queries, passages, top_k, ties):
@@ -76,6 +77,27 @@ def test_a_corpus_of_one_and_k_beyond_it_are_padded_with_minus_one():
     scores, positions = search(np.ones((1, 4), dtype=np.float32), np.ones((1, 4), dtype=np.float32), 3)
     assert positions.tolist() == [[0, -1, -1]]
     assert scores.tolist() == [[4.0, -np.inf, -np.inf]]
+
+
+@pytest.mark.parametrize("ties", ["first", "last"])
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+def test_results_are_split_into_positions_and_scores_in_the_memory_that_they_have(ties, at_once, monkeypatch):
+    monkeypatch.setattr(top_k, "_RESULTS_PER_SPLIT", at_once)
+    scores = np.array([[3.5, -1.0], [0.0, 2.0], [-0.0, 1.0]], np.float32)
+    results = as_results(scores, np.array([[MOST_PASSAGES - 1, 0], [7, 8], [9, 5]]), ties)
+    results[1, 1] = NO_RESULT
+    ranking = split(results, ties)
+    assert ranking.positions.tolist() == [[MOST_PASSAGES - 1, 0], [7, -1], [9, 5]]
+    assert ranking.scores.tolist() == [[3.5, -1], [0, -np.inf], [0, 1]]
+    assert (ranking.positions.dtype, ranking.scores.dtype) == (np.int32, np.float32)
+    assert np.shares_memory(ranking.positions, results)
+    assert np.shares_memory(ranking.scores, results)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_results_are_split_into_none(shape):
+    ranking = split(np.empty(shape, np.int64), "first")
+    assert ranking.positions.shape == ranking.scores.shape == shape
 
 
 def test_pair_scores_are_the_inner_products_whatever_the_blocks():
@@ -157,3 +179,11 @@ def test_where_queries_do_not_fit_into_the_gpu_faiss_searches(monkeypatch, caplo
         one.add(0, p)
     assert np.array_equal(on_gpu.ranking().positions, on_cpu.ranking().positions)
     assert "do not fit into the GPU: faiss searches on the CPU" in caplog.text
+
+
+def test_a_corpus_of_more_passages_than_a_position_counts_is_one_line():
+    top = TopK(np.ones((1, 2), np.float32), 1)
+    top.add(2**31 - 2, np.ones((1, 2), np.float32))
+    with pytest.raises(UserError, match="a corpus may hold 2147483647 passages"):
+        top.add(2**31 - 1, np.ones((1, 2), np.float32))
+    assert top.ranking().positions.tolist() == [[2**31 - 2]]

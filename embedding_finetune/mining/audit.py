@@ -30,12 +30,12 @@ def mining_audit(
     dropped: Counter[str] = Counter()
     for selection in selections:
         dropped.update(selection.dropped)
-    scores = np.array([score for selection in selections for score in selection.scores], dtype=np.float32)
+    scores = np.fromiter((score for selection in selections for score in selection.scores), dtype=np.float32)
     above = np.repeat(lowest_positive, [len(selection.negatives) for selection in selections]) - scores
     known = ~np.isnan(scores)
     # What was judged is known to answer nothing, however high it scores.
-    doubtful = known & np.array(
-        [place >= one.confirmed for one in selections for place in range(len(one.negatives))], dtype=bool
+    doubtful = known & np.fromiter(
+        (place >= one.confirmed for one in selections for place in range(len(one.negatives))), dtype=bool
     )
     return {
         "rows": len(selections),

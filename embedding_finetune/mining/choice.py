@@ -7,8 +7,9 @@ Shapes: P pairs of a query and one of its positives.
 
 import math
 import random
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -24,17 +25,17 @@ DRAWN_AT_RANDOM, FROM_INPUT = "(drawn at random)", "(of the input)"
 """Follow a reason in the audit where it concerns candidates from elsewhere than the ranks to sample from."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Selection:
     """The negatives of one row: positions in the corpus, and their scores, NaN where they are not known yet.
 
     The first `confirmed` of them were judged not to answer the query, and the next `kept` come from the input; the last
     `random_fills` were drawn from outside the ranking. `dropped` counts, by reason, the candidates that could not be
-    taken.
+    taken. select_negatives gives arrays: a list has an object of 32 bytes for each number.
     """
 
-    negatives: list[int]
-    scores: list[float]
+    negatives: MutableSequence[int]
+    scores: MutableSequence[float]
     kept: int
     random_fills: int
     dropped: Counter[str]
@@ -91,8 +92,8 @@ def select_negatives(
     if len(chosen) < wanted:
         fills = draw_outside(excluded, [*kept, *retrieved], wanted - len(chosen), corpus_size, rng)
     return Selection(
-        [*kept, *(retrieved[start + place] for place in chosen), *fills],
-        [*kept.values(), *(float(scores[place]) for place in chosen), *([float("nan")] * len(fills))],
+        array("q", [*kept, *(retrieved[start + place] for place in chosen), *fills]),
+        array("d", [*kept.values(), *(scores[place] for place in chosen), *([math.nan] * len(fills))]),
         len(kept) - confirmed,
         len(fills),
         dropped,

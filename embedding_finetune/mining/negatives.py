@@ -21,6 +21,7 @@ from embedding_finetune.mining.choice import Selection, lowest_scores
 from embedding_finetune.mining.ranking import rank_candidates
 from embedding_finetune.mining.selection import choose_negatives, positive_pairs
 from embedding_finetune.mining.stopwatch import Stopwatch
+from embedding_finetune.process import give_back_free_memory
 from embedding_finetune.retrieval.doubts import Witness
 
 
@@ -80,6 +81,7 @@ def mine_negatives(
         [row.get("instruction") for row in rows],
         scratch=scratch,
     )
+    give_back_free_memory()  # that of encoding and searching: choosing makes many small objects
     lowest_positive = lowest_scores(pairs.rows, candidates.pair_scores, len(rows))
     selections = choose_negatives(rows, corpus, candidates, lowest_positive, options, stopwatch, confirmed)
     return Mined(

@@ -29,7 +29,8 @@ from embedding_finetune.mining.exclusions import ExcludedTexts
 from embedding_finetune.mining.filters import FILTERS, ScoreFilters
 from embedding_finetune.mining.stopwatch import Stopwatch
 
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE = 256
+"""As Python objects: the numbers of 210 ranks of a row take 20 kB."""
 _ROUNDS = 4
 """How often a row draws at random before it stays short: 15 candidates in all for each missing negative."""
 
@@ -79,7 +80,7 @@ def choose_negatives(
     excluded = ExcludedTexts(rows, corpus, candidates.near_duplicates)
     confirmed = confirmed or [0] * len(rows)
     existing = [
-        row.get("neg", []) if options.keep_existing_negatives else row.get("neg", [])[:judged]
+        row.get("neg", ()) if options.keep_existing_negatives else row.get("neg", ())[:judged]
         for row, judged in zip(rows, confirmed, strict=True)
     ]
     stays = _negatives_that_stay(existing, confirmed, corpus, excluded, filtered_scores)

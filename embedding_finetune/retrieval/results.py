@@ -3,7 +3,8 @@
 The last bit of a matrix product depends on its shape, so equal vectors may get unequal scores. The final scores are
 therefore computed pair by pair in float64 and rounded to float32, and ties are decided by position.
 
-Of two results the smaller integer is the better. Lists of results are merged by sorting.
+Of two results the smaller integer is the better. Lists of results are merged by sorting. At the end they are split into
+positions and scores, of 32 bits each, where they stand: the rankings of 100,000 queries are most of a run's memory.
 
 Shapes: Q queries, n passages in a block, H dimensions, P pairs, k results per query.
 """
@@ -18,12 +19,14 @@ Ties = Literal["first", "last"]
 
 NO_RESULT = np.iinfo(np.int64).max
 """The result that stands where there is none: it sorts last."""
+MOST_PASSAGES = 2**31 - 1
+"""Of a corpus: a position is an int32 once results are split, and -1 stands past the end."""
 LOW_BITS = 2**32 - 1
 SIGNLESS_BITS = 2**31 - 1
 SPARE_RESULTS = 8
 """Results that are taken from a block beyond k, so that most ties at the k-th place need no second look."""
 
-_VALUES_PER_CHUNK = 2**17
+_VALUES_PER_CHUNK = 2**16
 """As float64 they stay in the cache of a CPU core: 2^23 took 3 to 4 times as long, with the same bits."""
 
 
@@ -34,7 +37,7 @@ def as_results(scores: np.ndarray, positions: np.ndarray, ties: Ties) -> np.ndar
     """
     bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # adding 0 makes one of the two zeros
     ascending = np.where(bits < 0, bits ^ SIGNLESS_BITS, bits)  # in IEEE 754 negative numbers sort backwards
-    low = positions if ties == "first" else LOW_BITS - positions
+    low = positions if ties == "first" else np.int64(LOW_BITS) - positions
     return (~ascending << 32) | low
 
 

@@ -15,8 +15,8 @@ from embedding_finetune.distributed import gather_objects, own_share
 from embedding_finetune.model.tokens import first_rows
 from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.keywords import KeywordIndex
-from embedding_finetune.retrieval.results import Ties, best_of, positions_of, scores_of
-from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, Ranking, TopK
+from embedding_finetune.retrieval.results import Ties, best_of
+from embedding_finetune.retrieval.top_k import NearDuplicates, PairScores, Ranking, TopK, split
 
 _QUERIES_PER_GATHER = 8192
 _TEXTS_PER_READ = 8192
@@ -56,8 +56,7 @@ def rank_by_words(index: KeywordIndex, queries: Sequence[str], top_k: int, *, ti
     Each process ranks for its share of the queries.
     """
     results = index.results(queries[own_share(len(queries))], top_k, ties=ties, among=among)
-    best = np.concatenate(gather_objects(results))
-    return Ranking(positions_of(best, ties), scores_of(best))
+    return split(np.concatenate(gather_objects(results)), ties)
 
 
 def merge_rankings(ranking: TopK) -> None:

@@ -19,6 +19,7 @@ from embedding_finetune.retrieval import device_search, faiss_search
 from embedding_finetune.retrieval.device_search import DeviceSearch, searches_on
 from embedding_finetune.retrieval.faiss_search import FaissSearch
 from embedding_finetune.retrieval.results import (
+    MOST_PASSAGES,
     NO_RESULT,
     Ties,
     as_results,
@@ -31,16 +32,28 @@ logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _FUSION_OFFSET = 60
+_RESULTS_PER_SPLIT = 2**20
 
 
 class Ranking(NamedTuple):
     """The best passages of every query, best first.
 
-    positions: (Q, k) int64, -1 past the end. scores: (Q, k) float32, -inf past the end.
+    positions: (Q, k) int32, -1 past the end. scores: (Q, k) float32, -inf past the end.
     """
 
     positions: np.ndarray
     scores: np.ndarray
+
+
+def split(results: np.ndarray, ties: Ties) -> Ranking:
+    """The ranking of results (Q, k). It takes their memory: afterwards `results` holds none."""
+    halves = results.view(np.int32).reshape(*results.shape, 2)
+    positions, scores = halves[..., 0], halves[..., 1].view(np.float32)
+    step = max(_RESULTS_PER_SPLIT // max(results.shape[1], 1), 1)
+    for first in range(0, len(results), step):
+        part = slice(first, first + step)
+        positions[part], scores[part] = positions_of(results[part], ties), scores_of(results[part])
+    return Ranking(positions, scores)
 
 
 class TopK:
@@ -48,7 +61,7 @@ class TopK:
 
     ties: which of two passages with equal scores ranks higher, the one that comes "first" or "last". device: the one
     that encodes. gpus: the numbers of the GPUs to search on with faiss-gpu, none for the device. A corpus may hold
-    2^32 - 1 passages. Raises UserError when the results do not fit into memory, or faiss is needed and missing.
+    MOST_PASSAGES. Raises UserError when the results do not fit into memory, or faiss is needed and missing.
     """
 
     def __init__(
@@ -80,15 +93,18 @@ class TopK:
 
     def add(self, start: int, block: np.ndarray) -> None:
         """Search passages start .. start + n - 1, whose embeddings are block (n, H)."""
+        if start + len(block) > MOST_PASSAGES:
+            raise UserError(f"a corpus may hold {MOST_PASSAGES} passages, and this one has more")
         if len(block) and len(self.queries):
             self._search.add(start, block)
 
     def ranking(self) -> Ranking:
-        """The best passages of the blocks added so far."""
-        results = self.results()
-        return Ranking(positions_of(results, self.ties), scores_of(results))
+        """The best passages of the blocks added so far. It takes the memory of the results: nothing can follow."""
+        results = self._search.results(slice(None))
+        del self._search
+        return split(results, self.ties)
 
-    def results(self, rows: slice = slice(None)) -> np.ndarray:
+    def results(self, rows: slice) -> np.ndarray:
         """The results of some queries, as integers: (q, k), best first."""
         return self._search.results(rows)
 
@@ -157,7 +173,7 @@ def fuse(rankings: Sequence[np.ndarray], top_k: int, *, ties: Ties = "first") ->
         found = positions >= 0
         best = np.sort(as_results(scores[found], positions[found], ties))[:top_k]
         fused[row, : len(best)] = best
-    return Ranking(positions_of(fused, ties), scores_of(fused))
+    return split(fused, ties)
 
 
 def gpus_to_search_on(device: torch.device, *, use_gpu_for_searching: bool, own_gpu: int | None = None) -> list[int]:
