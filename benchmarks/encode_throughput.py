@@ -3,11 +3,14 @@
     python benchmarks/encode_throughput.py
     python benchmarks/encode_throughput.py --rounds 1 --texts 4000 --runs ours:auto "ours:auto --torch_compile"
     PYTHONPATH=/folder/with/openvino python benchmarks/encode_throughput.py --runs openvino:float32 openvino:bfloat16
+    PYTHONPATH=/folder/with/these python benchmarks/encode_throughput.py --runs ours:int8 openvino:int8 onnxruntime:int8
 
 Each run has a process of its own; they run one after the other, --rounds times. Loading, compiling and a first pass
 over a part of the texts are not counted. `st` names dtype and batch size, `ours` --dtype and further flags.
-`openvino` is our encoder with the model converted by OpenVINO. `limit` computes only the products of the model's linear
-layers, for the same number of tokens. The last column is the smallest cosine to our float32 embeddings over all texts.
+`without-bfloat16` is ours as on a CPU that has none. `openvino` and `onnxruntime` are our encoder with the model
+converted by them; their int8 is NNCF's, calibrated on our texts, and onnxruntime's dynamic quantisation. `limit`
+computes only the products of the model's linear layers, for the same number of tokens. The last column is the smallest
+cosine to our float32 embeddings over all texts.
 """
 
 import argparse
@@ -24,11 +27,14 @@ import numpy as np
 from common import new_parser, passages
 
 if TYPE_CHECKING:
+    import torch
+
     from embedding_finetune.retrieval.encoder import Encoder
 
 RUNS = (
     *(f"st:{dtype}:{batch}" for dtype in ("float32", "bfloat16") for batch in (8, 16, 32)),
-    *("ours:float32", "ours:bfloat16", "ours:float32 --torch_compile", "ours:bfloat16 --torch_compile"),
+    *("ours:float32", "ours:bfloat16", "ours:int8", "without-bfloat16:int8"),
+    *("ours:float32 --torch_compile", "ours:bfloat16 --torch_compile"),
     *("limit:float32", "limit:bfloat16"),
 )
 
@@ -67,7 +73,14 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> tuple[float, float]:
     """Documents per second over all texts, and the seconds of a first pass over an eighth of them."""
     kind, _, rest = args.measure.partition(":")
-    engines = {"st": sentence_transformers, "ours": ours, "openvino": openvino, "limit": limit}
+    engines = {
+        "st": sentence_transformers,
+        "ours": ours,
+        "without-bfloat16": without_bfloat16,
+        "openvino": openvino,
+        "onnxruntime": onnxruntime,
+        "limit": limit,
+    }
     encode = engines[kind](args.model, rest)
     texts = passages(args.data, args.texts)
     began = time.perf_counter()
@@ -109,9 +122,16 @@ def ours(model: str, options: str) -> Callable[[Sequence[str]], np.ndarray]:
     return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 
-def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
+def without_bfloat16(model: str, options: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
-    from openvino import Core, convert_model
+
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
+    return ours(model, options)
+
+
+def embedder_of(model: str) -> tuple["Encoder", dict[str, "torch.Tensor"]]:
+    """Our encoder with a plain model, and inputs to trace that with."""
+    import torch
 
     from embedding_finetune.model.bi_encoder import BiEncoder
     from embedding_finetune.model.loading import load_backbone
@@ -120,16 +140,55 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     backbone, tokenizer, config = load_backbone(model, flag="--model")
     embedder = BiEncoder(backbone, config).eval()
     encoder = Encoder(embedder, tokenizer, query_max_len=1, passage_max_len=config.max_seq_length)
-    example = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
-    precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    return encoder, {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+
+
+def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
+    import torch
+    from openvino import Core, convert_model
+
+    encoder, example = embedder_of(model)
+    converted = convert_model(encoder.model, example_input=example)
+    if dtype == "int8":
+        import nncf
+
+        from embedding_finetune.model.calibration import calibration_texts
+
+        tokens = [encoder.tokenizer(text, truncation=True, return_tensors="np") for text in calibration_texts()]
+        texts = nncf.Dataset([{name: inputs[name] for name in example} for inputs in tokens])
+        converted = nncf.quantize(converted, texts, model_type=nncf.ModelType.TRANSFORMER)
+    precision = {"float32": "f32", "bfloat16": "bf16", "int8": "bf16"}[dtype]  # of what is not int8
     settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-    request = Core().compile_model(convert_model(embedder, example_input=example), "CPU", settings)
-    request = request.create_infer_request()
+    request = Core().compile_model(converted, "CPU", settings).create_infer_request()
 
     def infer(**inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(request.infer({name: tensor.numpy() for name, tensor in inputs.items()})[0].copy())
 
-    embedder.forward = infer
+    encoder.model.forward = infer
+    return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
+
+
+def onnxruntime(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
+    import torch
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    encoder, example = embedder_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        exact, path = f"{folder}/exact.onnx", f"{folder}/model.onnx"
+        sizes = {name: {0: "texts", 1: "tokens"} for name in example}
+        inputs = tuple(example.values())
+        torch.onnx.export(
+            encoder.model, inputs, exact, input_names=list(example), dynamic_axes=sizes, dynamo=False, opset_version=17
+        )
+        if dtype == "int8":
+            quantize_dynamic(exact, path, weight_type=QuantType.QInt8, per_channel=True)
+        session = InferenceSession(path if dtype == "int8" else exact)
+
+    def infer(**inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+
+    encoder.model.forward = infer
     return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
 
 

@@ -5,12 +5,10 @@ from helpers.data import passage_about
 from helpers.running import encoder_for
 from helpers.tiny import make_rotary_model
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.encoding_kernels import (
     PackedLinear,
-    attention_in_batched_products,
     choose_dtype,
     prepare_for_encoding,
 )
@@ -27,31 +25,6 @@ def test_a_packed_linear_layer_is_the_linear_layer(bias, dtype, tolerance):
     linear, x = nn.Linear(48, 96, bias=bias).to(dtype), torch.randn(3, 7, 48).to(dtype)
     with torch.no_grad():
         assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=tolerance)
-
-
-def masks(kind, length):
-    """Bidirectional with padding on either side, or causal: (3, 1, length, length)."""
-    mask = torch.ones(3, 1, length, length, dtype=torch.bool)
-    if kind == "right":
-        mask[1, :, :, 4:] = False
-    elif kind == "left":
-        mask[2, :, :, :3] = False
-    elif kind == "causal":
-        mask = mask.tril()
-    return None if kind == "none" else mask
-
-
-@pytest.mark.parametrize("kind", ["none", "full", "right", "left", "causal"])
-@pytest.mark.parametrize("scaling", [None, 0.2])
-@pytest.mark.parametrize("length", [6, 32])  # softmax by oneDNN, and by torch
-def test_attention_in_batched_products_is_sdpa(kind, scaling, length):
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(3, 2, length, 8, dtype=torch.bfloat16) for _ in range(3))
-    mask = masks(kind, length)
-    ours, _ = attention_in_batched_products(nn.Module(), query, key, value, mask, scaling=scaling, is_causal=False)
-    exact = (tensor.float() for tensor in (query, key, value))
-    theirs, _ = sdpa_attention_forward(nn.Module(), *exact, mask, scaling=scaling, is_causal=False)
-    assert torch.allclose(ours.float(), theirs, atol=0.03)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

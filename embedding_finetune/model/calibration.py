@@ -64,7 +64,8 @@ class Calibration:
 
 
 @functools.cache
-def _texts() -> tuple[str, ...]:
+def calibration_texts() -> tuple[str, ...]:
+    """The texts, in the order of the file."""
     whole = Path(__file__).with_name("calibration_texts.txt").read_text(encoding="utf-8")
     return tuple(text.strip() for text in whole.split("\n\n") if text.strip())
 
@@ -72,7 +73,7 @@ def _texts() -> tuple[str, ...]:
 @functools.cache
 def texts_digest() -> str:
     """Tells versions of the texts apart."""
-    return hashlib.sha256("\n\n".join(_texts()).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n\n".join(calibration_texts()).encode()).hexdigest()[:12]
 
 
 def calibrate(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> Calibration:
@@ -117,7 +118,7 @@ def _embeddings(
 ) -> Tensor:
     """The embeddings of the texts, each of which goes through the model alone: (N, H)."""
     embeddings = []
-    for text in _texts():
+    for text in calibration_texts():
         ids = tokenizer(text, truncation=True, max_length=min(limit, _MOST_TOKENS))["input_ids"]
         if ids:  # a tokenizer without special tokens may know nothing of a text
             before_each()

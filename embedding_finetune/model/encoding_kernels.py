@@ -1,8 +1,6 @@
 """Preparing a backbone for encoding: its precision, and kernels that make good use of a CPU.
 
 benchmarks/README.md has what each part gained.
-
-Shapes: n texts, t tokens, h heads, d dimensions of a head.
 """
 
 import logging
@@ -14,25 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from embedding_finetune.command_line import UserError, first_line
-from embedding_finetune.model.attention import (
-    attention_by_sdpa,
-    attention_scores,
-    is_plain_attention,
-    leave_out_cudnn_attention,
-    register_attention,
-    replace_sdpa,
-    weighted_values,
-)
+from embedding_finetune.model.attention import leave_out_cudnn_attention, replace_sdpa
 from embedding_finetune.model.calibration import Calibration, texts_digest
+from embedding_finetune.model.encoding_attention import BATCHED_PRODUCTS
 from embedding_finetune.model.int8 import has_int8_products, quantize_linear_layers
 from embedding_finetune.process import put_back
 
 logger = logging.getLogger(__name__)
-
-_ONE_DNN_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_ATTENTION = "batched_products"
-_MOST_SCORES = 2**27
-"""The most attention scores held at once: 256 MiB in bfloat16. Larger batches and longer texts are left to sdpa."""
 
 
 def working_device() -> torch.device:
@@ -120,7 +106,7 @@ def prepare_for_encoding(
         ) from error
     leave_out_cudnn_attention()
     if device.type == "cpu":
-        replace_sdpa(backbone, _ATTENTION)
+        replace_sdpa(backbone, BATCHED_PRODUCTS)
     if torch_compile:
         _compile(backbone, device)
     elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
@@ -166,61 +152,6 @@ def _pack_linear_layers(backbone: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
-
-
-def attention_in_batched_products(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """Softmax attention, with the results of transformers' attention functions: (n, t, h, d), None.
-
-    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products and a
-    softmax take half the time of torch's sdpa, at head sizes of 32 to 64. Everything else is left to sdpa.
-    """
-    n, h, t, _ = query.shape
-    if (
-        query.dtype != torch.bfloat16
-        or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
-        or (attention_mask is not None and attention_mask.dtype != torch.bool)
-        or n * h * t * t > _MOST_SCORES
-    ):
-        return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    scores = attention_scores(query, key, scaling)  # (n*h, t, t)
-    if attention_mask is not None:
-        _mask(scores.view(n, h, t, t), attention_mask)
-    return weighted_values(_softmax(scores), value), None
-
-
-def _mask(scores: Tensor, visible: Tensor) -> None:
-    """Set the scores (n, h, t, t) to the lowest value where visible (n, 1, t, t) is False, in place."""
-    lowest = torch.finfo(scores.dtype).min
-    if torch.compiler.is_compiling():  # the compiler fuses this with the softmax
-        scores.masked_fill_(~visible, lowest)
-        return
-    # Only columns with a masked token are written: those of padding, a few at the end. Reducing bytes is faster than
-    # reducing bools.
-    columns = (visible.view(torch.uint8).amin(dim=(0, 1)).amin(dim=0) == 0).nonzero()
-    if len(columns):
-        part = slice(int(columns[0]), int(columns[-1]) + 1)
-        scores[..., part].masked_fill_(~visible[..., part], lowest)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension of bfloat16 scores; by oneDNN where torch is slow: rows of no multiple of 32."""
-    length = scores.shape[-1]
-    torch_is_fast = length % 32 == 0 and length > 160
-    if torch.compiler.is_compiling() or torch_is_fast or not _ONE_DNN_HAS_BFLOAT16:
-        return scores.softmax(dim=-1)
-    return scores.to_mkldnn().softmax(dim=-1).to_dense()
-
-
-register_attention(_ATTENTION, attention_in_batched_products)
 
 
 def _check_compiler_of_triton() -> None:
