@@ -12,7 +12,7 @@ from embedding_finetune.model.attention import (
     replace_sdpa,
     weighted_values,
 )
-from embedding_finetune.model.encoding_kernels import attention_in_batched_products
+from embedding_finetune.model.encoding_attention import attention_in_batched_products
 from embedding_finetune.model.training_kernels import attention_with_cheap_dropout
 
 PADDED_RIGHT = torch.ones(3, 1, 6, 6, dtype=torch.bool)  # (n, 1, t, t)
