@@ -91,6 +91,25 @@ def test_ranges_hold_the_lowest_and_highest_value_of_each_input():
     assert torch.equal(ranges.high, values.amax(dim=0))
 
 
+def test_a_layer_that_gets_no_rows_is_left_as_it_is():
+    net = Net(lambda net, x: net.q(x) + net.expert(x[:, :0]).sum(), q=linear(), expert=linear())
+    assert set(observed(net).ranges) == {"q"}
+
+
+def test_inputs_that_are_not_finite_are_one_line():
+    net = Net(lambda net, x: net.q(x / 0), q=linear())
+    with pytest.raises(
+        UserError, match=r"--model net: a Net has inputs of linear layers that are NaN or infinite; give"
+    ):
+        observed(net)
+
+
+def test_a_model_that_fails_on_a_long_text_is_one_line():
+    net = Net(lambda net, x: net.q(x) if x.shape[1] < 20 else x @ x, q=linear())
+    with pytest.raises(UserError, match=r"--model net: a Net cannot be calibrated for int8 \(.*\); give --dtype auto"):
+        observed(net)
+
+
 def test_only_gelu_by_the_error_function_is_what_the_product_can_apply():
     assert is_gelu(nn.GELU())
     assert is_gelu(GELUActivation())

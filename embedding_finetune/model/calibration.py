@@ -7,10 +7,9 @@ Shapes: N texts, T tokens, H dimensions, K inputs of a linear layer.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from embedding_finetune.model.padding import pad
 
 _MOST_TOKENS = 512
 _LOWEST_COSINE = 0.95
+_REMEDY = "give --dtype auto or float32"
 
 
 class Gelu(NamedTuple):
@@ -45,7 +45,17 @@ class Range:
     def include(self, inputs: Tensor) -> None:
         """Widen the range to hold inputs (..., K)."""
         rows = inputs.flatten(end_dim=-2)
+        if not len(rows):  # an expert that gets no token
+            return
         self.low, self.high = torch.minimum(self.low, rows.amin(dim=0)), torch.maximum(self.high, rows.amax(dim=0))
+
+    def is_empty(self) -> bool:
+        """Whether there were no rows at all."""
+        return bool((self.low == torch.inf).all())
+
+    def is_finite(self) -> bool:
+        """Whether all values were numbers."""
+        return bool(self.low.isfinite().all() and self.high.isfinite().all())
 
 
 @dataclass
@@ -57,10 +67,10 @@ class Calibration:
     the model as it was.
     """
 
-    ranges: dict[str, Range] = field(default_factory=dict)
-    groups: list[tuple[str, ...]] = field(default_factory=list)
-    gelus: list[Gelu] = field(default_factory=list)
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    ranges: dict[str, Range]
+    groups: list[tuple[str, ...]]
+    gelus: list[Gelu]
+    embeddings: Tensor
 
 
 @functools.cache
@@ -70,59 +80,55 @@ def calibration_texts() -> tuple[str, ...]:
     return tuple(text.strip() for text in whole.split("\n\n") if text.strip())
 
 
-@functools.cache
-def texts_digest() -> str:
-    """Tells versions of the texts apart."""
-    return hashlib.sha256("\n\n".join(calibration_texts()).encode()).hexdigest()[:12]
-
-
 def calibrate(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> Calibration:
     """Let a float32 model on a CPU embed the texts, and observe. limit: the most tokens that the model takes.
 
     Raises UserError for a model without linear layers, such as GPT-2, which has its own kind.
     """
-    calibration = Calibration()
-    seen: list[_Pass] = []
-    with _observed(model.backbone, calibration.ranges) as new_pass:
-        calibration.embeddings = _embeddings(model, tokenizer, limit, lambda: seen.append(new_pass()))
-    if not calibration.ranges:
-        name = type(model.backbone).__name__
+    ranges: dict[str, Range] = {}
+    name = type(model.backbone).__name__
+    try:
+        with _observed(model.backbone, ranges) as passes:
+            embeddings = _embeddings(model, tokenizer, limit, passes.one)
+    except Exception as error:
+        raise UserError(f"{what}: a {name} cannot be calibrated for int8 ({first_line(error)}); {_REMEDY}") from error
+    ranges = {layer: values for layer, values in ranges.items() if not values.is_empty()}
+    if not ranges:
         raise UserError(f"{what}: a {name} has no linear layers that int8 would speed up; give --dtype auto")
-    # A layer that gets another tensor than its neighbours even once is computed alone.
-    calibration.groups = [group for group in seen[0].groups() if all(group in other.groups() for other in seen[1:])]
-    calibration.gelus = [gelu for gelu in seen[0].gelus() if all(gelu in other.gelus() for other in seen[1:])]
-    return calibration
+    if not all(values.is_finite() for values in ranges.values()):
+        raise UserError(f"{what}: a {name} has inputs of linear layers that are NaN or infinite; {_REMEDY}")
+    groups = [group for group in passes.groups or () if ranges.keys() >= set(group)]
+    gelus = [gelu for gelu in passes.gelus or () if ranges.keys() >= {gelu.before, gelu.after}]
+    return Calibration(ranges, groups, gelus, embeddings)
 
 
 def check_likeness(
     model: BiEncoder, tokenizer: PreTrainedTokenizerBase, calibration: Calibration, *, limit: int, what: str
 ) -> float:
     """The smallest cosine between a text's embedding before and now. Raises UserError where it is below 0.95."""
-    remedy = "give --dtype auto or float32"
     try:
-        now = _embeddings(model, tokenizer, limit, lambda: None)
+        now = _embeddings(model, tokenizer, limit, nullcontext)
     except Exception as error:
         name = type(model.backbone).__name__
-        raise UserError(f"{what}: a {name} does not work in int8 ({first_line(error)}); {remedy}") from error
+        raise UserError(f"{what}: a {name} does not work in int8 ({first_line(error)}); {_REMEDY}") from error
     cosine = float(nn.functional.cosine_similarity(calibration.embeddings, now).min())
     if not cosine >= _LOWEST_COSINE:
         raise UserError(
             f"{what}: in int8 the embedding of one of the texts it was tried on has a cosine of {cosine:.3f} to its "
-            f"embedding in float32; {remedy}"
+            f"embedding in float32; {_REMEDY}"
         )
     return cosine
 
 
 def _embeddings(
-    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, limit: int, before_each: Callable[[], None]
+    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, limit: int, around: Callable[[], AbstractContextManager[None]]
 ) -> Tensor:
     """The embeddings of the texts, each of which goes through the model alone: (N, H)."""
     embeddings = []
     for text in calibration_texts():
         ids = tokenizer(text, truncation=True, max_length=min(limit, _MOST_TOKENS))["input_ids"]
         if ids:  # a tokenizer without special tokens may know nothing of a text
-            before_each()
-            with torch.no_grad():
+            with around(), torch.no_grad():
                 embeddings.append(model(**pad(tokenizer, [ids], limit=len(ids))))
     return torch.cat(embeddings)
 
@@ -171,28 +177,46 @@ class _Pass:
         ]
 
 
-@contextmanager
-def _observed(backbone: nn.Module, ranges: dict[str, Range]) -> Iterator[Callable[[], _Pass]]:
-    """While the block runs, calls are noted in ranges and in the pass that was begun last, by the function it gets."""
-    passes: list[_Pass] = []
-    handles = []
+class _Passes:
+    """What all passes have in common. One is held at a time: it holds all that the layers got and gave.
 
-    def new_pass() -> _Pass:
-        passes.append(_Pass())
-        return passes[-1]
+    A layer that gets another tensor than its neighbours even once is in no group.
+    """
+
+    def __init__(self) -> None:
+        self.current = _Pass()
+        self.groups: list[tuple[str, ...]] | None = None
+        self.gelus: list[Gelu] | None = None
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Note the calls of the block as a pass."""
+        self.current = _Pass()
+        yield
+        groups, gelus = self.current.groups(), self.current.gelus()
+        self.groups = groups if self.groups is None else [group for group in self.groups if group in groups]
+        self.gelus = gelus if self.gelus is None else [gelu for gelu in self.gelus if gelu in gelus]
+        self.current = _Pass()
+
+
+@contextmanager
+def _observed(backbone: nn.Module, ranges: dict[str, Range]) -> Iterator[_Passes]:
+    """While the block runs, calls are noted in ranges and in the current pass."""
+    passes = _Passes()
+    handles = []
 
     def observe_linear(name: str, linear: nn.Linear) -> None:
         def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            passes[-1].enter_linear(name, inputs[0])
+            passes.current.enter_linear(name, inputs[0])
             infinity = torch.full((linear.in_features,), torch.inf)
             ranges.setdefault(name, Range(infinity, -infinity)).include(inputs[0])
 
         handles.append(linear.register_forward_pre_hook(enter))
-        handles.append(linear.register_forward_hook(lambda _, __, output: passes[-1].leave_linear(name, output)))
+        handles.append(linear.register_forward_hook(lambda _, __, output: passes.current.leave_linear(name, output)))
 
     def observe_gelu(name: str, gelu: nn.Module) -> None:
         def leave(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            passes[-1].leave_gelu(name, inputs[0], output)
+            passes.current.leave_gelu(name, inputs[0], output)
 
         handles.append(gelu.register_forward_hook(leave))
 
@@ -202,7 +226,7 @@ def _observed(backbone: nn.Module, ranges: dict[str, Range]) -> Iterator[Callabl
         elif is_gelu(module):
             observe_gelu(name, module)
     try:
-        yield new_pass
+        yield passes
     finally:
         for handle in handles:
             handle.remove()

@@ -201,9 +201,10 @@ def check_padding(
             "the model's weights are damaged, or they need --dtype float32"
         )
     if difference > _tolerance(dtype):
+        remedy = _remedy(paths, model, tokenizer, inputs_to_try, dtype)
         raise UserError(
             f"{what}: a {name} sees the padding on the {tokenizer.padding_side} of a text, which changes its {result} "
-            f"by {difference:.1%}, so results depend on the batch; {_remedy(paths, model, tokenizer, inputs_to_try)}"
+            f"by {difference:.1%}, so results depend on the batch; {remedy}"
         )
 
 
@@ -224,12 +225,13 @@ def _remedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs_to_try: Callable[[], tuple[Inputs, Inputs]],
+    dtype: torch.dtype,
 ) -> str:
     """What to do where padding changes a result: pad on the other side if that helps."""
     side = tokenizer.padding_side
     other = tokenizer.padding_side = {"left": "right", "right": "left"}[side]
     try:
-        helps = _largest_difference(paths, model, inputs_to_try) <= _tolerance(next(model.parameters()).dtype)
+        helps = _largest_difference(paths, model, inputs_to_try) <= _tolerance(dtype)
     finally:
         tokenizer.padding_side = side
     if helps:

@@ -63,14 +63,13 @@ def _use_softmax_where_needed(
     Without a shift by the largest score they take half the time of a softmax, and hardly any head needs one. A head is
     looked at alone: so a text's embedding does not depend on its neighbours.
     """
-    n, h, t, d = query.shape
+    n, h, t, _ = query.shape
     if visible is not None:  # the token of padding that sees nothing, not even itself, has a sum of 0
         sums.view(n, h, t).masked_fill_(~visible.any(dim=-1), 1)
     heads = (~_fit(sums)).flatten(start_dim=1).any(dim=1).nonzero()[:, 0]
     if len(heads):
-        queries, keys = (part.reshape(n * h, 1, t, d)[heads] for part in (query, key))
-        mask = None if visible is None else visible.expand(n, -1, -1, -1)[heads // h]
-        weights[heads] = _masked_scores(queries, keys, mask, scaling).softmax(dim=-1)
+        # The product of all: one of a few heads may take another kernel, with other last bits.
+        weights[heads] = _masked_scores(query, key, visible, scaling)[heads].softmax(dim=-1)
         sums[heads] = 1
 
 

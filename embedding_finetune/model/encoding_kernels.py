@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.attention import leave_out_cudnn_attention, replace_sdpa
-from embedding_finetune.model.calibration import Calibration, texts_digest
+from embedding_finetune.model.calibration import Calibration
 from embedding_finetune.model.encoding_attention import BATCHED_PRODUCTS
-from embedding_finetune.model.int8 import has_int8_products, quantize_linear_layers
+from embedding_finetune.model.int8 import has_int8_products, products_digest, quantize_linear_layers
 from embedding_finetune.process import put_back
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,12 @@ def _check_int8(device: torch.device) -> None:
         )
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """What embeddings are computed in, for the key of a store: two runs may share them where it is the same."""
+def precision(backbone: PreTrainedModel, dtype: torch.dtype) -> str:
+    """What a prepared model computes in, for the key of a store: two runs may share embeddings where it is the same."""
     name = str(dtype).removeprefix("torch.")
     if dtype != torch.int8:
         return name
-    return f"{name} of {texts_digest()}, and {precision(choose_dtype('auto', device), device)}"
+    return f"{name} of {products_digest(backbone)}, and {str(backbone.dtype).removeprefix('torch.')}"
 
 
 def prepare_for_encoding(

@@ -12,6 +12,7 @@ list of models.
 Shapes: S tokens, K inputs and M outputs of a linear layer, L of the inputs large.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ class Codes:
         if weights is not None:
             largest = torch.maximum(high, -low).clamp(min=_SMALLEST)
             ratio = largest**_SHARE_OF_INPUTS / weights.clamp(min=_SMALLEST) ** (1 - _SHARE_OF_INPUTS)
-            # In coarse steps, which the last bits of a calibration on another machine do not change.
+            # In coarse steps, which the last bits of a calibration on another machine hardly ever change.
             factors = torch.exp2((2 * (ratio / ratio.log().mean().exp()).log2()).round() / 2)
         lowest = min(float((low / factors).min()), 0.0)
         highest = max(float((high / factors).max()), _SMALLEST)
@@ -79,7 +80,8 @@ def _in_bfloat16(values: Tensor) -> Tensor:
 class Int8Product:
     """Codes times 8-bit weights: (S, K) uint8 -> (S, M) in the model's dtype, or codes of the gelu of that.
 
-    weight: (M, K). out: how the gelu's outputs become codes; None for plain outputs.
+    weight: (M, K). out: how the gelu's outputs become codes; None for plain outputs. digest: of all that decides the
+    result.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Int8Product:
         self._scales = weight.abs().amax(dim=1).clamp(min=_SMALLEST) / 127  # (M,)
         self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
         whole = (weight / self._scales[:, None]).round().to(torch.int8)
+        numbers = (codes.scale, codes.zero_point, *((out.scale, out.zero_point) if out is not None else ()))
+        self.digest = hashlib.sha256(whole.numpy().tobytes() + self._scales.numpy().tobytes() + repr(numbers).encode())
         self._weight = torch.ops.onednn.qlinear_prepack(whole, None)
         self._bias = None if bias is None else bias.detach()
         self._codes = codes
@@ -106,10 +110,12 @@ class Int8Product:
 
 
 class _Int8Module(nn.Module):
-    """Stands in a model in the place of an nn.Linear."""
+    """Stands in a model in the place of an nn.Linear. digest: its product's, as hexadecimal digits."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, product: Int8Product, dtype: torch.dtype) -> None:
         super().__init__()
+        self._product = product
+        self.digest = product.digest.hexdigest()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Some models look at the dtype of a weight. It has no values: those that multiply with it fail, and are told.
         self.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
@@ -119,9 +125,8 @@ class Int8Linear(_Int8Module):
     """A linear layer with 8-bit weights and inputs."""
 
     def __init__(self, linear: nn.Linear, codes: Codes, dtype: torch.dtype) -> None:
-        super().__init__(linear, dtype)
+        super().__init__(linear, Int8Product(linear.weight.detach(), linear.bias, codes, dtype), dtype)
         self._code = codes.coder(dtype)
-        self._product = Int8Product(linear.weight.detach(), linear.bias, codes, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., M)."""
@@ -139,7 +144,7 @@ class SharedInput:
             torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears
         ]
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        self._product = Int8Product(weight, torch.cat(biases), codes, dtype)
+        self.product = Int8Product(weight, torch.cat(biases), codes, dtype)
         self._input: tuple[Tensor, int] | None = None
         self._outputs: dict[int, Tensor] = {}  # those that no layer has asked for yet
 
@@ -147,7 +152,7 @@ class SharedInput:
         """What layer `number` gives for its input (..., K): (..., M)."""
         is_known = self._input is not None and self._input[0] is input and self._input[1] == input._version
         if not is_known or number not in self._outputs:
-            product = self._product(self._code(input.reshape(-1, input.shape[-1]))).view(*input.shape[:-1], -1)
+            product = self.product(self._code(input.reshape(-1, input.shape[-1]))).view(*input.shape[:-1], -1)
             self._input, self._outputs = (input, input._version), dict(enumerate(product.split(self._widths, dim=-1)))
         output = self._outputs.pop(number)
         if not self._outputs:
@@ -159,7 +164,7 @@ class Int8Part(_Int8Module):
     """One of the layers of a SharedInput."""
 
     def __init__(self, linear: nn.Linear, shared: SharedInput, number: int, dtype: torch.dtype) -> None:
-        super().__init__(linear, dtype)
+        super().__init__(linear, shared.product, dtype)
         self._shared, self._number = shared, number
 
     def forward(self, input: Tensor) -> Tensor:
@@ -195,9 +200,8 @@ class Int8LinearBeforeGelu(_Int8Module):
     """A linear layer and the gelu behind it: gives the codes that the next layer takes."""
 
     def __init__(self, linear: nn.Linear, codes: Codes, out: Codes, large: LargeInputs, dtype: torch.dtype) -> None:
-        super().__init__(linear, dtype)
+        super().__init__(linear, Int8Product(linear.weight.detach(), linear.bias, codes, dtype, out=out), dtype)
         self._code = codes.coder(dtype)
-        self._product = Int8Product(linear.weight.detach(), linear.bias, codes, dtype, out=out)
         self._large = large
 
     def forward(self, input: Tensor) -> Tensor:
@@ -211,8 +215,7 @@ class Int8LinearBehindGelu(_Int8Module):
     """A linear layer that gets codes. weight: (M, K), 0 for the large inputs."""
 
     def __init__(self, linear: nn.Linear, weight: Tensor, codes: Codes, large: LargeInputs, dtype: torch.dtype) -> None:
-        super().__init__(linear, dtype)
-        self._product = Int8Product(weight, linear.bias, codes, dtype)
+        super().__init__(linear, Int8Product(weight, linear.bias, codes, dtype), dtype)
         self._large = large
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -243,6 +246,12 @@ def quantize_linear_layers(backbone: nn.Module, calibration: Calibration, dtype:
     for name, linear in layers.items():
         if name not in done:
             backbone.set_submodule(name, Int8Linear(linear, _codes([name], layers, calibration.ranges), dtype))
+
+
+def products_digest(backbone: nn.Module) -> str:
+    """Tells 8-bit weights and scales apart: a calibration on another machine may round a scale to the other side."""
+    digests = (module.digest for module in backbone.modules() if isinstance(module, _Int8Module))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
 
 def _codes(names: Sequence[str], layers: dict[str, nn.Linear], ranges: dict[str, Range]) -> Codes:

@@ -240,9 +240,9 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     )
     if options.embeddings_dir is not None:
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-        encoder.keep_embeddings(options.embeddings_dir, precision(dtype, device), name=name)
+        encoder.keep_embeddings(options.embeddings_dir, precision(model.backbone, dtype), name=name)
     elif scratch is not None:
-        encoder.keep_embeddings(scratch, precision(dtype, device), is_scratch=True)
+        encoder.keep_embeddings(scratch, precision(model.backbone, dtype), is_scratch=True)
     return encoder
 
 

@@ -35,6 +35,8 @@ _PASSAGES_PER_SEARCH = 2**15
 """A block may be a whole corpus, and faiss copies what it searches."""
 _PAIRS_PER_SEARCH = 2**23
 """Of queries and passages: where all are above the bound, faiss gives as many results, of 12 bytes."""
+_MOST_QUERIES = 4096
+"""A search copies its queries, and the last block may be tiny."""
 _QUERIES_PER_RANGE_SEARCH = 1024
 _FAISS_GPU_MAX_K = 2048
 
@@ -183,7 +185,7 @@ class _Index:
     @property
     def most_queries(self) -> int:
         """How many queries to search for at once."""
-        return sys.maxsize if self._gpus else _PAIRS_PER_SEARCH // len(self.block)
+        return sys.maxsize if self._gpus else min(_PAIRS_PER_SEARCH // len(self.block), _MOST_QUERIES)
 
     @property
     def can_search_above(self) -> bool:
