@@ -83,8 +83,8 @@ def calibration_texts() -> tuple[str, ...]:
 def calibrate(model: BiEncoder, tokenizer: PreTrainedTokenizerBase, *, limit: int, what: str) -> Calibration:
     """Let a float32 model on a CPU embed the texts, and observe. limit: the most tokens that the model takes.
 
-    Raises UserError for a model that fails on one of the texts, has values that are not finite, or has no linear layers,
-    such as GPT-2, which has its own kind.
+    Raises UserError for a model that fails on one of the texts, has values that are not finite, or has no linear
+    layers, such as GPT-2, which has its own kind.
     """
     ranges: dict[str, Range] = {}
     name = type(model.backbone).__name__
