@@ -14,9 +14,11 @@ from embedding_finetune.retrieval.segments import (
     Segment,
     check,
     count_texts,
+    file_at,
     merge_small,
     read_digests,
     read_rows,
+    remove_damaged,
     write_segment,
 )
 
@@ -67,10 +69,22 @@ def test_a_segment_that_is_cut_short_anywhere_is_damaged(tmp_path, end):
     path = write(tmp_path, [4, 9])
     path.write_bytes(path.read_bytes()[:end])
     for read in (lambda: count_texts(path, 3), lambda: read_digests(path, 3), lambda: read_rows(path, np.arange(2), 3)):
-        with pytest.raises(DamagedError):
+        with pytest.raises(DamagedError) as damaged:
             read()
+        assert damaged.value.file == file_at(path)
     with pytest.raises(DamagedError):
         check(path)
+
+
+def test_only_the_file_that_was_found_damaged_is_removed(tmp_path):
+    path = write(tmp_path, [4, 9])
+    damaged = file_at(path)
+    write(tmp_path, [4, 9])
+    remove_damaged(path, damaged)
+    assert held(tmp_path) == as_held([4, 9])
+    remove_damaged(path, file_at(path))
+    assert not path.exists()
+    remove_damaged(path, file_at(path))
 
 
 def test_a_flipped_bit_anywhere_fails_the_check(tmp_path):

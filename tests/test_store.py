@@ -203,7 +203,7 @@ def test_a_segment_that_cannot_be_read_is_told_once_and_stays(tmp_path, caplog, 
 
 
 def test_a_damaged_segment_that_cannot_be_removed_is_told_once_and_left_out(tmp_path, caplog, monkeypatch):
-    writer = store_in(tmp_path)
+    writer, other = store_in(tmp_path), store_in(tmp_path)
     path = keep(writer, [0, 1])
     keep(writer, [2])
     path.write_bytes(path.read_bytes()[:-5])
@@ -216,6 +216,35 @@ def test_a_damaged_segment_that_cannot_be_removed_is_told_once_and_left_out(tmp_
     writer.refresh()
     assert found_in(writer) == [2]
     assert caplog.text.count("is damaged") == 1
+    keep(other, [0, 1])  # until another process writes it anew
+    writer.refresh()
+    assert found_in(writer) == [0, 1, 2]
+    assert caplog.text.count("is damaged") == 1
+
+
+@pytest.mark.parametrize(
+    ("look", "how"), [(EmbeddingStore.refresh, "truncated"), (found_in, "flipped"), (EmbeddingStore.tidy, "flipped")]
+)
+def test_a_damaged_segment_that_another_process_writes_anew_meanwhile_stays(tmp_path, monkeypatch, look, how):
+    monkeypatch.setattr(module, "MOST_SMALL", 1)
+    other, leave_out = store_in(tmp_path), EmbeddingStore._leave_out
+    path = keep(other, [0, 1])
+    keep(other, [2])
+    reader = store_in(tmp_path)
+    damage(path, how)
+    os.utime(path, (0, 0))  # the new file may get the inode of the removed one: then the time alone tells them apart
+
+    def writing_meanwhile(*arguments):
+        path.unlink()
+        keep(other, [0, 1])
+        leave_out(*arguments)
+
+    monkeypatch.setattr(EmbeddingStore, "_leave_out", writing_meanwhile)
+    look(reader)
+    monkeypatch.undo()
+    assert path.exists()
+    reader.refresh()
+    assert found_in(reader) == [0, 1, 2]
 
 
 def test_what_a_killed_writer_left_is_removed_an_hour_later(tmp_path):

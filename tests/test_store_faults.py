@@ -142,6 +142,20 @@ def test_a_disk_that_cannot_be_written_is_read_and_told_once(tiny_bert, mining, 
     assert "0 of 300 passage texts were in --embeddings_dir" in result.stderr
 
 
+@pytest.mark.slow
+def test_where_only_the_folder_of_the_model_cannot_be_written_the_warning_names_that(tiny_bert, mining, tmp_path):
+    store = tmp_path / "store"
+    embed_passages(encoder_for(tiny_bert, "--embeddings_dir", str(store), "--dtype", "float32"), TEXTS[:200])
+    (folder,) = store.iterdir()
+    result = run_with(f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}", *mining)
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if line.startswith("warning: --embeddings_dir")] == [
+        f"warning: --embeddings_dir {folder}: cannot be written (Read-only file system): what is there is read, "
+        "nothing new is kept"
+    ]
+    assert "200 of 300 passage texts were in --embeddings_dir" in result.stderr
+
+
 def test_a_folder_that_cannot_be_made_on_such_a_disk_is_one_line(mining, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -11,12 +11,13 @@ A segment may go at any moment: another process has merged it into a larger one.
 OSError for which `is_gone` holds, and looks again at what there is.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -41,8 +42,20 @@ LeaveOut = Callable[[Path, Exception], None]
 """Is told of a segment that is damaged or cannot be read, and why."""
 
 
+class FileIdentity(NamedTuple):
+    """What tells a file from one that has its path later. Its inode may be used again, so the time is part of it."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+
 class DamagedError(Exception):
     """A segment is cut short, or a bit of it has flipped."""
+
+    file: FileIdentity | None = None
+    """The file that was read, which may no longer be the one at its path."""
 
 
 class Segment(NamedTuple):
@@ -55,6 +68,26 @@ class Segment(NamedTuple):
 def is_gone(error: OSError) -> bool:
     """Whether a file was removed meanwhile; over NFS that may be told as a stale handle."""
     return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def file_at(path: Path) -> FileIdentity | None:
+    """Which file is at a path; None where none can be opened."""
+    # Opened, not just looked at: NFS asks its server then, while it may answer a stat from what it knew seconds ago.
+    try:
+        with path.open("rb") as file:
+            return _identity(file)
+    except OSError:
+        return None
+
+
+def remove_damaged(path: Path, damaged: FileIdentity | None) -> None:
+    """Remove a damaged segment, unless there is another file in its place by now. Raises OSError.
+
+    One that another process puts there in the moment between the look and the removal still goes, and its texts are
+    encoded again: only a lock could exclude that.
+    """
+    if damaged is not None and file_at(path) == damaged:
+        path.unlink(missing_ok=True)
 
 
 def write_segment(folder: Path, digests: np.ndarray, embeddings: np.ndarray) -> Path:
@@ -72,32 +105,32 @@ def write_segment(folder: Path, digests: np.ndarray, embeddings: np.ndarray) -> 
 
 def count_texts(path: Path, dimensions: int) -> int:
     """How many texts a segment holds. Raises DamagedError where it has not the size that its header says."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return _count(file, dimensions)
 
 
 def read_digests(path: Path, dimensions: int) -> np.ndarray:
     """The digests (n,) of a segment. Raises DamagedError as count_texts does."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         count = _count(file, dimensions)
         return np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16")
 
 
 def check(path: Path) -> None:
     """Raise DamagedError unless a segment's checksum is right."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         head, checksum = file.read(_CHECKSUM.size), 0
         while part := file.read(_READ_BYTES):
             checksum = zlib.crc32(part, checksum)
-    if head != _CHECKSUM.pack(checksum):
-        raise DamagedError
+        if head != _CHECKSUM.pack(checksum):
+            raise DamagedError
 
 
 def read_rows(path: Path, rows: np.ndarray, dimensions: int) -> np.ndarray:
     """The embeddings (len(rows), H) of some rows of a segment. Adjacent rows are read together."""
     order = np.argsort(rows, kind="stable")
     result = np.empty((len(rows), dimensions), dtype=np.float32)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         count, row_bytes = _count(file, dimensions), 4 * dimensions
         vectors_at = _HEADER_BYTES + count * DIGEST_BYTES
         for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
@@ -148,6 +181,23 @@ def _merge(group: Sequence[Segment], dimensions: int, leave_out: LeaveOut) -> No
     for path in sources:
         if path != merged:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A segment to read. A DamagedError says which file it was."""
+    with path.open("rb") as file:
+        identity = _identity(file)  # before reading: one that changes meanwhile is not the one that was read
+        try:
+            yield file
+        except DamagedError as error:
+            error.file = identity
+            raise
+
+
+def _identity(file: BinaryIO) -> FileIdentity:
+    status = os.fstat(file.fileno())
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _count(file: BinaryIO, dimensions: int) -> int:

@@ -33,13 +33,16 @@ from embedding_finetune.retrieval.segments import (
     MOST_SMALL,
     SMALL,
     DamagedError,
+    FileIdentity,
     Segment,
     check,
     count_texts,
+    file_at,
     is_gone,
     merge_small,
     read_digests,
     read_rows,
+    remove_damaged,
     write_segment,
 )
 
@@ -65,8 +68,8 @@ class EmbeddingStore:
     root: the folder of --embeddings_dir, or with is_scratch a folder in TMPDIR. settings: everything that decides an
     embedding, the weights' digest included; different settings have different stores. model: its name, for people.
 
-    Where root is there but cannot be written, what it holds is read and nothing is kept. Raises UserError where root
-    cannot be made, or its disk is full.
+    Where root is there but it or the store's folder in it cannot be written, what is there is read and nothing is kept.
+    Raises UserError where root cannot be made, or its disk is full.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class EmbeddingStore:
         self.is_scratch = is_scratch
         self._name = "TMPDIR" if is_scratch else _FLAG  # what the user has to change after an error
         self._keeps = True
-        self._left_out: set[Path] = set()
+        self._left_out: dict[Path, FileIdentity | None] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, content in (("settings.json", text), ("model.txt", model)):
@@ -97,7 +100,9 @@ class EmbeddingStore:
             if not (isinstance(reason, OSError) and reason.errno in _READ_ONLY and os.path.isdir(root)):
                 raise UserError(f"{self._name} {root}: cannot be written: {first_line(error)}") from error
             self._keeps = False
-            _tell_that_it_is_read_only(self._name, root, reason)
+            # Where root cannot be written either, that has to change first, and is told once for all models.
+            is_ours = os.path.isdir(self.folder) and os.access(root, os.W_OK)
+            _tell_that_it_is_read_only(self._name, self.folder if is_ours else root, reason)
         self.refresh()
 
     @property
@@ -107,10 +112,13 @@ class EmbeddingStore:
 
     def refresh(self) -> None:
         """Look for segments that this process or another has written since."""
+        for path, file in list(self._left_out.items()):
+            if file_at(path) not in (None, file):  # another process has written it anew
+                self._left_out.pop(path, None)
         for _ in range(_LOOKS):
             listed = sorted(self.folder.glob("*.segment"))
             there = list(self._read_each(listed, read_digests))
-            if len(there) == len({*listed} - self._left_out):
+            if len(there) == len({*listed} - self._left_out.keys()):
                 break  # else some were merged meanwhile, into one that may not have been listed
         self._index = _Index.of(there)
         self._small = sum(len(digests) < SMALL for _, digests in there)
@@ -143,7 +151,7 @@ class EmbeddingStore:
             logger.warning("warning: TMPDIR: %s: embeddings are not kept", error)
             self._keeps = False
             return None
-        self._left_out.discard(path)
+        self._left_out.pop(path, None)
         self._small += len(digests) < SMALL
         return path
 
@@ -196,10 +204,10 @@ class EmbeddingStore:
             return
         why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is damaged"
         logger.warning("warning: %s: %s %s; its texts are encoded again", self._name, path, why)
-        self._left_out.add(path)
+        self._left_out[path] = error.file if isinstance(error, DamagedError) else file_at(path)
         if isinstance(error, DamagedError):
             with contextlib.suppress(OSError):  # on a read-only disk for instance
-                path.unlink(missing_ok=True)
+                remove_damaged(path, error.file)
 
 
 class _Index(NamedTuple):
@@ -246,15 +254,15 @@ def tell_size(root: AnyPath | None) -> None:
     logger.info("%s %s holds %.1f MB in %d files", _FLAG, root, size / 1e6, files)
 
 
-def _tell_that_it_is_read_only(name: str, root: AnyPath, error: OSError) -> None:
+def _tell_that_it_is_read_only(name: str, folder: AnyPath, error: OSError) -> None:
     """Say it once: a run opens several stores in one folder."""
-    if str(root) not in _told_of:
-        _told_of.add(str(root))
-        process.put_back.callback(_told_of.discard, str(root))
+    if str(folder) not in _told_of:
+        _told_of.add(str(folder))
+        process.put_back.callback(_told_of.discard, str(folder))
         logger.warning(
             "warning: %s %s: cannot be written (%s): what is there is read, nothing new is kept",
             name,
-            root,
+            folder,
             error.strerror,
         )
 
