@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +104,13 @@ def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions)
         }
     if options.thresholds:
         document["thresholds"] = all_thresholds(ranked, task, options)
+    document["index_unchanged"] = index_unchanged(ranked.index_digests, options.base)
     return {**document, "sizes": ranked.sizes}
+
+
+def index_unchanged(digests: Mapping[str, str], base: str) -> list[str]:
+    """The models that give passages the embeddings that the base gives them. digests: of indices, by model."""
+    return [name for name, digest in digests.items() if name != base and digest == digests.get(base)]
 
 
 def result_of(document: Record) -> Record:

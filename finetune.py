@@ -71,11 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.training.run_card import card_of
         from embedding_finetune.training.run_data import prepare, read_rows
         from embedding_finetune.training.run_folder import remove_earlier_runs, resume_point, run_in
-        from embedding_finetune.training.same_run import check_same_run, warn_of_what_is_lost, what_decides
+        from embedding_finetune.training.same_run import (
+            check_same_run,
+            warn_of_what_is_lost,
+            what_decides,
+            what_the_model_decides,
+        )
         from embedding_finetune.training.setup import make_trainer
         from embedding_finetune.training.upload import find_repository, make_repository, upload
         from embedding_finetune.training.verdict import judge, keep_base_if_better, next_steps
-        from embedding_finetune.training.weights import weights_hash
 
     checkpoint = resume_point(args)
 
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(data_args, args, judgements)
     tells_costs = data_args.recipe is not None
     if data_args.recipe is not None:
-        argv = with_recipe(argv, rows, model_args, data_args)
+        argv = with_recipe(argv, rows, model_args, data_args, freezes_passages=args.freeze_passages)
         try:
             model_args, data_args, args = parse_arguments(argv)
         except UserError as error:
@@ -100,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with errors_name_their_flag(given), memory_errors_name_the_remedy(args):
         trainer = make_trainer(model_args, data_args, args, data)
     trainer.tells_costs = tells_costs
-    decided_by["decided_by"]["base_weights"] = weights_hash(trainer.model)
+    decided_by["decided_by"] |= what_the_model_decides(trainer)
     check_same_run(checkpoint, decided_by)
     trainer.card = card_of(trainer, model_args, data_args, given=given, repository=repository)
     make_repository(repository, args)
@@ -146,7 +150,7 @@ def write_outcome(
         document = {**summary, "verdict": None if verdict is None else verdict._asdict()}
         file.write(json.dumps(document, indent=2).encode() + b"\n")
     for name, value in summary.items():
-        if name in ("mining_rounds", "hold_out"):
+        if name in ("mining_rounds", "hold_out", "frozen_passages"):
             continue  # they were told when they were made
         logger.info("%-18s  %s", name, told(value))
 

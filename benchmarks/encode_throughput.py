@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from embedding_finetune.retrieval.encoder import Encoder
+    from embedding_finetune.retrieval.tower import Tower
 
 RUNS = (
     *(f"st:{dtype}:{batch}" for dtype in ("float32", "bfloat16") for batch in (8, 16, 32)),
@@ -129,32 +130,32 @@ def without_bfloat16(model: str, options: str) -> Callable[[Sequence[str]], np.n
     return ours(model, options)
 
 
-def embedder_of(model: str) -> tuple["Encoder", dict[str, "torch.Tensor"]]:
-    """Our encoder with a plain model, and inputs to trace that with."""
+def embedder_of(model: str) -> tuple["Tower", dict[str, "torch.Tensor"]]:
+    """Our tower with a plain model, and inputs to trace that with."""
     import torch
 
     from embedding_finetune.model.bi_encoder import BiEncoder
     from embedding_finetune.model.loading import load_backbone
-    from embedding_finetune.retrieval.encoder import Encoder
+    from embedding_finetune.retrieval.tower import Tower
 
     backbone, tokenizer, config = load_backbone(model, flag="--model")
     embedder = BiEncoder(backbone, config).eval()
-    encoder = Encoder(embedder, tokenizer, query_max_len=1, passage_max_len=config.max_seq_length)
-    return encoder, {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    tower = Tower(embedder, tokenizer, query_max_len=1, passage_max_len=config.max_seq_length)
+    return tower, {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
 
 
 def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     import torch
     from openvino import Core, convert_model
 
-    encoder, example = embedder_of(model)
-    converted = convert_model(encoder.model, example_input=example)
+    tower, example = embedder_of(model)
+    converted = convert_model(tower.model, example_input=example)
     if dtype == "int8":
         import nncf
 
         from embedding_finetune.model.calibration import calibration_texts
 
-        tokens = [encoder.tokenizer(text, truncation=True, return_tensors="np") for text in calibration_texts()]
+        tokens = [tower.tokenizer(text, truncation=True, return_tensors="np") for text in calibration_texts()]
         texts = nncf.Dataset([{name: inputs[name] for name in example} for inputs in tokens])
         converted = nncf.quantize(converted, texts, model_type=nncf.ModelType.TRANSFORMER)
     precision = {"float32": "f32", "bfloat16": "bf16", "int8": "bf16"}[dtype]  # of what is not int8
@@ -164,8 +165,8 @@ def openvino(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     def infer(**inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(request.infer({name: tensor.numpy() for name, tensor in inputs.items()})[0].copy())
 
-    encoder.model.forward = infer
-    return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
+    tower.model.forward = infer
+    return lambda texts: np.concatenate([block for _, block in tower.encode_passages(texts)])
 
 
 def onnxruntime(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
@@ -173,13 +174,13 @@ def onnxruntime(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]
     from onnxruntime import InferenceSession
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    encoder, example = embedder_of(model)
+    tower, example = embedder_of(model)
     with tempfile.TemporaryDirectory() as folder:
         exact, path = f"{folder}/exact.onnx", f"{folder}/model.onnx"
         sizes = {name: {0: "texts", 1: "tokens"} for name in example}
         inputs = tuple(example.values())
         torch.onnx.export(
-            encoder.model, inputs, exact, input_names=list(example), dynamic_axes=sizes, dynamo=False, opset_version=17
+            tower.model, inputs, exact, input_names=list(example), dynamic_axes=sizes, dynamo=False, opset_version=17
         )
         if dtype == "int8":
             quantize_dynamic(exact, path, weight_type=QuantType.QInt8, per_channel=True)
@@ -188,8 +189,8 @@ def onnxruntime(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]
     def infer(**inputs: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
 
-    encoder.model.forward = infer
-    return lambda texts: np.concatenate([block for _, block in encoder.encode_passages(texts)])
+    tower.model.forward = infer
+    return lambda texts: np.concatenate([block for _, block in tower.encode_passages(texts)])
 
 
 def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
@@ -198,15 +199,15 @@ def limit(model: str, dtype: str) -> Callable[[Sequence[str]], np.ndarray]:
     from embedding_finetune.model.encoding_kernels import PackedLinear
     from embedding_finetune.retrieval.budget import TokenBudget
 
-    encoder = load(model, dtype)
+    tower = load(model, dtype).passages
     tokens = TokenBudget(None, torch.device("cpu")).tokens  # in a batch
-    layers = [module for module in encoder.model.backbone.modules() if isinstance(module, PackedLinear)]
+    layers = [module for module in tower.model.backbone.modules() if isinstance(module, PackedLinear)]
     inputs = {
         width: torch.randn(tokens, width).to(getattr(torch, dtype)) for width in {layer.in_features for layer in layers}
     }
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        texts_as_tokens, _ = encoder.passage.tokenize(encoder.tokenizer, texts)
+        texts_as_tokens, _ = tower.passage.tokenize(tower.tokenizer, texts)
         whole, rest = divmod(sum(len(text.ids) for text in texts_as_tokens), tokens)
         with torch.no_grad():
             for layer in layers:

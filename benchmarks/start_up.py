@@ -22,13 +22,14 @@ import mine_hard_neg
 parse_arguments = mine_hard_neg.parse_arguments
 
 def watched(argv):
-    import embedding_finetune.retrieval.encoder as encoding  # the import that the run itself makes next
-    embed = encoding.Encoder._embed
+    import embedding_finetune.retrieval.encoder  # the import that the run itself makes next
+    import embedding_finetune.retrieval.tower as towers
+    embed = towers.Tower._embed
     def stop(*args):
         embed(*args)
         print(time.time() - float(os.environ["BEGAN"]), flush=True)
         os._exit(0)
-    encoding.Encoder._embed = stop
+    towers.Tower._embed = stop
     return parse_arguments(argv)
 
 mine_hard_neg.parse_arguments = watched

@@ -120,8 +120,16 @@ def own_gpu() -> int | None:
 
 def own_share(count: int) -> slice:
     """The part of `count` items that this process works on: contiguous, in rank order, sizes differing by at most 1."""
-    ranks = world_size()
-    return slice(count * process_rank() // ranks, count * (process_rank() + 1) // ranks)
+    return _share(count, process_rank(), world_size())
+
+
+def own_share_of_machine(count: int) -> slice:
+    """The same, where only the processes of this machine share the items."""
+    return _share(count, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _share(count: int, number: int, of: int) -> slice:
+    return slice(count * number // of, count * (number + 1) // of)
 
 
 def random_numbers_kept() -> AbstractContextManager[None]:

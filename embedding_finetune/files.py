@@ -16,6 +16,7 @@ AnyPath = str | os.PathLike[str]
 _MODEL_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?"
     r"|(config|adapter_config|adapter_base|modules|generation_config|config_sentence_transformers|sentence_\S+_config)\.json"
+    r"|(router_config|passage_model)\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|chat_template\.jinja"
     r"|vocab\.txt|merges\.txt|bpe\.codes|(spiece|sentencepiece|sentencepiece\.bpe|tokenizer|spm)\.model"
     r"|training_queries\.npy|training_summary\.json|training_run\.json"

@@ -30,8 +30,8 @@ from embedding_finetune.model.sub_batches import PackedLayout, PaddedLayout
 from embedding_finetune.model.training_kernels import set_dropout, use_cheap_dropout
 from embedding_finetune.retrieval import token_encoder
 from embedding_finetune.retrieval.budget import TokenBudget
-from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.reranker import load_reranker
+from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training import loss_watch
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainExample
@@ -93,14 +93,14 @@ def test_running_out_of_memory_on_mps_halves_the_batch_too(tiny_bert, monkeypatc
     assert TokenBudget(None, torch.device("mps")).tokens == 8192
     whole = embed_passages(encoder_for(tiny_bert), TEXTS)
     encoder = encoder_for(tiny_bert)
-    encode = encoder.model.forward
+    encode = encoder.passages.model.forward
 
     def small(input_ids, attention_mask):
         if input_ids.numel() > 100:
             raise RuntimeError(MPS_ERROR)
         return encode(input_ids, attention_mask)
 
-    monkeypatch.setattr(encoder.model, "forward", small)
+    monkeypatch.setattr(encoder.passages.model, "forward", small)
     assert np.array_equal(embed_passages(encoder, TEXTS), whole)
     assert "out of GPU memory: --tokens_per_batch is" in caplog.text
 
@@ -307,9 +307,9 @@ def test_encoding_copies_each_batch_there_and_home_and_waits_for_nothing_else(ti
     use_cheap_dropout(backbone)
     if packed:
         backbone.set_attn_implementation("packed")
-    model = move(BiEncoder(backbone, encoder.model.embedding_config).eval())
-    there = Encoder(
-        model, encoder.tokenizer, query_max_len=128, passage_max_len=128, tokens_per_batch=100,
+    model = move(BiEncoder(backbone, encoder.passages.model.embedding_config).eval())
+    there = Tower(
+        model, encoder.passages.tokenizer, query_max_len=128, passage_max_len=128, tokens_per_batch=100,
         packed_from=0 if packed else None,
     )  # fmt: skip
     batches = []
@@ -330,8 +330,8 @@ def test_encoding_copies_each_batch_there_and_home_and_waits_for_nothing_else(ti
 
 def test_one_batch_is_in_flight_while_the_next_is_put_together(tiny_bert, monkeypatch):
     encoder, happened = encoder_for(tiny_bert, "--tokens_per_batch", "100"), []
-    forward = encoder.model.forward
-    monkeypatch.setattr(encoder.model, "forward", lambda **batch: happened.append("start") or forward(**batch))
+    forward = encoder.passages.model.forward
+    monkeypatch.setattr(encoder.passages.model, "forward", lambda **batch: happened.append("start") or forward(**batch))
     arrived = token_encoder._InFlight.arrived
     monkeypatch.setattr(token_encoder._InFlight, "arrived", lambda part: happened.append("end") or arrived(part))
     embed_passages(encoder, TEXTS)

@@ -158,6 +158,40 @@ def test_two_processes_train_as_one_with_the_twofold_batch(data, tmp_path):
     assert masked != pytest.approx(unmasked, rel=1e-3)
 
 
+def test_two_processes_train_queries_alone_as_one_does(data, tmp_path):
+    """Against the whole pool, and against panels of one that does not fit into memory."""
+    model = make_tiny_bert(tmp_path / "bert", dropout=0.0)
+    pool = write_jsonl(
+        tmp_path / "pool.jsonl", [{"text": f"{passage_about(topic)} {n}"} for n in "1234" for topic in TOPICS]
+    )
+    extra = ("--freeze_passages", "True", "--candidate_pool", str(pool), "--false_negative_margin", "0.05")
+    for processes in (1, 2):
+        runs = {}
+        for name in ("whole", "panel"):
+            argv = training_flags(model, data, tmp_path / f"{name}_{processes}", processes, *extra)
+            place = argv.index("--train_group_size")
+            runs[name] = argv[:place] + argv[place + 2 :]
+        program = f"""
+import finetune
+from embedding_finetune.training import hardest, setup
+finetune.main({runs["whole"]!r})
+hardest.STEPS, hardest.PER_QUERY, setup.fits = 2, 3, lambda *_: False
+finetune.main({runs["panel"]!r})
+"""
+        result = launch(program, tmp_path, processes=processes)
+        assert result.returncode == 0, result.stderr
+    start = load_file(model / "model.safetensors")
+    for name in ("whole", "panel"):
+        one, two = (load_file(tmp_path / f"{name}_{n}" / "query_0_Transformer" / "model.safetensors") for n in (1, 2))
+        for key in one:
+            moved = (one[key] - start[key]).norm()
+            assert (one[key] - two[key]).norm() <= 1e-5 * moved + 1e-6, (name, key)
+        first, second = ([e["loss"] for e in history(tmp_path / f"{name}_{n}") if "loss" in e] for n in (1, 2))
+        assert second == pytest.approx(first, rel=1e-5)
+    losses = [history(tmp_path / f"{name}_2")[1]["loss"] for name in ("whole", "panel")]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
 def test_two_processes_train_on_batches_of_one_file_as_one_does_and_resume_in_a_later_epoch(data, tmp_path):
     """Batches of 7, 6, 5, 4 and 1 rows: unequal shares, and a batch of fewer rows than there are processes."""
     model = make_tiny_bert(tmp_path / "bert", dropout=0.0)

@@ -151,7 +151,7 @@ def test_models_keep_their_embeddings(tmp_path, monkeypatch, kind, native):
     texts = [passage_about("pump"), "the red light", "a"]
     exact = embed_passages(encoder_for(folder, "--dtype", "float32"), texts)
     encoder = encoder_for(folder, "--dtype", "int8")
-    assert encoder.model.backbone.dtype == (torch.bfloat16 if native else torch.float32)
+    assert encoder.passages.model.backbone.dtype == (torch.bfloat16 if native else torch.float32)
     assert (exact * embed_passages(encoder, texts)).sum(axis=1).min() > 0.997
 
 
@@ -178,7 +178,7 @@ def test_a_store_keeps_8_bit_embeddings_apart_and_finds_them_again(tiny_bert, tm
     assert [stored(dtype) for dtype in ("bfloat16", "int8", "int8")] == [False, False, True]
     encoder = encoder_for(tiny_bert, "--dtype", "int8")
     settings = [json.loads(path.read_text()) for path in tmp_path.glob("*/settings.json")]
-    assert {one["dtype"] for one in settings} == {"bfloat16", precision(encoder.model.backbone, torch.int8)}
+    assert {one["dtype"] for one in settings} == {"bfloat16", precision(encoder.passages.model.backbone, torch.int8)}
 
 
 @needs_vnni

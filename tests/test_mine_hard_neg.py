@@ -136,7 +136,7 @@ def test_the_audit_counts_what_is_in_the_file_and_warns_of_false_negatives(tiny_
 
 
 def test_the_same_file_whatever_batch_block_or_hash_seed(tiny_bert, other_bert, data, tmp_path, monkeypatch):
-    from embedding_finetune.retrieval import encoder as encoding
+    from embedding_finetune.retrieval import tower as towers
 
     flags = (
         "--range_for_sampling",
@@ -149,7 +149,7 @@ def test_the_same_file_whatever_batch_block_or_hash_seed(tiny_bert, other_bert, 
     )
     outputs = []
     for block, batch in ((8192, 4096), (3, 4096), (8192, 1)):
-        monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", block)
+        monkeypatch.setattr(towers, "TEXTS_PER_BLOCK", block)
         mine([tiny_bert, other_bert], data, tmp_path, *flags, "--tokens_per_batch", batch)
         outputs.append((tmp_path / "out.jsonl").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]

@@ -99,8 +99,8 @@ def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
 
     from embedding_finetune.mining import ranking as candidates
     from embedding_finetune.mining import stopwatch
-    from embedding_finetune.retrieval import encoder as encoding
     from embedding_finetune.retrieval import reranker as reranking
+    from embedding_finetune.retrieval import tower as towers
 
     now = [0.0]
     monkeypatch.setattr(stopwatch, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -114,7 +114,7 @@ def test_the_parts_add_up_and_every_text_that_is_encoded_counts_as_encoding(
 
         monkeypatch.setattr(owner, name, slowed)
 
-    slow(encoding.Encoder, "_embed", lambda encoder, block, *_: len(block.missing))
+    slow(towers.Tower, "_embed", lambda encoder, block, *_: len(block.missing))
     slow(candidates, "load_encoder", lambda *_: 1000)
     slow(reranking.Reranker, "scores", lambda reranker, queries, _: 0.25 * len(queries))
     flags = ("--range_for_sampling", "0-3", "--negative_number", "8")

@@ -8,9 +8,10 @@ from embedding_finetune.model.module_configs import (
     DenseConfig,
     DropoutConfig,
     LayerNormConfig,
+    check_order,
+    listed_modules,
     module_config,
     module_file,
-    module_folders,
     module_name,
     pooling_file,
     pooling_method,
@@ -26,7 +27,8 @@ def modules(*kinds):
     "kinds", [["Transformer", "Pooling"], ["Transformer", "Pooling", "Dense", "Dropout", "LayerNorm", "Normalize"]]
 )
 def test_kinds_and_folders_are_read_in_order(kinds):
-    assert module_folders("f", modules(*kinds)) == [(kind, f"{n}_{kind}") for n, kind in enumerate(kinds)]
+    check_order("f", listed_modules("f", modules(*kinds)))
+    assert listed_modules("f", modules(*kinds)) == [(kind, f"{n}_{kind}") for n, kind in enumerate(kinds)]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_kinds_and_folders_are_read_in_order(kinds):
 )
 def test_modules_that_are_not_applied_here_are_refused_by_name(kinds):
     with pytest.raises(UserError, match=f"f: asks for {' > '.join(kinds)}; only Transformer > Pooling"):
-        module_folders("f", modules(*kinds))
+        check_order("f", listed_modules("f", modules(*kinds)))
 
 
 @pytest.mark.parametrize(

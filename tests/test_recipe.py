@@ -1,6 +1,7 @@
 """The recipe: which flags follow from which data and model."""
 
 import pytest
+from helpers.data import TOPICS, passage_about, write_jsonl
 from helpers.tiny_runs import refusal
 
 import finetune
@@ -16,6 +17,7 @@ SMALL = Facts(
     parameters=22_000_000,
     bfloat16=True,
 )
+VERBS = "reset open close clean replace check press hold call find need order".split()
 CHOOSING = {"eval_strategy", "load_best_model_at_end"}
 SAVING = {"save_strategy", "save_total_limit"}
 LARGE = SMALL._replace(rows=26_028, queries=26_000, passage_tokens=400)
@@ -144,3 +146,23 @@ def test_few_rows_are_not_judged_unless_the_user_holds_some_out(tiny_bert, pairs
         finetune.main([*argv, *given, "--output_dir", str(tmp_path / "-".join(["out", *given]))])
         assert caplog.text.count("30 rows are too few to judge a model by") == said
         assert bool(capsys.readouterr().out) == ("6" in given)
+
+
+def test_queries_alone_are_trained_against_the_whole_pool_at_three_times_the_rate():
+    flags = domain(LARGE._replace(freezes_passages=True))
+    assert (flags["learning_rate"], flags["temperature"], flags["per_device_train_batch_size"]) == (3e-4, 0.03, 256)
+    assert domain(SMALL._replace(freezes_passages=True))["per_device_train_batch_size"] == 32
+    assert domain(LARGE._replace(freezes_passages=True, processes=4))["per_device_train_batch_size"] == 64
+    assert flags["num_train_epochs"] == domain(LARGE)["num_train_epochs"]
+    assert not flags.keys() & {"mining_rounds", "train_group_size", "neighbours_in_batch", "passage_max_len"}
+
+
+def test_the_recipe_for_queries_alone_runs(tiny_bert, tmp_path, capsys):
+    rows = [
+        {"query": f"how do i {verb} the {topic}?", "pos": [passage_about(topic)]} for verb in VERBS for topic in TOPICS
+    ]
+    argv = ["--recipe", "domain", "--freeze_passages", "True", "--model_name_or_path", str(tiny_bert)]
+    argv += ["--train_data", str(write_jsonl(tmp_path / "rows.jsonl", rows)), "--output_dir", str(tmp_path / "out")]
+    finetune.main([*argv, "--max_steps", "4"])
+    assert (tmp_path / "out" / "router_config.json").exists()
+    assert " on 12 new questions about passages that training may know" in capsys.readouterr().out

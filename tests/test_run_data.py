@@ -20,11 +20,24 @@ def test_what_the_flags_ask_for_is_there_and_nothing_else(tmp_path):
         return prepare(read_rows(data_args, args), ModelArguments("model"), data_args, args)
 
     plain = prepared()
-    assert (len(plain.dataset), *plain[1:]) == (20, None, None, None)
+    assert (len(plain.dataset), *plain[1:]) == (20, None, None, None, None)
     found = prepared(hold_out=4, mining_rounds=2, train_group_size=3, eval_query_file_jsonl_path=data)
     assert (len(found.dataset), len(found.held_out.records), len(found.task.queries)) == (16, 4, 20)
     assert found.dataset.group_size == 3  # the rows will have negatives
     assert len(found.rounds.corpus) == 16  # of the rows that are trained on
+
+
+def test_passages_that_stay_are_all_of_the_rows_that_are_trained_on_and_the_pool(tmp_path):
+    rows = [{"query": f"q{n}", "pos": [f"p{n}"], "neg": [f"n{n}", "p0"]} for n in range(20)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    further = str(write_jsonl(tmp_path / "pool.jsonl", [{"text": "p1"}, {"text": "other"}]))
+    args = RetrieverTrainingArguments(output_dir=str(tmp_path / "out"), freeze_passages=True)
+    data_args = DataArguments(train_data=data, candidate_pool=further, hold_out=4, train_group_size=1)
+    found = prepare(read_rows(data_args, args), ModelArguments("model"), data_args, args)
+    assert found.dataset.group_size == 3  # all negatives of a row, whatever that flag says
+    kept = {text for row in found.dataset.rows for text in (*row["pos"], *row["neg"])}
+    assert set(found.pool.texts[: len(found.pool)]) == kept | {"p1", "other"}
+    assert len(kept) == 32 + (0 if "p0" in {row["pos"][0] for row in found.dataset.rows} else 1)
 
 
 def evaluation(tmp_path, rows, queries, index=None):

@@ -1,30 +1,16 @@
 """What finetune.py's flags make of data and model before training."""
 
-import numpy as np
 import pytest
-import torch
-from helpers.data import TOPICS, passage_about, write_jsonl
-from helpers.running import embed_passages, encoder_for
-from helpers.tiny import make_tiny_bert
-from helpers.training import train, write_rows
-from safetensors.torch import load_file
+from helpers.data import write_jsonl
 from transformers import BertConfig, BertModel
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model import packing
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
-from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.sub_batches import PackedLayout, PaddedLayout
 from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import TrainDataset
 from embedding_finetune.training.rows import load_rows
-from embedding_finetune.training.setup import (
-    has_one_file_per_batch,
-    make_loss,
-    prepare_for_training,
-    training_layout,
-)
+from embedding_finetune.training.setup import has_one_file_per_batch, make_loss
 
 
 def loss_with(tmp_path, **flags):
@@ -68,51 +54,3 @@ def test_a_file_that_drop_last_would_never_train_on_is_refused(tmp_path):
     assert one_file(tmp_path, [9, 4], dataloader_drop_last=True)
     with pytest.raises(UserError, match=r"would never train on \S+1\.jsonl: its 3 rows do not fill a batch of 4; "):
         one_file(tmp_path, [9, 3], dataloader_drop_last=True)
-
-
-@pytest.mark.parametrize(
-    ("flags", "name"),
-    [
-        ({"bf16": True}, "packed"),
-        ({"bf16": True, "dropout": 0.1}, "cheap_dropout"),
-        ({}, "cheap_dropout"),
-        ({"bf16": True, "model": "eager"}, "eager"),
-    ],
-)
-def test_texts_are_trained_end_to_end_where_kernel_precision_dropout_and_model_allow_it(
-    tmp_path, monkeypatch, flags, name
-):
-    monkeypatch.setattr(packing, "kernel_serves", lambda device, dtype: dtype == torch.bfloat16)
-    folder = make_tiny_bert(tmp_path / "bert", dropout=0.0)
-    backbone, tokenizer, config = load_backbone(str(folder), flag="--model")
-    if flags.pop("model", None):
-        backbone.set_attn_implementation("eager")
-    args = RetrieverTrainingArguments(output_dir=str(tmp_path), **flags)
-    prepare_for_training(backbone, config, args)
-    layout = training_layout(backbone, tokenizer, args, limit=128, longest=32)
-    assert isinstance(layout, PackedLayout if name == "packed" else PaddedLayout)
-    assert backbone.config._attn_implementation == name
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.parametrize("recompute", ["False", "True"])
-def test_training_end_to_end_gives_the_weights_of_padded_training(tmp_path, monkeypatch, recompute):
-    folder, rows = make_tiny_bert(tmp_path / "bert", dropout=0.0), write_rows(tmp_path)
-    flags = ("--recompute_sub_batches", recompute, "--optim", "sgd")
-    padded = train(folder, rows, tmp_path / "padded", *flags)
-    monkeypatch.setattr(packing, "kernel_serves", lambda *_: True)
-    packed = train(folder, rows, tmp_path / "packed", *flags, "--tokens_per_sub_batch", "100")
-    weights = [load_file(output / "model.safetensors") for output in (padded, packed)]
-    before = load_file(folder / "model.safetensors")
-    for name in before:
-        assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
-    assert any(not torch.equal(before[name], weights[1][name]) for name in before)
-
-
-def test_encoding_end_to_end_gives_the_embeddings_of_padded_texts(tiny_bert, monkeypatch):
-    texts = [passage_about(topic) * (1 + number % 3) for number, topic in enumerate(TOPICS)]
-    padded = embed_passages(encoder_for(tiny_bert, "--dtype", "float32"), texts)
-    monkeypatch.setattr(packing, "kernel_serves", lambda *_: True)
-    encoder = encoder_for(tiny_bert, "--dtype", "float32", "--tokens_per_batch", "100")
-    assert encoder.model.backbone.config._attn_implementation == "packed"
-    assert np.abs(embed_passages(encoder, texts) - padded).max() < 1e-5

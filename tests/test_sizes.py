@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import evaluate
 from embedding_finetune.evaluation import sizes
 from embedding_finetune.evaluation.sizes import Embedded
-from embedding_finetune.retrieval.encoder import Encoder
 from embedding_finetune.retrieval.faiss_search import import_faiss
+from embedding_finetune.retrieval.tower import Tower
 
 
 def embedded(count_queries, count_passages, dimensions=64, seed=0, levels=None):
@@ -135,7 +135,7 @@ def test_one_value_of_truncate_dim_is_halved(tiny_bert, data, monkeypatch):
 
 
 def test_dimensions_that_the_model_lacks_are_told_before_anything_is_encoded(tiny_bert, data, monkeypatch, capsys):
-    monkeypatch.setattr(Encoder, "_encode", lambda *_: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(Tower, "_encode", lambda *_: pytest.fail("a text was encoded"))
     with pytest.raises(SystemExit) as exit:
         evaluate.main(["--model_name", str(tiny_bert), *data, "--sizes", "--truncate_dim", "8", "33"])
     assert exit.value.code == 2

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 import finetune
 from embedding_finetune.command_line import UserError
-from embedding_finetune.retrieval.encoder import Encoder
+from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training.snapshot import Snapshots
 
 
@@ -48,13 +48,13 @@ def test_a_model_that_cannot_be_written_is_one_line_that_names_the_folder():
 def test_no_text_is_encoded_twice_with_the_same_weights(tiny_bert, pairs, tmp_path, monkeypatch):
     """Where some of the held-out queries choose and others judge, and rounds mine from the same passages."""
     encoded = Counter()
-    embed = Encoder._embed
+    embed = Tower._embed
 
     def counted(self, block, kind, progress):
         encoded.update((self.weights_digest, kind.name, block.texts[n]) for n in block.missing)
         return embed(self, block, kind, progress)
 
-    monkeypatch.setattr(Encoder, "_embed", counted)
+    monkeypatch.setattr(Tower, "_embed", counted)
     argv = flags(tiny_bert, pairs, tmp_path / "out", hold_out=6, mining_rounds=2, eval_strategy="epoch", max_steps=8)
     finetune.main([*argv, "--range_for_sampling", "1-5"])
     assert len({weights for weights, _, _ in encoded}) == 3

@@ -17,8 +17,8 @@ from helpers.running import embed_passages, encoder_for, evaluation
 import evaluate
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.texts import raw_digests
-from embedding_finetune.retrieval import encoder as encoding
 from embedding_finetune.retrieval import store as module
+from embedding_finetune.retrieval import tower as towers
 from embedding_finetune.retrieval.store import EmbeddingStore, tell_size
 
 TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
@@ -37,7 +37,7 @@ def test_only_new_texts_are_encoded_in_whatever_order_the_others_come(tiny_bert,
     flags = ("--embeddings_dir", str(tmp_path / "store"))
     embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     encoded.clear()
-    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 7)
+    monkeypatch.setattr(towers, "TEXTS_PER_BLOCK", 7)
     changed = [*TEXTS[::-2], "a new text", TEXTS[0] + "!", *TEXTS[5:9]]
     again = embed_passages(encoder_for(tiny_bert, *flags), changed)
     assert encoded == ["a new text", TEXTS[0] + "!"]
@@ -57,7 +57,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "digest"])
 def test_a_damaged_block_is_noticed_and_made_again(tiny_bert, tmp_path, encoded, caplog, monkeypatch, how):
-    monkeypatch.setattr(encoding, "TEXTS_PER_BLOCK", 10)
+    monkeypatch.setattr(towers, "TEXTS_PER_BLOCK", 10)
     flags = ("--embeddings_dir", str(tmp_path / "store"))
     whole = embed_passages(encoder_for(tiny_bert, *flags), TEXTS)
     segments = sorted((tmp_path / "store").rglob("*.segment"))
@@ -132,7 +132,7 @@ def test_queries_that_come_one_at_a_time_leave_few_segments(tiny_bert, tmp_path,
         encoder.encode_queries([text])
         assert len(list(tmp_path.rglob("*.segment"))) <= 5
     fresh = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path))
-    assert fresh.stores["query"].get(TEXTS)[1].all()
+    assert fresh.queries.stores["query"].get(TEXTS)[1].all()
 
 
 def test_what_another_process_merged_meanwhile_is_found_where_it_is_now(tmp_path, caplog, monkeypatch):
@@ -303,8 +303,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})
 import mine_hard_neg
-from embedding_finetune.retrieval import encoder as encoding, store
-encoding.TEXTS_PER_BLOCK = 5
+from embedding_finetune.retrieval import store, tower
+tower.TEXTS_PER_BLOCK = 5
 keep, blocks = store.EmbeddingStore.keep, []
 def keep_and_die(self, digests, embeddings):
     blocks.append(len(digests))

@@ -87,7 +87,7 @@ def mining(tiny_bert, tmp_path):
 def passages_kept(model, store):
     """Which of TEXTS a run would find, each with the right embedding; and what it would say of the store."""
     encoder = encoder_for(model, "--embeddings_dir", str(store), "--dtype", "float32")
-    embeddings, found = encoder.stores["passage"].get(TEXTS)
+    embeddings, found = encoder.passages.stores["passage"].get(TEXTS)
     right = embed_passages(encoder_for(model, "--dtype", "float32"), TEXTS)
     assert np.array_equal(embeddings[found], right[found])
     return int(found.sum())
@@ -176,12 +176,12 @@ def test_a_run_that_is_killed_at_any_moment_loses_one_interval_and_one_batch_at_
             run.send_signal(signal.SIGKILL)
             encoded += sum(int(line) for line in run.stdout.read().split())
         encoder = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path))
-        now = int(encoder.stores["passage"].get(TEXTS)[1].sum())
+        now = int(encoder.passages.stores["passage"].get(TEXTS)[1].sum())
         assert before + encoded - 11 <= now <= before + encoded + 1
         before = now
     last = subprocess.run(command, capture_output=True, text=True, check=True)
     assert sum(map(int, last.stdout.split())) == 300 - before
-    embeddings, found = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path)).stores["passage"].get(TEXTS)
+    embeddings, found = encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path)).passages.stores["passage"].get(TEXTS)
     assert found.all()
     assert np.array_equal(embeddings, embed_passages(encoder_for(tiny_bert), TEXTS))
     assert list(tmp_path.rglob("*.segment")) != []

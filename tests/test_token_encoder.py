@@ -25,7 +25,7 @@ def texts_of(lengths):
 
 @pytest.fixture(scope="module")
 def encoders(tiny_bert):
-    padded, packed = (encoder_for(tiny_bert, "--dtype", "float32") for _ in range(2))
+    padded, packed = (encoder_for(tiny_bert, "--dtype", "float32").passages for _ in range(2))
     packed.model.backbone.set_attn_implementation("packed")
     return padded, packed
 
@@ -37,8 +37,8 @@ def test_packed_and_padded_texts_get_the_embeddings_that_each_gets_alone(encoder
     padded, packed = encoders
     done = []
     results = []
-    for encoder, first in ((padded, None), (packed, 0)):
-        token_encoder = TokenEncoder(encoder.model, encoder.tokenizer, tokens_per_batch=tokens, packed_from=first)
+    for tower, first in ((padded, None), (packed, 0)):
+        token_encoder = TokenEncoder(tower.model, tower.tokenizer, tokens_per_batch=tokens, packed_from=first)
         done.append(np.zeros(len(texts), dtype=int))
         results.append(
             token_encoder.embed(
@@ -60,6 +60,6 @@ def test_packed_and_padded_texts_get_the_embeddings_that_each_gets_alone(encoder
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_texts_have_no_embeddings(encoders, packed):
-    encoder = encoders[packed]
-    empty = TokenEncoder(encoder.model, encoder.tokenizer, tokens_per_batch=None, packed_from=0 if packed else None)
+    tower = encoders[packed]
+    empty = TokenEncoder(tower.model, tower.tokenizer, tokens_per_batch=None, packed_from=0 if packed else None)
     assert empty.embed([], max_length=40, with_prompt=True, done=lambda *_: None).shape == (0, 32)

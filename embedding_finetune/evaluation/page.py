@@ -22,7 +22,7 @@ from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.evaluation.markup import COLOURS, table
 from embedding_finetune.evaluation.metrics import relevance_of
 from embedding_finetune.evaluation.query_table import beyond_all, embedded, query_table
-from embedding_finetune.evaluation.summary import difference_cells, judged_rows, size_head, size_rows
+from embedding_finetune.evaluation.summary import difference_cells, index_lines, judged_rows, size_head, size_rows
 from embedding_finetune.evaluation.threshold_page import threshold_section
 from embedding_finetune.retrieval.top_k import Ranking
 
@@ -94,7 +94,8 @@ def _measures(document: Record) -> str:
             for name, difference in by_measure.items()
         ]
         tables.append(table(["", base, model, "difference", "95% interval", "p"], rows))
-    return "".join(tables)
+    lines = [f'<p class="soft">{escape(line)}</p>' for line in index_lines(document)]
+    return "".join([*tables, *lines])
 
 
 def _judged(judged: Mapping[str, Mapping[str, float]] | None) -> str:

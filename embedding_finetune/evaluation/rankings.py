@@ -1,14 +1,16 @@
 """All rankings of an evaluation: each model ranks once, BM25 too, and fusions are made of their rankings."""
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from embedding_finetune.command_line import scratch_folder
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.task import RetrievalTask
-from embedding_finetune.distributed import own_gpu
+from embedding_finetune.distributed import once_per_machine, own_gpu
 from embedding_finetune.evaluation.arguments import EvaluationOptions
 from embedding_finetune.evaluation.doubts import DEPTH_FOR_DOUBTS
 from embedding_finetune.evaluation.files import PASSAGES_PER_QUERY
@@ -17,7 +19,7 @@ from embedding_finetune.evaluation.sizes import Embedded, sizes_of
 from embedding_finetune.model.encoding_kernels import working_device
 from embedding_finetune.model.training_queries import read_training_queries
 from embedding_finetune.retrieval.arguments import BM25
-from embedding_finetune.retrieval.encoder import load_encoder
+from embedding_finetune.retrieval.encoder import is_routed, load_encoder
 from embedding_finetune.retrieval.faiss_search import import_faiss
 from embedding_finetune.retrieval.top_k import Ranking, gpus_to_search_on
 
@@ -27,12 +29,14 @@ logger = logging.getLogger(__name__)
 class Rankings(NamedTuple):
     """By --model_name, of the task's queries and of those without an answer.
 
-    By model that embeds texts: weights_digests, how many of the queries it was trained on, and sizes_of, if wanted.
+    By model that embeds texts: weights_digests, Tower.index_digest of its passages, how many of the queries it was
+    trained on, and sizes_of, if wanted.
     """
 
     by_name: dict[str, Ranking]
     of_unanswered: dict[str, Ranking]
     weights_digests: dict[str, str]
+    index_digests: dict[str, str]
     trained_queries: dict[str, int]
     sizes: dict[str, list[Record]]
 
@@ -44,13 +48,14 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
         import_faiss()  # it is needed after everything is encoded
     parts = {name: options.parts_of(name) for name in options.model_name}
     depth = _depth(options, fused=any(len(names) > 1 for names in parts.values()))
+    scratch = _scratch(options)
     rankings: dict[str, Ranking] = {}
     dense: dict[str, _Dense] = {}
     for name in options.rankings:
         if name == BM25:
             rankings[name] = rank_corpus_by_words(task.asked(), depth)
         else:
-            dense[name] = _rank_dense(name, task, depth, options, gpus)
+            dense[name] = _rank_dense(name, task, depth, options, gpus, scratch)
             rankings[name] = dense[name].ranking
     by_name = {
         name: rankings[of[0]] if len(of) == 1 else fuse_rankings([rankings[part] for part in of])
@@ -61,6 +66,7 @@ def rank_all(task: RetrievalTask, options: EvaluationOptions) -> Rankings:
         {name: Ranking(*(part[:answered] for part in ranking)) for name, ranking in by_name.items()},
         {name: Ranking(*(part[answered:] for part in ranking)) for name, ranking in by_name.items()},
         {name: one.weights_digest for name, one in dense.items()},
+        {name: one.index_digest for name, one in dense.items()},
         {name: one.trained_queries for name, one in dense.items()},
         {name: one.sizes for name, one in dense.items() if one.sizes is not None},
     )
@@ -82,20 +88,33 @@ class _Dense(NamedTuple):
 
     ranking: Ranking
     weights_digest: str
+    index_digest: str
     trained_queries: int
     sizes: list[Record] | None
 
 
-def _rank_dense(name: str, task: RetrievalTask, depth: int, options: EvaluationOptions, gpus: Sequence[int]) -> _Dense:
-    encoder = load_encoder(name, options, flag="--model_name")
+def _scratch(options: EvaluationOptions) -> str | None:
+    """A temporary folder for embeddings, where models may share those of passages: these are computed once then."""
+    if len(options.dense_models) == 1 or options.embeddings_dir is not None:
+        return None
+    if not any(is_routed(name, options, flag="--model_name") for name in options.dense_models):
+        return None
+    return once_per_machine(lambda: tempfile.mkdtemp(dir=scratch_folder()))
+
+
+def _rank_dense(
+    name: str, task: RetrievalTask, depth: int, options: EvaluationOptions, gpus: Sequence[int], scratch: str | None
+) -> _Dense:
+    encoder = load_encoder(name, options, flag="--model_name", scratch=scratch)
     count = task.count_queries_among(read_training_queries(name, cache_dir=options.cache_dir))
     if count:
         logger.warning("warning: %d of %d queries are in the training data of %s", count, len(task.queries), name)
     kept: list[Embedded] = []
 
     def keep(queries: np.ndarray, passages: np.ndarray) -> None:
-        kept.append(Embedded(queries[: len(task.queries)], passages, encoder.model.embedding_config.normalized))
+        kept.append(Embedded(queries[: len(task.queries)], passages, encoder.queries.model.embedding_config.normalized))
 
     wanted = options.sizes and name in options.dense_alone
     ranking = rank_corpus(encoder, task.asked(), depth, gpus=gpus, keep=keep if wanted else None)
-    return _Dense(ranking, encoder.weights_digest, count, sizes_of(kept[0], task, options) if wanted else None)
+    sizes = sizes_of(kept[0], task, options) if wanted else None
+    return _Dense(ranking, encoder.weights_digest, encoder.passages.index_digest, count, sizes)

@@ -39,6 +39,7 @@ def summarize(
         "judged": None,
         "thresholds": None,
         "sizes": {},
+        "index_unchanged": [],
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base
@@ -88,6 +89,8 @@ def evaluation_tables(document: Record) -> str:
     by = document["held_out_by"]
     parts = [] if by is None else [f"{document['queries']} queries, held out by {by}: {what_is_new(by)}"]
     parts += [table([["model", *measures], *([name, *_scores(metrics[name])] for name in names)])]
+    if document["index_unchanged"]:
+        parts.append("\n".join(index_lines(document)))
     if document["judged"]:
         parts.append(table(judged_rows(document["judged"])))
     for name, differences in document["differences"].items():
@@ -103,6 +106,14 @@ def evaluation_tables(document: Record) -> str:
                 rows.append([group, str(outcome["queries"]), name, *_scores(outcome["metrics"][name])])
         parts.append(table(rows))
     return "\n\n".join(parts)
+
+
+def index_lines(document: Record) -> list[str]:
+    """A line for each model that embeds passages as the base does."""
+    return [
+        f"{name} searches the index of {document['base']}: passages have the same embeddings"
+        for name in document["index_unchanged"]
+    ]
 
 
 def judged_rows(judged: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

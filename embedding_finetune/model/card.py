@@ -52,7 +52,8 @@ class CardFacts:
     """What a card says.
 
     base: names of the models that training started from, by base_names; revision: that of the base, if one was given.
-    repository: where the checkpoint will be found on the hub, None where that is not known. rows: that were trained
+    repository: where the checkpoint will be found on the hub, None where that is not known. passage_model: where
+    passages kept their embeddings, the weights_sha256 of the model that made these. rows: that were trained
     on. losses: sentence-transformers' names of them. settings: flag -> value. versions: package -> version. note: a
     sentence about these weights.
     """
@@ -72,6 +73,7 @@ class CardFacts:
     note: str = ""
     adapter_alone: bool = False
     runs_own_code: bool = False
+    passage_model: str | None = None
 
     @property
     def name(self) -> str:
@@ -145,7 +147,8 @@ def _is_hub_name(said: Any) -> bool:
 
 def card_text(facts: CardFacts) -> str:
     """The card: metadata, and sections for people."""
-    parts = [f"# {facts.name}", _what_it_is(facts), facts.note, _measures(facts), _usage(facts), _training(facts)]
+    what, index = _what_it_is(facts), _index(facts)
+    parts = [f"# {facts.name}", what, index, facts.note, _measures(facts), _usage(facts), _training(facts)]
     text = "\n\n".join(filter(None, parts))
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}\n").content
 
@@ -194,6 +197,17 @@ def _what_it_is(facts: CardFacts) -> str:
         f"This model turns questions and passages into vectors of {facts.dimensions} numbers, so that a search finds "
         f"the passages that answer a question. {base} on {facts.rows} rows of questions and passages. Its pooling is "
         f"{facts.config.pooling}, and vectors are {scaled}.{length}"
+    )
+
+
+def _index(facts: CardFacts) -> str:
+    if facts.passage_model is None:
+        return ""
+    return (
+        "Only the model of queries was trained. Passages keep the embeddings of the model before training, so an index "
+        "made with it stays valid; `passage_model.json` says which model that is, and with which settings. Its "
+        f"weights have the SHA-256 `{facts.passage_model}`. Queries and passages go through two models: "
+        "sentence-transformers 5 or later loads them."
     )
 
 

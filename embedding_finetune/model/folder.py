@@ -21,7 +21,7 @@ from embedding_finetune.process import uninterrupted
 _STAGING_PREFIX = ".saving-"
 _ENTRY_FILES = ("config.json", "adapter_config.json", "modules.json")
 """The files that loaders look for first: a folder without them holds no model."""
-_SUBFOLDERS = re.compile(r"\d+_[A-Z]\w*|adapter|merged")
+_SUBFOLDERS = re.compile(r"((query|document)_)?\d+_[A-Z]\w*|adapter|merged")
 """The names of a model's subfolders. A folder of such a name is a model's if it holds only files of a model."""
 
 

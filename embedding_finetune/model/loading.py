@@ -29,6 +29,7 @@ from embedding_finetune.model.checks import check_states, check_tokenizer
 from embedding_finetune.model.limits import check_instructions, check_max_length, check_truncate_dim, length_limit
 from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.revisions import at_revision
+from embedding_finetune.model.routes import Route
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ def load_backbone(
     name_or_path: str,
     *,
     flag: str,
+    route: Route | None = None,
     config_name: str | None = None,
     tokenizer_name: str | None = None,
     cache_dir: str | None = None,
@@ -161,9 +163,9 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
     """Load the weights (as float32), tokenizer and embedding config of a folder or hub model.
 
-    An adapter alone is loaded with its base, and merged into it. flag: the flag that gave the name. Raises UserError
-    when something cannot be loaded, when weights are missing, or when the backbone does not give a state for every
-    token.
+    An adapter alone is loaded with its base, and merged into it. flag: the flag that gave the name. route: which model
+    of a checkpoint that has two, see routes.py. Raises UserError when something cannot be loaded, when weights are
+    missing, or when the backbone does not give a state for every token.
     """
     _log_hub_lookup(name_or_path, flag)
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
@@ -174,7 +176,7 @@ def load_backbone(
             name_or_path, base, flag=flag, tokenizer_name=tokenizer_name, config_name=config_name, **hub
         )
     with errors_name_the_model(name_or_path, flag=flag, **hub):
-        config = read_config(name_or_path, cache_dir=cache_dir)
+        config = read_config(name_or_path, route=route, cache_dir=cache_dir)
         described = load_config(
             config_name or name_or_path, subfolder="" if config_name else config.backbone_folder, **hub
         )
@@ -257,6 +259,7 @@ def load_embedding_model(
     *,
     flag: str,
     given: Mapping[str, Any],
+    route: Route | None = None,
     query_max_len: int | None = None,
     passage_max_len: int | None = None,
     config_name: str | None = None,
@@ -266,12 +269,13 @@ def load_embedding_model(
 ) -> EmbeddingModel:
     """Load all parts of a model that embeds texts, for encoding or training; flags override the checkpoint.
 
-    given: values for EmbeddingConfig.with_flags, None where no flag is given. A length of None is the checkpoint's own.
-    Raises UserError like load_backbone, and where flags ask for more than the model has.
+    given: values for EmbeddingConfig.with_flags, None where no flag is given. route: as in load_backbone. A length of
+    None is the checkpoint's own. Raises UserError like load_backbone, and where flags ask for more than the model has.
     """
     backbone, tokenizer, config = load_backbone(
         name_or_path,
         flag=flag,
+        route=route,
         config_name=config_name,
         tokenizer_name=tokenizer_name,
         cache_dir=cache_dir,

@@ -4,6 +4,7 @@ A module is in sentence-transformers' old or new spelling; it is known by the la
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,21 +60,22 @@ ModuleConfig = DenseConfig | LayerNormConfig | DropoutConfig
 KINDS: dict[type[ModuleConfig], str] = {DenseConfig: "Dense", LayerNormConfig: "LayerNorm", DropoutConfig: "Dropout"}
 
 
-def module_folders(path: str, modules: Any) -> list[tuple[str, str]]:
-    """Kind and folder of each module of a modules.json, in order.
-
-    Raises UserError for what is no list of modules, and for modules that are not applied here.
-    """
+def listed_modules(path: str, modules: Any) -> list[tuple[str, str]]:
+    """Kind and folder of each module of a modules.json, in order. Raises UserError for what is no list of modules."""
     if not isinstance(modules, list) or not modules:
         raise UserError(f"{path}: expected a list of modules")
     described = [SideFile(f"{path}: module {number}", module) for number, module in enumerate(modules)]
-    kinds = [module.field("type", TEXT).rsplit(".", 1)[-1] for module in described]
+    return [(module.field("type", TEXT).rsplit(".", 1)[-1], module.field("path", TEXT)) for module in described]
+
+
+def check_order(path: str, modules: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError for modules, as listed_modules gives them, that are not applied here."""
+    kinds = [kind for kind, _ in modules]
     if not _ORDER.fullmatch(" ".join(kinds)):
         raise UserError(
             f"{path}: asks for {' > '.join(kinds)}; only Transformer > Pooling, optionally followed by Dense, "
             "LayerNorm, Dropout and at the end Normalize, is supported"
         )
-    return [(kind, module.field("path", TEXT)) for kind, module in zip(kinds, described)]
 
 
 def module_config(kind: str, folder: str, described: SideFile) -> ModuleConfig:

@@ -174,6 +174,13 @@ class Tokens(NamedTuple):
         return np.frombuffer(self.packed, dtype=np.intc)
 
 
+def distinct(texts: Iterable[Tokens]) -> tuple[list[Tokens], list[int]]:
+    """Each text once, in first-seen order, and for each of `texts` its place among them."""
+    places: dict[Tokens, int] = {}
+    indices = [places.setdefault(text, len(places)) for text in texts]
+    return list(places), indices
+
+
 def first_rows(instructions: Iterable[str | None]) -> dict[str, int]:
     """Each distinct instruction, and the position of the first row that has it."""
     rows: dict[str, int] = {}

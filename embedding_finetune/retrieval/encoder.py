@@ -1,26 +1,22 @@
-"""Texts -> embeddings, block by block.
+"""What embeds queries and passages: for most models one tower, for those with routes two. Loading them, as flags say.
 
-While a block is encoded, a thread reads and tokenizes the next one. Texts whose embeddings are in the store are not
-encoded again.
-
-Shapes: N texts, H dimensions.
+Shapes: N texts, n of them in a block, H dimensions.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.data.texts import Instructions, raw_digests
+from embedding_finetune.data.texts import Instructions
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.calibration import calibrate, check_likeness
+from embedding_finetune.model.checkpoint import has_routes
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
@@ -30,95 +26,43 @@ from embedding_finetune.model.encoding_kernels import (
     working_device,
 )
 from embedding_finetune.model.limits import first_position
-from embedding_finetune.model.loading import EmbeddingModel, load_embedding_model, weights_digest
+from embedding_finetune.model.loading import (
+    EmbeddingModel,
+    errors_name_the_model,
+    load_embedding_model,
+    weights_digest,
+)
 from embedding_finetune.model.packing import pack_if_possible
-from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
-from embedding_finetune.progress import Progress
+from embedding_finetune.model.routes import Route
+from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.block_keeper import BlockKeeper, has_direction
-from embedding_finetune.retrieval.store import EmbeddingStore
-from embedding_finetune.retrieval.store_settings import store_settings
-from embedding_finetune.retrieval.token_encoder import TokenEncoder
+from embedding_finetune.retrieval.tower import Tower
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-TEXTS_PER_BLOCK = 8192
-"""Texts that are tokenized, encoded, searched and stored together. It bounds memory, and changes no result."""
-_ON_AN_ACCELERATOR = 4
-"""Times as many there: of 8192 texts a batch of one length would often be too small for it."""
-
-_SHOWN_CHARACTERS = 60
-
-
-@dataclass
-class Block:
-    """Texts ready for the model: the embeddings from the store, and the tokens of the texts it does not hold."""
-
-    start: int
-    texts: Sequence[str]
-    instructions: Instructions
-    embeddings: np.ndarray  # (n, H), the rows `missing` are filled in later
-    missing: np.ndarray  # (m,)
-    tokens: list[Tokens]  # of the missing texts
-    cut: int  # how many of the missing texts were longer than max_length
-
-
+@dataclass(frozen=True)
 class Encoder:
-    """A bi-encoder ready to embed queries and passages, each with its own instruction and length.
+    """The tower of queries and that of passages, which are one object for models without routes."""
 
-    tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: loading.weights_digest of the weights as they are
-    stored; `keep_embeddings` needs it.
-    """
-
-    def __init__(
-        self,
-        model: BiEncoder,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        query_max_len: int,
-        passage_max_len: int,
-        tokens_per_batch: int | None = None,
-        packed_from: int | None = None,
-        weights_digest: str = "",
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self._tokens = TokenEncoder(model, tokenizer, tokens_per_batch=tokens_per_batch, packed_from=packed_from)
-        self.weights_digest = weights_digest
-        self.query, self.passage = text_kinds(
-            model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
-        )
-        self.stores: dict[str, EmbeddingStore] = {}  # by TextKind.name
+    queries: Tower
+    passages: Tower
 
     @property
     def device(self) -> torch.device:
-        """Where the model encodes."""
-        return self.model.backbone.device
+        """Where passages are encoded, and searched."""
+        return self.passages.device
 
-    def keep_embeddings(self, root: str, precision: str, *, name: str = "", is_scratch: bool = False) -> None:
-        """Reuse the embeddings that earlier runs kept in the folder `root`, and keep new ones there.
-
-        name: the model's, for people. is_scratch: the folder is temporary, and the user did not ask for it.
-        """
-        if not self.weights_digest:
-            raise ValueError("embeddings are kept by weights_digest: without it two models would share them")
-        for kind in (self.query, self.passage):
-            self.stores[kind.name] = EmbeddingStore(
-                root,
-                store_settings(
-                    self.model, self.tokenizer, kind, weights_digest=self.weights_digest, precision=precision
-                ),
-                dimensions=self.model.dimensions,
-                model=name,
-                is_scratch=is_scratch,
-            )
+    @property
+    def weights_digest(self) -> str:
+        """What identifies the weights: loading.weights_digest of the tower, or a digest of both towers'."""
+        if self.queries is self.passages:
+            return self.queries.weights_digest
+        return hashlib.sha256(f"{self.queries.weights_digest} {self.passages.weights_digest}".encode()).hexdigest()
 
     def encode_queries(self, queries: Sequence[str], instructions: Instructions = None) -> np.ndarray:
         """Embeddings (N, H) float32. Raises UserError when an embedding has no direction: NaN, infinite or zero."""
-        blocks = [block for _, block in self._encode(queries, self.query, slice(None), instructions)]
-        return np.concatenate(blocks) if blocks else np.empty((0, self.model.dimensions), np.float32)
+        return self.queries.encode_queries(queries, instructions)
 
     def encode_passages(
         self, passages: Sequence[str], share: slice = slice(None), *, quiet: bool = False
@@ -128,81 +72,7 @@ class Encoder:
         quiet: do not log how many were in the store, for passages that are looked up repeatedly. Raises UserError like
         encode_queries.
         """
-        yield from self._encode(passages, self.passage, share, quiet=quiet)
-
-    def _encode(
-        self,
-        texts: Sequence[str],
-        kind: TextKind,
-        share: slice,
-        instructions: Instructions = None,
-        *,
-        quiet: bool = False,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        store = self.stores.get(kind.name)
-        if store is not None:
-            store.refresh()
-        first, stop, _ = share.indices(len(texts))
-        parts = list(self._parts(first, stop))
-        blocks = (self._prepare(part.start, texts[part], kind, instructions and instructions[part]) for part in parts)
-        cut = encoded = 0
-        with Progress(stop - first, f"Encoding {kind.name} texts", "text") as progress:
-            for block in _one_ahead(blocks):
-                progress.skip(len(block.texts) - len(block.missing))
-                if len(block.missing):
-                    progress.show()
-                    self._embed(block, kind, progress)
-                cut, encoded = cut + block.cut, encoded + len(block.missing)
-                yield block.start, block.embeddings
-        if store is not None and encoded:
-            store.tidy()
-        if store is not None and not store.is_scratch and parts and not quiet:
-            logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
-        if cut:
-            logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
-
-    def _parts(self, first: int, stop: int) -> Iterator[slice]:
-        """Blocks of the texts from first to stop; on an accelerator larger ones, after a first that it has soon."""
-        size = TEXTS_PER_BLOCK
-        while first < stop:
-            yield slice(first, min(first + size, stop))
-            first += size
-            if self.device.type != "cpu":
-                size = TEXTS_PER_BLOCK * _ON_AN_ACCELERATOR
-
-    def _prepare(self, start: int, texts: Sequence[str], kind: TextKind, instructions: Instructions) -> Block:
-        store = self.stores.get(kind.name)
-        if store is None:
-            embeddings = np.empty((len(texts), self.model.dimensions), dtype=np.float32)
-            missing = np.arange(len(texts))
-        else:
-            embeddings, is_stored = store.get(texts, instructions)
-            missing = np.flatnonzero(~is_stored)
-        tokens, cut = kind.tokenize(self.tokenizer, *_at(missing, texts, instructions))
-        return Block(start, texts, instructions, embeddings, missing, tokens, cut)
-
-    def _embed(self, block: Block, kind: TextKind, progress: Progress) -> None:
-        """Fill in the embeddings of a block's missing texts, and keep them where there is a store."""
-        # Texts with the same tokens are encoded once.
-        rows_of: dict[Tokens, int] = {}
-        rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
-        copies = np.bincount(rows, minlength=len(rows_of))
-        store, keeper = self.stores.get(kind.name), None
-        if store is not None:
-            keeper = BlockKeeper(store, raw_digests(*_at(block.missing, block.texts, block.instructions)), rows)
-
-        def done(batch: np.ndarray, embeddings: np.ndarray) -> None:
-            progress.update(int(copies[batch].sum()))
-            if keeper is not None:
-                keeper.done(batch, embeddings)
-
-        embeddings = self._tokens.embed(
-            list(rows_of), max_length=kind.max_length, with_prompt=kind.include_prompt, done=done
-        )
-        block.embeddings[block.missing] = embeddings[rows]
-        _check_directions(block, kind)
-        if keeper is not None:
-            keeper.finish(embeddings)
+        return self.passages.encode_passages(passages, share, quiet=quiet)
 
 
 def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scratch: str | None = None) -> Encoder:
@@ -210,11 +80,54 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
 
     scratch: a temporary folder to keep embeddings in where --embeddings_dir is not given.
     """
+    choose_dtype(options.dtype, working_device())  # what cannot be is refused before a model is read
+    if is_routed(name_or_path, options, flag=flag):
+        encoder = Encoder(
+            load_tower(name_or_path, options, flag=flag, route="query"),
+            load_tower(name_or_path, options, flag=flag, route="document"),
+        )
+    else:
+        tower = load_tower(name_or_path, options, flag=flag)
+        encoder = Encoder(tower, tower)
+    check_dimensions(encoder, f"{flag} {name_or_path}")
+    keep(encoder.queries, encoder.queries.query, name_or_path, options, scratch)
+    keep(encoder.passages, encoder.passages.passage, name_or_path, options, scratch)
+    return encoder
+
+
+def keep(tower: Tower, kind: TextKind, name_or_path: str, options: EncodingOptions, scratch: str | None) -> None:
+    """Let a tower keep its embeddings of a kind in --embeddings_dir, or else in a temporary folder if there is one."""
+    if options.embeddings_dir is not None:
+        name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+        tower.keep_embeddings(kind, options.embeddings_dir, name=name)
+    elif scratch is not None:
+        tower.keep_embeddings(kind, scratch, is_scratch=True)
+
+
+def is_routed(name_or_path: str, options: EncodingOptions, *, flag: str) -> bool:
+    """Whether a checkpoint has two models, see routes.py. Raises UserError where it cannot be read."""
+    with errors_name_the_model(
+        name_or_path, flag=flag, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code
+    ):
+        return has_routes(name_or_path, cache_dir=options.cache_dir)
+
+
+def check_dimensions(encoder: Encoder, what: str) -> None:
+    """Raise UserError where queries and passages have embeddings of different lengths."""
+    query, passage = encoder.queries.model.dimensions, encoder.passages.model.dimensions
+    if query != passage:
+        raise UserError(f"{what}: embeddings of its queries have {query} dimensions, those of its passages {passage}")
+
+
+def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route: Route | None = None) -> Tower:
+    """Load one model for encoding, of a checkpoint with two that of a route; it keeps no embeddings."""
+    options = _of_route(options, route)
     device = working_device()
     dtype = choose_dtype(options.dtype, device)
     loaded = load_embedding_model(
         name_or_path,
         flag=flag,
+        route=route,
         given={
             "pooling": options.sentence_pooling_method,
             "normalized": options.normalized,
@@ -229,7 +142,7 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     )
     digest = weights_digest(loaded.backbone, loaded.projection)  # as they are stored, before they change precision
     model, packed_from = _prepared(loaded, name_or_path, dtype, device, flag=flag, compiled=options.torch_compile)
-    encoder = Encoder(
+    return Tower(
         model,
         loaded.tokenizer,
         query_max_len=loaded.query_max_len,
@@ -237,13 +150,17 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
         tokens_per_batch=options.tokens_per_batch,
         packed_from=packed_from,
         weights_digest=digest,
+        precision=precision(model.backbone, dtype),
     )
-    if options.embeddings_dir is not None:
-        name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-        encoder.keep_embeddings(options.embeddings_dir, precision(model.backbone, dtype), name=name)
-    elif scratch is not None:
-        encoder.keep_embeddings(scratch, precision(model.backbone, dtype), is_scratch=True)
-    return encoder
+
+
+def _of_route(options: EncodingOptions, route: Route | None) -> EncodingOptions:
+    """The options without those about what the other route embeds: they are checked against a model and told."""
+    if route == "query":
+        return replace(options, passage_max_len=None, passage_instruction_for_retrieval=None)
+    if route == "document":
+        return replace(options, query_max_len=None, query_instruction_for_retrieval=None)
+    return options
 
 
 def _prepared(
@@ -267,32 +184,3 @@ def _prepared(
         logger.info("int8: the smallest cosine to float32 is %.4f among the texts it was tried on", cosine)
     check_encoding(model, tokenizer, dtype=dtype, limit=limit, what=what, packed_from=packed_from)
     return model, packed_from
-
-
-def _at(rows: np.ndarray, texts: Sequence[str], instructions: Instructions) -> tuple[list[str], Instructions]:
-    """The texts and instructions of these rows."""
-    numbers = rows.tolist()
-    return [texts[row] for row in numbers], instructions and [instructions[row] for row in numbers]
-
-
-def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; a thread makes each one while the item before it is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, items, end)
-        while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
-            yield item  # type: ignore[misc]
-
-
-def _check_directions(block: Block, kind: TextKind) -> None:
-    comparable = has_direction(block.embeddings)
-    if comparable.all():
-        return
-    row = int(np.argmin(comparable))
-    value = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
-    text = block.texts[row]
-    raise UserError(
-        f"{kind.name} {block.start + row + 1} has an embedding that is {value}: {text[:_SHOWN_CHARACTERS]!r}; "
-        "the model's weights are damaged, or they need --dtype float32"
-    )

@@ -28,7 +28,7 @@ def encode_queries(encoder: Encoder, queries: Sequence[str], instructions: Instr
     Raises UserError like Encoder.encode_queries, and before anything is encoded where an instruction fills the length.
     """
     if instructions is not None:
-        encoder.query.check_instructions(encoder.tokenizer, first_rows(instructions))
+        encoder.queries.query.check_instructions(encoder.queries.tokenizer, first_rows(instructions))
     share = own_share(len(queries))
     return np.concatenate(gather_objects(encoder.encode_queries(queries[share], instructions and instructions[share])))
 

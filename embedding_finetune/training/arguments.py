@@ -70,7 +70,9 @@ class DataArguments:
         "stands, among all positives and --candidate_pool; each further round has half the learning rate",
     )
     embeddings_dir: str | None = _flag(
-        None, "with --mining_rounds: keep embeddings there, and reuse those of earlier runs with the same weights"
+        None,
+        "with --mining_rounds or --freeze_passages: keep embeddings there, and reuse those of earlier runs with the "
+        "same weights",
     )
     one_file_per_batch: bool = _flag(
         False, "a batch holds rows of one file only, drawn in proportion to the files' rows"
@@ -101,7 +103,7 @@ class DataArguments:
     candidate_pool: str | None = _flag(
         None,
         "further passages, beside those of the training data: with --hold_out to search among, with --mining_rounds to "
-        "mine from",
+        "mine from, with --freeze_passages to train against",
     )
     eval_query_file_jsonl_path: str | None = _flag(
         None, 'rows {"query": str, "pos": [str, ...]} to measure retrieval with, before training and during it'
@@ -112,6 +114,9 @@ class DataArguments:
         "folder's own corpus)",
     )
 
+    given_passage_max_len: int | None = field(default=None, init=False)
+    """--passage_max_len, where it was given: passages that stay frozen have else their model's own length;
+    training/parser.py sets it."""
     selection: SelectionOptions = field(default=SelectionOptions(), init=False)
     """The flags of mine_hard_neg.py about choosing negatives, for --mining_rounds; training/parser.py sets it."""
 
@@ -120,8 +125,6 @@ class DataArguments:
         self.hold_out = self.hold_out or None
         if self.eval_index_file_jsonl_path is not None and self.eval_query_file_jsonl_path is None:
             raise UserError("--eval_index_file_jsonl_path needs --eval_query_file_jsonl_path")
-        if self.candidate_pool is not None and self.hold_out is None and not self.mining_rounds and self.recipe is None:
-            raise UserError("--candidate_pool needs --hold_out or --mining_rounds: it would do nothing")
         parse_columns(self.columns)
         if self.hold_out_field in ("query", "pos", "neg"):
             raise UserError(
@@ -211,6 +214,11 @@ class RetrieverTrainingArguments(TrainingArguments):
     )
     lora_rank: int | None = _flag(None, "train low-rank adapters of this rank instead of all weights; needs peft")
     save_adapter_only: bool = _flag(False, "with --lora_rank: save the adapter alone, not the merged model")
+    freeze_passages: bool = _flag(
+        False,
+        "passages keep the embeddings that the model gives them now, so that an index stays valid: only the model of "
+        "queries is trained, against all passages of the data and --candidate_pool at once",
+    )
     fix_position_embedding: bool = _flag(False, "do not train the position embeddings")
     overwrite_output_dir: bool = _flag(False, "write into an output folder that is not empty")
 

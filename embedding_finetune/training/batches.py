@@ -8,7 +8,7 @@ Shapes: R rows, B queries, G passages per query, N distinct texts, T tokens, P k
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from embedding_finetune.data.task import RetrievalTask
 from embedding_finetune.data.texts import text_id
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.sub_batches import Layout
-from embedding_finetune.model.tokens import Tokens, text_kinds
+from embedding_finetune.model.tokens import distinct, text_kinds
 from embedding_finetune.training.arguments import RetrieverTrainingArguments
 from embedding_finetune.training.loss import PADDING_ID
 from embedding_finetune.training.neighbours import Neighbours
@@ -128,14 +128,23 @@ class TrainDataset(Dataset[TrainExample | None]):
         )
 
 
-def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments) -> None:
-    """Raise UserError where there would be no batch, or no batch with a negative."""
+def check_it_can_learn(dataset: TrainDataset, args: RetrieverTrainingArguments, pool: Sized | None = None) -> None:
+    """Raise UserError where there would be no batch, or no batch with a negative.
+
+    pool: the passages that all queries are trained against, if they are.
+    """
     global_batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(dataset) < global_batch:
         raise UserError(
             f"--dataloader_drop_last True leaves nothing to train on: {len(dataset)} rows do not fill a batch of "
             f"{global_batch}; lower --per_device_train_batch_size, or leave the flag out"
         )
+    if pool is not None:
+        if len(pool) == 1:
+            raise UserError(
+                "--freeze_passages: no query would have a negative: there is one passage; give --candidate_pool"
+            )
+        return
     if dataset.group_size == 1 and (len(dataset) == 1 or not args.rows_share_negatives):
         raise UserError(
             "no query would have a negative: no row has any, and none shares a batch with another row; "
@@ -208,8 +217,8 @@ class EmbedCollator:
             self.tokenizer, [example.query for example in examples], [example.instruction for example in examples]
         )
         passages, cut_passages = self.passage.tokenize(self.tokenizer, [text for texts in texts_of for text in texts])
-        distinct, numbers = _distinct([*queries, *passages])
-        places, texts = self.layout(distinct)
+        texts_once, numbers = distinct([*queries, *passages])
+        places, texts = self.layout(texts_once)
         indices = places[numbers]
         query_index, passage_index = indices[: len(queries)], _groups(indices[len(queries) :], map(len, texts_of))
         batch: dict[str, Any] = {"texts": texts}
@@ -233,13 +242,6 @@ class EmbedCollator:
             "passage_ids": _matrix(passage_ids, self.group_size, PADDING_ID, torch.int64),  # (B, G)
             "known_ids": _padded_ids(known_ids),  # (B, P)
         }
-
-
-def _distinct(texts: Sequence[Tokens]) -> tuple[list[Tokens], list[int]]:
-    """Each text once, in first-seen order, and for each of `texts` its place among them."""
-    places: dict[Tokens, int] = {}
-    indices = [places.setdefault(text, len(places)) for text in texts]
-    return list(places), indices
 
 
 def _groups(values: np.ndarray, sizes: Iterable[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from embedding_finetune.command_line import UserError, first_line
@@ -26,7 +26,9 @@ from embedding_finetune.model.card import CardFacts, write_card
 from embedding_finetune.model.checkpoint import EmbeddingConfig, read_config, save_beside_weights, save_checkpoint
 from embedding_finetune.model.folder import model_replaced
 from embedding_finetune.model.modules import load_projection
+from embedding_finetune.model.routes import Route
 from embedding_finetune.model.training_queries import write_training_queries
+from embedding_finetune.training.frozen import FrozenPassages
 from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.run_folder import Run, is_finished, write_run
 from embedding_finetune.training.snapshot import Snapshot, Snapshots
@@ -47,6 +49,7 @@ class CheckpointingTrainer(Trainer):
     rounds: what mines before each round, if training has rounds; checkpoints keep its negatives. run: what checkpoints
     say about the run, see run_folder.py. card: what their README.md says; None for none. written: the files that were
     saved as the finished model, relative to its folder. adapter_base: the model that adapters belong to, where they
+    are trained. frozen: the passages that stay as they are, whose model is part of a checkpoint; None where passages
     are trained.
     """
 
@@ -58,16 +61,32 @@ class CheckpointingTrainer(Trainer):
     card: CardFacts | None = None
     written: Sequence[str] = ()
     adapter_base: AdapterBase | None = None
+    frozen: FrozenPassages | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._snapshots = Snapshots(self.write_model)
         self.seconds_of_checkpoints: list[float] = []
 
+    @property
+    def route(self) -> Route | None:
+        """Which of a checkpoint's models is trained; None where it has one."""
+        return None if self.frozen is None else "query"
+
     def write_model(self, folder: Path) -> None:
-        """Write the model as it stands, with what its adapters learned, into an empty folder."""
+        """Write the trained model as it stands, with what its adapters learned, into an empty folder."""
+        save_checkpoint(folder, *self._parts())
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Write the same, beside the model of passages that stay as they are, if they do."""
+        if self.frozen is None:
+            self.write_model(folder)
+        else:
+            self.frozen.write_checkpoint(folder, *self._parts())
+
+    def _parts(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig, nn.Sequential]:
         backbone, projection = merged(self.bi_encoder.backbone), self.bi_encoder.projection
-        save_checkpoint(folder, backbone, self.processing_class, self.saved_config, projection)
+        return backbone, self.processing_class, self.saved_config, projection
 
     def snapshot(self) -> Snapshot:
         """The model as it stands, to be loaded for mining and measuring. All processes call this together."""
@@ -112,13 +131,15 @@ class CheckpointingTrainer(Trainer):
                 alone = self.args.save_adapter_only
                 save_adapter(model.backbone, staging, base=self.adapter_base, alone=alone)
             if not self.args.save_adapter_only:
-                self.write_model(staging)
+                self.write_checkpoint(staging)
             else:
                 dimensions = model.backbone.config.hidden_size
                 save_beside_weights(staging, self.processing_class, dimensions, self.saved_config)
             write_training_queries(staging, self.training_queries)
             if self.rounds is not None and folder != self.args.output_dir:  # a checkpoint, to go on from
                 self.rounds.write(staging)
+            if self.frozen is not None and self.frozen.hardest is not None and folder != self.args.output_dir:
+                self.frozen.hardest.write(staging)
             if self.run is not None:
                 write_run(staging, self.facts_of_run(self.run))
             if self.card is not None:
@@ -145,13 +166,15 @@ class CheckpointingTrainer(Trainer):
             if self.args.lora_rank is not None:
                 load_adapter(self.bi_encoder.backbone, resume_from_checkpoint)
             else:
-                self.bi_encoder.backbone.load_state_dict(saved_weights(resume_from_checkpoint))
+                config = read_config(resume_from_checkpoint, route=self.route)
+                weights = saved_weights(Path(resume_from_checkpoint) / config.backbone_folder)
+                self.bi_encoder.backbone.load_state_dict(weights)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{resume_from_checkpoint}: its weights are damaged, or those of another model: {first_line(error)}"
             ) from error
         if self.saved_config.modules:
-            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint))
+            saved = load_projection(resume_from_checkpoint, read_config(resume_from_checkpoint, route=self.route))
             self.bi_encoder.projection.load_state_dict(saved.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -216,7 +216,15 @@ def check_needs(given: Mapping[str, object], data: "DataArguments", args: "Retri
         "do_eval": (has_queries, _QUERIES),
         "eval_on_start": (has_queries, _QUERIES),
         "hold_out_by": (holds_out or by_recipe, "--hold_out"),
-        **dict.fromkeys(["embeddings_dir", *CHOICE_FLAGS], (data.mining_rounds > 0 or by_recipe, "--mining_rounds")),
+        **dict.fromkeys(CHOICE_FLAGS, (data.mining_rounds > 0 or by_recipe, "--mining_rounds")),
+        "embeddings_dir": (
+            data.mining_rounds > 0 or args.freeze_passages or by_recipe,
+            "--mining_rounds or --freeze_passages True",
+        ),
+        "candidate_pool": (
+            holds_out or data.mining_rounds > 0 or args.freeze_passages or by_recipe,
+            "--hold_out, --mining_rounds or --freeze_passages True",
+        ),
         "activation_checkpointing_kwargs": (args.activation_checkpointing, "--activation_checkpointing True"),
         "gradient_checkpointing_kwargs": (args.activation_checkpointing, "--gradient_checkpointing True"),
         "dataloader_prefetch_factor": (has_workers, "--dataloader_num_workers"),

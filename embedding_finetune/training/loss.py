@@ -152,8 +152,8 @@ class LossOptions:
     teacher_temperature: float = 1.0
 
 
-class RetrievalLoss(nn.Module):
-    """The loss of a BiEncoder on batches as EmbedCollator makes them: what transformers' Trainer trains.
+class BiEncoderLoss(nn.Module):
+    """What transformers' Trainer trains: a BiEncoder, and in a subclass the loss of its embeddings.
 
     recompute_sub_batches: as in BiEncoder.encode_in_sub_batches.
     """
@@ -163,6 +163,21 @@ class RetrievalLoss(nn.Module):
         self.bi_encoder = bi_encoder
         self.options = options
         self.recompute_sub_batches = recompute_sub_batches
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What transformers' Trainer hooks its noise to under --neftune_noise_alpha.
+
+        Not the table, of which each distinct token is looked up once: each token of each text is to have its own noise.
+        """
+        return self.bi_encoder.token_embeddings
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """What transformers' Trainer calls under --gradient_checkpointing."""
+        self.bi_encoder.backbone.activation_checkpointing_enable(**options)
+
+
+class RetrievalLoss(BiEncoderLoss):
+    """The loss of a BiEncoder on batches as EmbedCollator makes them."""
 
     # Trainer takes a forward with **kwargs for one that averages over accumulated micro-batches itself.
     def forward(
@@ -234,14 +249,3 @@ class RetrievalLoss(nn.Module):
                 confirmed=confirmed,
             )
         return loss
-
-    def get_input_embeddings(self) -> nn.Module:
-        """What transformers' Trainer hooks its noise to under --neftune_noise_alpha.
-
-        Not the table, of which each distinct token is looked up once: each token of each text is to have its own noise.
-        """
-        return self.bi_encoder.token_embeddings
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """What transformers' Trainer calls under --gradient_checkpointing."""
-        self.bi_encoder.backbone.activation_checkpointing_enable(**options)

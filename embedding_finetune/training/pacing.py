@@ -134,6 +134,11 @@ class PacedTrainer(CheckpointingTrainer):
             num_train_samples = self.epochs_made() * len(self.train_dataset) * planned
         return super()._finalize_training(trial, num_train_samples, start_time)
 
+    @property
+    def epochs(self) -> EpochSampler:
+        """What orders the rows of an epoch."""
+        return self._sampler.epochs if isinstance(self._sampler, RoundSampler) else self._sampler
+
     def epochs_made(self) -> float:
         """How often the run has gone through the rows, as --num_train_epochs counts: an epoch is a number of steps."""
         if self._stages is None or self.rounds is None:
@@ -170,6 +175,10 @@ class PacedTrainer(CheckpointingTrainer):
             return
         checkpoint = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
         is_new = checkpoint is None or not kwargs["steps_trained_in_current_epoch"]
+        if self.frozen is not None and self.frozen.hardest is not None:
+            if checkpoint is not None:
+                self.frozen.hardest.read(checkpoint)
+            self.frozen.hardest.refresh()
         if self.rounds is not None:
             if is_new and self._is_too_late_to_mine(epoch):
                 return

@@ -20,12 +20,13 @@ from embedding_finetune.training.arguments import (
 )
 from embedding_finetune.training.flag_errors import errors_name_their_flag
 from embedding_finetune.training.flags import REFUSED, check_given, check_known, check_needs
+from embedding_finetune.training.freezing import check_freezing
 from embedding_finetune.training.optimizer import check_optimizer_takes
 from embedding_finetune.training.run_folder import check_output_dir
 
 GROUPS = {
     "model": "model_name_or_path config_name tokenizer_name cache_dir trust_remote_code sentence_pooling_method "
-    "normalized fix_position_embedding lora_rank",
+    "normalized freeze_passages fix_position_embedding lora_rank",
     "recipe and length": "recipe minutes",
     "data": "train_data columns judgements train_group_size neighbours_in_batch one_file_per_batch query_max_len "
     "passage_max_len query_instruction_for_retrieval passage_instruction_for_retrieval max_example_num_per_dataset",
@@ -119,6 +120,8 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Arguments:
         raise UserError(f"{first_line(error)} (--help lists the flags)") from error
     model_args, data_args, args = parsed
     data_args.selection = SelectionOptions(**vars(choice), seed=args.seed)
+    if "passage_max_len" in parser.given:
+        data_args.given_passage_max_len = data_args.passage_max_len
     suit_the_device(args, parser.given)
     check_together(parser.given, model_args, data_args, args)
     return model_args, data_args, args
@@ -152,13 +155,16 @@ def check_together(
     check_needs(given, data_args, args)
     check_optimizer_takes(given, args)
     check_output_dir(model_args, data_args, args)
-    _check_negatives(data_args, args)
+    if args.freeze_passages:
+        check_freezing(given, data_args, args)
+    else:
+        _check_negatives(data_args, args)
     if args.uploads and args.save_adapter_only and os.path.isdir(model_args.model_name_or_path):
         raise UserError(
             f"--push_to_hub: an adapter alone needs its base, and others do not have {model_args.model_name_or_path}; "
             "give --model_name_or_path a name of the hub, or leave out --save_adapter_only"
         )
-    if args.false_negative_margin is not None and not args.rows_share_negatives:
+    if args.false_negative_margin is not None and not (args.rows_share_negatives or args.freeze_passages):
         raise UserError(
             f"--false_negative_margin {args.false_negative_margin:g}: no passage of another row is a negative; give "
             "--use_inbatch_neg True and a --per_device_train_batch_size of at least 2, or leave it out"
@@ -172,6 +178,7 @@ def check_together(
         _check_neighbours(args)
     if data_args.mining_rounds:
         _check_rounds(data_args, args)
+    _check_folders(data_args, args)
     if data_args.one_file_per_batch:
         _check_one_file(args)
     if args.minutes is not None:
@@ -212,6 +219,10 @@ def _check_rounds(data_args: DataArguments, args: RetrieverTrainingArguments) ->
         raise UserError(
             f"{what}: persistent workers keep the first negatives; leave --dataloader_persistent_workers out"
         )
+
+
+def _check_folders(data_args: DataArguments, args: RetrieverTrainingArguments) -> None:
+    """Raise UserError where a folder that is written is, or lies in, one that is read."""
     if data_args.embeddings_dir is not None:
         folders: dict[str, str | None] = {"--output_dir": args.output_dir, "--embeddings_dir": data_args.embeddings_dir}
         for path in data_args.train_data:

@@ -22,8 +22,8 @@ from embedding_finetune.model.encoding_kernels import choose_dtype
 from embedding_finetune.model.limits import length_limit
 from embedding_finetune.training.all_rows import by_flag
 from embedding_finetune.training.arguments import DataArguments, ModelArguments
+from embedding_finetune.training.learner import load_base
 from embedding_finetune.training.row_columns import read_column
-from embedding_finetune.training.setup import load_base
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ _EPOCHS_TIMES_ROOT_OF_ROWS = 200
 """8 epochs of 600 rows, 1.2 of 26,000: the number of steps grows with the root of the number of rows."""
 _MOST_EPOCHS = 20
 _EPOCHS_WITHOUT_DROPOUT = 10
+_TIMES_THE_RATE = 3
+"""Queries alone are trained at so many times the rate of both."""
 
 
 class Facts(NamedTuple):
@@ -64,7 +66,7 @@ class Facts(NamedTuple):
     rows, queries: numbers of training rows, and of distinct queries. query_tokens, passage_tokens: the lengths of
     almost all texts, with their special tokens. longest: what the model takes. parameters: of the model. bfloat16:
     whether the hardware computes in it natively. processes: that share a batch. hold_out: how many queries are to be
-    held out, where the user says it.
+    held out, where the user says it. freezes_passages: whether queries alone are trained.
     """
 
     rows: int
@@ -76,16 +78,22 @@ class Facts(NamedTuple):
     bfloat16: bool
     processes: int = 1
     hold_out: int | None = None
+    freezes_passages: bool = False
 
 
 def facts_of(
-    rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments, *, holds_none_out: bool = False
+    rows: datasets.Dataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    *,
+    holds_none_out: bool = False,
+    freezes_passages: bool = False,
 ) -> Facts:
     """Measure rows, as rows.load_rows gives them, and the model that training starts from.
 
-    holds_none_out: whether the user wants that.
+    holds_none_out, freezes_passages: whether the user wants that.
     """
-    backbone, tokenizer, config = load_base(model_args)
+    backbone, tokenizer, config = load_base(model_args, route="query" if freezes_passages else None)
     numbers = np.unique(np.linspace(0, len(rows) - 1, _TEXTS_LOOKED_AT).astype(int))
     sample = rows.select_columns(["query", "pos"])[numbers]
     instructions = (
@@ -113,6 +121,7 @@ def facts_of(
         bfloat16=choose_dtype("auto", device) == torch.bfloat16,
         processes=world_size(),
         hold_out=held_out,
+        freezes_passages=freezes_passages,
     )
 
 
@@ -123,8 +132,10 @@ def _length_of_most(tokenizer: PreTrainedTokenizerBase, instruction: str, texts:
 
 def domain(facts: Facts) -> Record:
     """flag -> value of the recipe for data and model like these."""
+    if facts.freezes_passages:
+        return _queries_alone(facts)
     batch = 128 if facts.rows >= _MANY_ROWS else 32
-    epochs = float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / facts.rows**0.5, _MOST_EPOCHS):.2g}")
+    epochs = _epochs(facts)
     flags: Record = {
         **_held_out(facts),
         "save_strategy": "epoch",
@@ -148,6 +159,28 @@ def domain(facts: Facts) -> Record:
     if facts.processes > 1:
         flags["negatives_cross_device"] = True  # then they train as one process does
     return flags | ({"bf16": True} if facts.bfloat16 else {})
+
+
+def _queries_alone(facts: Facts) -> Record:
+    """The recipe for passages that keep their embeddings. Queries are short: a batch of 256 costs little."""
+    batch = 256 if facts.rows >= _MANY_ROWS else 32
+    flags: Record = {
+        **_held_out(facts),
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "per_device_train_batch_size": max(batch // facts.processes, 1),
+        "num_train_epochs": _epochs(facts),
+        "learning_rate": float(f"{_TIMES_THE_RATE * _learning_rate(facts.parameters):.1e}"),
+        "warmup_steps": 0.1,
+        "temperature": 0.03,
+        "dropout": 0.0,
+        "query_max_len": _padded(facts.query_tokens, facts.longest),
+    }
+    return flags | ({"bf16": True} if facts.bfloat16 else {})
+
+
+def _epochs(facts: Facts) -> float:
+    return float(f"{min(_EPOCHS_TIMES_ROOT_OF_ROWS / facts.rows**0.5, _MOST_EPOCHS):.2g}")
 
 
 def _held_out(facts: Facts) -> Record:
@@ -177,12 +210,17 @@ def _padded(tokens: int, longest: int) -> int:
 
 
 def with_recipe(
-    argv: Sequence[str], rows: datasets.Dataset, model_args: ModelArguments, data_args: DataArguments
+    argv: Sequence[str],
+    rows: datasets.Dataset,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    *,
+    freezes_passages: bool = False,
 ) -> list[str]:
     """A command line's flags without --recipe, and with those of the recipe that are not given; logs them."""
     given = {name for name, _ in by_flag(argv)}
     holds_none_out = "hold_out" in given and data_args.hold_out is None
-    facts = facts_of(rows, model_args, data_args, holds_none_out=holds_none_out)
+    facts = facts_of(rows, model_args, data_args, holds_none_out=holds_none_out, freezes_passages=freezes_passages)
     flags = completed(argv, domain(facts))
     logger.info(
         "recipe: %d rows, %d queries; 99%% of the queries have at most %d tokens, of the passages %d; %d parameters",

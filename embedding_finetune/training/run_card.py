@@ -55,6 +55,7 @@ def card_of(
         repository=repository,
         adapter_alone=args.save_adapter_only,
         runs_own_code=model_args.trust_remote_code,
+        passage_model=None if trainer.frozen is None else trainer.frozen.described["weights_sha256"],
     )
 
 

@@ -16,18 +16,25 @@ from embedding_finetune.training.batches import TrainDataset, check_it_can_learn
 from embedding_finetune.training.choosing import flag_that_chooses
 from embedding_finetune.training.held_out import HeldOut, hold_out
 from embedding_finetune.training.rounds import Rounds
-from embedding_finetune.training.rows import load_rows
+from embedding_finetune.training.rows import all_passages, load_rows
 
 logger = logging.getLogger(__name__)
 
+_ALL_NEGATIVES = 10**9
+"""As a group size: an example has all negatives of its row."""
+
 
 class RunData(NamedTuple):
-    """Rows to train on, what mines for them, queries that were kept out of them, and queries of --eval_..._path."""
+    """Rows to train on, what mines for them, queries that were kept out of them, and queries of --eval_..._path.
+
+    pool: the passages that stay as they are; None where passages are trained.
+    """
 
     dataset: TrainDataset
     rounds: Rounds | None = None
     held_out: HeldOut | None = None
     task: RetrievalTask | None = None
+    pool: Corpus | None = None
 
 
 def read_rows(
@@ -58,13 +65,14 @@ def prepare(
     rounds = make_rounds(model_args, data_args, training_rows)
     dataset = TrainDataset(
         training_rows,
-        group_size=data_args.train_group_size,
+        group_size=_ALL_NEGATIVES if args.freeze_passages else data_args.train_group_size,
         seed=args.seed,
         negatives=None if rounds is None else data_args.selection.negative_number,
     )
     logger.info("%d training rows", len(dataset))
-    check_it_can_learn(dataset, args)
-    return RunData(dataset, rounds, held_out, load_evaluation(data_args, dataset, rows, judgements))
+    pool = make_pool(data_args, training_rows) if args.freeze_passages else None
+    check_it_can_learn(dataset, args, pool)
+    return RunData(dataset, rounds, held_out, load_evaluation(data_args, dataset, rows, judgements), pool)
 
 
 def load_evaluation(
@@ -101,6 +109,12 @@ def load_evaluation(
             len(task.findable_answers),
         )
     return task
+
+
+def make_pool(data_args: DataArguments, rows: datasets.Dataset) -> Corpus:
+    """The passages that queries are trained against: all of the rows, and those of --candidate_pool."""
+    further = () if data_args.candidate_pool is None else read_passages(data_args.candidate_pool, data_args.columns)
+    return Corpus(itertools.chain(all_passages(rows), further))
 
 
 def make_rounds(model_args: ModelArguments, data_args: DataArguments, rows: datasets.Dataset) -> Rounds | None:

@@ -16,9 +16,11 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.training.row_columns import read_column, rows_digest
 from embedding_finetune.training.run_data import RunData
 from embedding_finetune.training.run_folder import Run, read_run
+from embedding_finetune.training.weights import weights_hash
 
 if TYPE_CHECKING:
     from embedding_finetune.training.arguments import RetrieverTrainingArguments
+    from embedding_finetune.training.trainer import RetrievalTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +65,19 @@ def what_decides(
     if data.rounds is not None:
         mined_among = data.rounds.corpus.digest_in_order()
         described |= {"mined_among": mined_among, "length": [args.num_train_epochs, args.max_steps]}
+    if data.pool is not None:
+        described["trained_against"] = data.pool.digest_in_order()
     if flags.get("one_file_per_batch"):
         # Micro-batches end where files end. So their rows depend on files and sizes.
         described["rows_of_one_file"] = args.per_device_train_batch_size * args.world_size
         described["rows_of_files"] = np.bincount(read_column(rows, "file")).tolist()
     return json.loads(json.dumps({"decided_by": described}, default=str))
+
+
+def what_the_model_decides(trainer: "RetrievalTrainer") -> Run:
+    """The part of it that is known when the model is loaded."""
+    decided = {"base_weights": weights_hash(trainer.model)}
+    return decided if trainer.frozen is None else {**decided, "index": trainer.frozen.tower.index_digest}
 
 
 def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
@@ -76,7 +86,9 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     if began is None or "decided_by" not in began:
         return
     before, now = ({**run["decided_by"], _OF_THE_DEVICE: None} for run in (began, decided_by))
-    names = before.keys() | now.keys() if "base_weights" in now else (before.keys() | now.keys()) - {"base_weights"}
+    names = before.keys() | now.keys()
+    if "base_weights" not in now:
+        names -= {"base_weights", "index"}  # no model is loaded yet
     for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
         if before.get(name) != now.get(name):
             what = {
@@ -84,6 +96,8 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "rows_digest": "other training rows",
                 "held_out_digest": "other held-out rows or candidates, or others of them that choose weights",
                 "mined_among": "other passages to mine from",
+                "trained_against": "other passages to train against",
+                "index": "other embeddings of passages",
                 "length": "rounds of another length, by --num_train_epochs or --max_steps,",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",

@@ -1,4 +1,4 @@
-"""What finetune.py's flags make of data and model: the trainer, and the merged weights."""
+"""What finetune.py's flags make of data and model: the trainer with its loss and batches, and the merged weights."""
 
 import dataclasses
 import logging
@@ -6,37 +6,27 @@ import os
 from functools import partial
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.adapters import AdapterBase, add_adapters, as_base, find_adapter, merged, mix_with
-from embedding_finetune.model.attention import leave_out_cudnn_attention
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.model.adapters import merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.card import write_card
-from embedding_finetune.model.checkpoint import EmbeddingConfig, save_checkpoint
-from embedding_finetune.model.checks import check_training
-from embedding_finetune.model.encoding_kernels import choose_dtype
+from embedding_finetune.model.checkpoint import save_checkpoint
 from embedding_finetune.model.folder import model_replaced
-from embedding_finetune.model.limits import (
-    check_instructions,
-    check_max_length,
-    first_position,
-    freeze_position_embeddings,
-    length_limit,
-)
-from embedding_finetune.model.loading import load_backbone, weights_digest
 from embedding_finetune.model.modules import load_projection
-from embedding_finetune.model.packing import pack_if_possible
-from embedding_finetune.model.sub_batches import Layout, layout_for
-from embedding_finetune.model.tokens import first_rows
-from embedding_finetune.model.training_kernels import has_dropout, set_dropout, use_cheap_dropout
+from embedding_finetune.model.tokens import first_rows, text_kinds
 from embedding_finetune.model.training_queries import read_training_queries, write_training_queries
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.training.arguments import DataArguments, ModelArguments, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
-from embedding_finetune.training.loss import LossOptions, RetrievalLoss
+from embedding_finetune.training.frozen import FrozenPassages
+from embedding_finetune.training.hardest import STEPS, Hardest, fits
+from embedding_finetune.training.learner import Learner, load_base, load_learner, loss_options
+from embedding_finetune.training.loss import RetrievalLoss
 from embedding_finetune.training.neighbours import Neighbours
+from embedding_finetune.training.pool_loss import PoolLoss
+from embedding_finetune.training.query_batches import Numbers, QueryCollator
 from embedding_finetune.training.row_columns import instructions_of
 from embedding_finetune.training.rows import training_files
 from embedding_finetune.training.run_data import RunData
@@ -52,37 +42,20 @@ def make_trainer(
     data: RunData,
 ) -> RetrievalTrainer:
     """Load the model, check that it can be trained as the flags say, and put it together with data and arguments."""
-    dataset, rounds, held_out, task = data
+    dataset, held_out = data.dataset, data.held_out
     one_file = has_one_file_per_batch(data_args, dataset, args)
     most, files = data_args.neighbours_in_batch, dataset.files if one_file else None
     neighbours_in = partial(Neighbours, most=most, files=files) if most else None
-    neighbours = None if neighbours_in is None or rounds is not None else neighbours_in(dataset.rows)
-    backbone, tokenizer, config = load_base(model_args)
-    adapter_base = base_of_adapter(model_args, args, backbone)
-    length_to_save = check_lengths(backbone, tokenizer, config, data_args)
-    limit = length_limit(backbone, tokenizer)
-    backbone = prepare_for_training(backbone, config, args)
-    config = config.with_flags(
-        pooling=args.sentence_pooling_method,
-        normalized=args.normalized,
-        query_instruction=data_args.query_instruction_for_retrieval,
-        passage_instruction=data_args.passage_instruction_for_retrieval,
+    neighbours = None if neighbours_in is None or data.rounds is not None else neighbours_in(dataset.rows)
+    learner = load_learner(model_args, data_args, args)
+    encoding = EncodingOptions(
+        embeddings_dir=data_args.embeddings_dir,
+        trust_remote_code=model_args.trust_remote_code,
+        cache_dir=model_args.cache_dir,
     )
-    lengths = {"query_max_len": data_args.query_max_len, "passage_max_len": data_args.passage_max_len}
-    check_instructions(tokenizer, config, **lengths)
-    projection = load_projection(model_args.model_name_or_path, config, cache_dir=model_args.cache_dir)
-    bi_encoder = BiEncoder(backbone, config, projection=projection)
-    loss = make_loss(bi_encoder, args)
-    check_training(bi_encoder, tokenizer, limit=limit, what=f"--model_name_or_path {model_args.model_name_or_path}")
-    collator = EmbedCollator(
-        tokenizer,
-        config,
-        group_size=dataset.group_size,
-        **lengths,
-        layout=training_layout(backbone, tokenizer, args, limit=limit, longest=max(lengths.values())),
-        with_teacher=args.distillation_weight > 0,
-    )
-    collator.query.check_instructions(tokenizer, first_rows(instructions_of(dataset.rows)))
+    frozen = None if data.pool is None else freeze(data.pool, model_args, data_args, args, encoding)
+    loss, collator = together(learner, args, dataset) if frozen is None else queries_alone(learner, args, frozen)
+    collator.query.check_instructions(learner.tokenizer, first_rows(instructions_of(dataset.rows)))
     trained_before = read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
     if held_out is not None and (known := held_out.count_queries_among(trained_before)):
         logger.warning(
@@ -94,19 +67,84 @@ def make_trainer(
         args,
         train_dataset=dataset,
         data_collator=collator,
-        saved_config=dataclasses.replace(config, max_seq_length=length_to_save, backbone_folder=""),
+        saved_config=learner.saved_config,
         trained_before=trained_before,
         neighbours=neighbours,
-        rounds=rounds,
+        rounds=data.rounds,
         neighbours_in=neighbours_in,
         one_file_per_batch=one_file,
-        task=task,
+        task=data.task,
         held_out=held_out,
-        encoding=EncodingOptions(
-            embeddings_dir=data_args.embeddings_dir, trust_remote_code=model_args.trust_remote_code
-        ),
-        adapter_base=adapter_base,
+        encoding=encoding,
+        adapter_base=learner.adapter_base,
+        frozen=frozen,
     )
+
+
+def together(
+    learner: Learner, args: RetrieverTrainingArguments, dataset: TrainDataset
+) -> tuple[RetrievalLoss, EmbedCollator]:
+    """The loss and batches of queries and passages that are trained together."""
+    collator = EmbedCollator(
+        learner.tokenizer,
+        learner.config,
+        group_size=dataset.group_size,
+        **learner.lengths,
+        layout=learner.layout(args, longest=max(learner.lengths.values())),
+        with_teacher=args.distillation_weight > 0,
+    )
+    return make_loss(learner.bi_encoder, args), collator
+
+
+def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> RetrievalLoss:
+    """The loss as the flags want it. Raises UserError for dimensions that the embeddings do not have."""
+    options = loss_options(bi_encoder, args)
+    return RetrievalLoss(bi_encoder, options, recompute_sub_batches=args.recompute_sub_batches)
+
+
+def queries_alone(
+    learner: Learner, args: RetrieverTrainingArguments, frozen: FrozenPassages
+) -> tuple[PoolLoss, QueryCollator]:
+    """The loss and batches of queries whose passages stay as they are."""
+    layout = learner.layout(args, longest=learner.lengths["query_max_len"])
+    query, passage = text_kinds(learner.config, **learner.lengths)
+    collator = QueryCollator(learner.tokenizer, query, passage, Numbers(frozen.pool), layout=layout)
+    pool, options = frozen.embeddings, loss_options(learner.bi_encoder, args)
+    is_whole = fits(pool.nbytes, args.device)
+    loss = PoolLoss(
+        learner.bi_encoder,
+        options,
+        pool.to(args.device) if is_whole else pool,
+        recompute_sub_batches=args.recompute_sub_batches,
+    )
+    if is_whole:
+        logger.info("each query is trained against all %d passages, which keep their embeddings", len(pool))
+    else:
+        logger.info(
+            "the embeddings of %d passages are more than half of the memory (%.1f GB): each query is trained against "
+            "the hardest of them, which are found anew every %d steps",
+            *(len(pool), pool.nbytes / 1e9, STEPS),
+        )
+        frozen.hardest = Hardest(loss, collator.numbers)
+    return loss, collator
+
+
+def freeze(
+    pool: Corpus,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RetrieverTrainingArguments,
+    encoding: EncodingOptions,
+) -> FrozenPassages:
+    """The pool as the model embeds it before training, by the flags about embedding passages."""
+    options = dataclasses.replace(
+        encoding,
+        sentence_pooling_method=args.sentence_pooling_method,
+        normalized=args.normalized,
+        passage_instruction_for_retrieval=data_args.passage_instruction_for_retrieval,
+        passage_max_len=data_args.given_passage_max_len,
+    )
+    return FrozenPassages(pool, model_args.model_name_or_path, options)
 
 
 def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args: RetrieverTrainingArguments) -> bool:
@@ -135,134 +173,6 @@ def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args
             f"{batch}; lower --per_device_train_batch_size, or leave --dataloader_drop_last out"
         )
     return True
-
-
-def load_base(model_args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, EmbeddingConfig]:
-    """The model that training starts from."""
-    return load_backbone(
-        model_args.model_name_or_path,
-        flag="--model_name_or_path",
-        config_name=model_args.config_name,
-        tokenizer_name=model_args.tokenizer_name,
-        cache_dir=model_args.cache_dir,
-        trust_remote_code=model_args.trust_remote_code,
-    )
-
-
-def base_of_adapter(
-    model_args: ModelArguments, args: RetrieverTrainingArguments, backbone: PreTrainedModel
-) -> AdapterBase | None:
-    """What adapters say of the model that they belong to; None where none are trained.
-
-    Raises UserError where they alone are saved, and it is an adapter itself: no other tool loads an adapter of one.
-    """
-    if args.lora_rank is None:
-        return None
-    name = model_args.model_name_or_path
-    if args.save_adapter_only and find_adapter(name, cache_dir=model_args.cache_dir) is not None:
-        raise UserError(
-            f"--save_adapter_only: {name} is an adapter itself, and is merged into its base before training; leave the "
-            "flag out to save a whole model"
-        )
-    return as_base(name, weights_digest(backbone))
-
-
-def check_lengths(
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EmbeddingConfig,
-    data_args: DataArguments,
-) -> int:
-    """Check the length flags against the model.
-
-    Returns the max_seq_length to save: the checkpoint's own, or the longest training length if that is larger.
-    """
-    limit = length_limit(backbone, tokenizer)
-    check_max_length("--query_max_len", data_args.query_max_len, limit)
-    check_max_length("--passage_max_len", data_args.passage_max_len, limit)
-    length_of_checkpoint = min(config.max_seq_length or limit, limit)
-    return max(data_args.query_max_len, data_args.passage_max_len, length_of_checkpoint)
-
-
-def prepare_for_training(
-    backbone: PreTrainedModel, config: EmbeddingConfig, args: RetrieverTrainingArguments
-) -> PreTrainedModel:
-    """The backbone to train: with the dropout that is wanted, and cheap; frozen where it is to stay; with adapters.
-
-    A log line says where a flag has nothing to act on. Raises UserError for adapters that the model cannot have.
-    """
-    if args.dropout is not None:
-        set_dropout(backbone, args.dropout)
-    use_cheap_dropout(backbone)
-    leave_out_cudnn_attention()
-    if args.fix_position_embedding:
-        freeze_position_embeddings(backbone)
-    if args.negatives_cross_device and args.world_size == 1:
-        logger.info("--negatives_cross_device changes nothing in a run of one process; start several with torchrun")
-    if args.lora_rank is None:
-        return backbone
-    if args.save_adapter_only and config.modules:
-        raise UserError("--save_adapter_only: the model's modules after pooling are trained too; leave it out")
-    if args.lora_rank > backbone.config.hidden_size:
-        raise UserError(
-            f"--lora_rank {args.lora_rank}: the model's hidden states have {backbone.config.hidden_size} dimensions"
-        )
-    return add_adapters(backbone, args.lora_rank, seed=args.seed)
-
-
-def training_layout(
-    backbone: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: RetrieverTrainingArguments,
-    *,
-    limit: int,
-    longest: int,
-) -> Layout:
-    """How the texts of a batch are laid out; where they are packed, the backbone is prepared for it.
-
-    limit: the most tokens that the model takes. longest: the most tokens that a text has.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision), torch.float32)
-    position = first_position(backbone)
-    packs = not has_dropout(backbone) and pack_if_possible(
-        backbone, tokenizer, args.device, dtype, first_position=position, limit=limit
-    )
-    if dtype == torch.float32 and choose_dtype("auto", args.device) != dtype and args.device.type == "cuda":
-        logger.info("training in float32: with --bf16 True this GPU is several times as fast")
-    if packs:
-        logger.info("texts are trained end to end, without padding")
-    return layout_for(
-        args.device,
-        tokenizer,
-        limit=longest,
-        tokens_per_sub_batch=args.tokens_per_sub_batch,
-        hidden_size=backbone.config.hidden_size,
-        recompute=args.recompute_sub_batches,
-        packed_from=position if packs else None,
-    )
-
-
-def make_loss(bi_encoder: BiEncoder, args: RetrieverTrainingArguments) -> RetrievalLoss:
-    """The loss as the flags want it. Raises UserError for dimensions that the embeddings do not have."""
-    options = LossOptions(
-        temperature=args.temperature,
-        use_inbatch_neg=args.use_inbatch_neg,
-        mask_known_positives=args.mask_known_positives,
-        negatives_cross_device=args.negatives_cross_device,
-        false_negative_margin=args.false_negative_margin,
-        matryoshka=matryoshka_weights(bi_encoder.dimensions, args),
-        distillation_weight=args.distillation_weight,
-        teacher_temperature=args.teacher_temperature,
-    )
-    return RetrievalLoss(bi_encoder, options, recompute_sub_batches=args.recompute_sub_batches)
-
-
-def matryoshka_weights(whole: int, args: RetrieverTrainingArguments) -> dict[int, float]:
-    """Dimensions -> weight of the loss of embeddings cut to them; those of `whole` embeddings are always among them."""
-    dims = args.matryoshka_dims or []
-    if dims and max(dims) > whole:
-        raise UserError(f"--matryoshka_dims {max(dims)}: the model's embeddings have {whole} dimensions")
-    return {whole: 1.0, **dict(zip(dims, args.matryoshka_weights or [1.0] * len(dims)))}
 
 
 def save_merged_with_base(

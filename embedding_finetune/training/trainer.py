@@ -1,4 +1,4 @@
-"""transformers' Trainer for a RetrievalLoss: our sampler, checkpoints and evaluation, progress on stderr."""
+"""transformers' Trainer for the loss of a BiEncoder: our sampler, checkpoints and evaluation, progress on stderr."""
 
 import dataclasses
 import logging
@@ -23,17 +23,19 @@ from embedding_finetune.evaluation.ranking import measure
 from embedding_finetune.model.adapters import AdapterBase
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.encoder import load_encoder
+from embedding_finetune.retrieval.encoder import Encoder, load_encoder, load_tower
 from embedding_finetune.training.arguments import EVAL_CUTOFFS, EVAL_MEASURES, RetrieverTrainingArguments
 from embedding_finetune.training.batches import EmbedCollator, TrainDataset
 from embedding_finetune.training.callbacks import CutTexts, RunLength, StderrProgress
 from embedding_finetune.training.flag_errors import memory_errors_name_the_remedy
 from embedding_finetune.training.flags import SHARDED
+from embedding_finetune.training.frozen import FrozenPassages
 from embedding_finetune.training.held_out import HeldOut
-from embedding_finetune.training.loss import RetrievalLoss
+from embedding_finetune.training.loss import BiEncoderLoss
 from embedding_finetune.training.loss_watch import LossWatch
 from embedding_finetune.training.neighbours import Neighbours
 from embedding_finetune.training.pacing import PacedTrainer
+from embedding_finetune.training.query_batches import QueryCollator
 from embedding_finetune.training.rounds import Rounds
 from embedding_finetune.training.weights import trained_weight_hashes
 
@@ -47,24 +49,24 @@ BEFORE_TRAINING = "before_training"
 
 
 class RetrievalTrainer(PacedTrainer):
-    """Trains the BiEncoder of a RetrievalLoss on a TrainDataset, and measures it on a RetrievalTask.
+    """Trains the BiEncoder of a loss on a TrainDataset, and measures it on a RetrievalTask.
 
     With held-out queries that choose the best weights, others of them, or the task, judge before and after training.
 
     What it saves is the BiEncoder alone, so that any tool loads it. trained_before: what read_training_queries gave for
     the weights that training starts from. neighbours: the rows that are to share a batch with each row. rounds: what
     mines before each round, if training has rounds; neighbours_in: what finds the neighbours in the rows of a round.
-    one_file_per_batch: whether only rows of one file share a batch. encoding: how the model is measured. `run`: what
-    checkpoints say about the run, see run_folder.py.
+    one_file_per_batch: whether only rows of one file share a batch. encoding: how the model is measured. frozen: the
+    passages that stay as they are, if they do. `run`: what checkpoints say about the run, see run_folder.py.
     """
 
     def __init__(
         self,
-        model: RetrievalLoss,
+        model: BiEncoderLoss,
         args: RetrieverTrainingArguments,
         *,
         train_dataset: TrainDataset,
-        data_collator: EmbedCollator,
+        data_collator: EmbedCollator | QueryCollator,
         saved_config: EmbeddingConfig,
         trained_before: np.ndarray,
         neighbours: Neighbours | None = None,
@@ -75,6 +77,7 @@ class RetrievalTrainer(PacedTrainer):
         held_out: HeldOut | None = None,
         encoding: EncodingOptions | None = None,
         adapter_base: AdapterBase | None = None,
+        frozen: FrozenPassages | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -96,6 +99,7 @@ class RetrievalTrainer(PacedTrainer):
         self.latest: dict[str, tuple[int, np.ndarray]] = {}  # prefix -> step, (Q,) of the last VERDICT_MEASURE
         self.saved_config = saved_config
         self.adapter_base = adapter_base
+        self.frozen = frozen
         self.training_queries = np.union1d(trained_before, train_dataset.known_positives.query_ids)
         self.encoding = encoding or EncodingOptions()
         # The loss is a mean over one micro-batch: accumulated ones are to be averaged.
@@ -109,6 +113,9 @@ class RetrievalTrainer(PacedTrainer):
         self.add_callback(StderrProgress(disabled=args.disable_tqdm))
         self.add_callback(self.cut_texts)
         self.add_callback(RunLength())
+        if frozen is not None and frozen.hardest is not None:
+            frozen.hardest.trainer = self
+            self.add_callback(frozen.hardest)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -187,17 +194,22 @@ class RetrievalTrainer(PacedTrainer):
         """
         began = time.monotonic()
         with random_numbers_kept(), memory_errors_name_the_remedy(None):
-            snapshot, options = self.snapshot(), self.encoding
-            if not self.mines_with_weights_that_are_measured():
-                options = dataclasses.replace(options, embeddings_dir=None)  # nobody would look for them there
-            encoder = load_encoder(snapshot.model, options, flag="--model_name_or_path", scratch=snapshot.scratch)
-            values = measure(encoder, task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
+            values = measure(self.encoder_as_it_stands(), task, measures=EVAL_MEASURES, cutoffs=EVAL_CUTOFFS)
         self.latest[prefix] = self.state.global_step, values[VERDICT_MEASURE]
         metrics = {f"{prefix}_{name}": value for name, value in means(values).items()}
         metrics[f"{prefix}_runtime"] = seconds = time.monotonic() - began
         self.seconds_measuring += seconds
         self.seconds_of_measurement = max(self.seconds_of_measurement, seconds)
         return metrics
+
+    def encoder_as_it_stands(self) -> Encoder:
+        """The model as it stands, for encoding. All processes call this together."""
+        snapshot, options, flag = self.snapshot(), self.encoding, "--model_name_or_path"
+        if self.frozen is not None:
+            return self.frozen.encoder_with(load_tower(snapshot.model, options, flag=flag))
+        if not self.mines_with_weights_that_are_measured():
+            options = dataclasses.replace(options, embeddings_dir=None)  # nobody would look for them there
+        return load_encoder(snapshot.model, options, flag=flag, scratch=snapshot.scratch)
 
     def metrics_at(self, step: int, prefix: str = "eval") -> dict[str, float] | None:
         """The measures that were logged at a step, without their prefix; None when there was no evaluation."""
@@ -235,6 +247,7 @@ class RetrievalTrainer(PacedTrainer):
             **_before_and_after(before, after),
             "hold_out": held_out,
             "mining_rounds": None if self.rounds is None else self.rounds.audits,
+            "frozen_passages": None if self.frozen is None else self.frozen.facts(),
             "checkpoint": self.args.output_dir,
             "version": __version__,
         }

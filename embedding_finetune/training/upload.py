@@ -24,7 +24,7 @@ from embedding_finetune.training.run_folder import RUN_FILE
 logger = logging.getLogger(__name__)
 
 _FLAG = "--push_to_hub True"
-_MODULE = re.compile(r"(\d+_[A-Z]\w*/)?[^/]+")
+_MODULE = re.compile(r"(((query|document)_)?\d+_[A-Z]\w*/)?[^/]+")
 """Where a model's files lie: beside one another, and in the folders of modules."""
 
 

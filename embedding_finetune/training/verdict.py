@@ -20,7 +20,7 @@ from embedding_finetune.model.training_queries import read_training_queries
 from embedding_finetune.training.all_rows import command_on_all_rows
 from embedding_finetune.training.arguments import DataArguments, ModelArguments
 from embedding_finetune.training.choosing import FEWEST_TO_CHOOSE, flag_by_measure
-from embedding_finetune.training.setup import load_base
+from embedding_finetune.training.learner import load_base
 from embedding_finetune.training.trainer import BEFORE_TRAINING, VERDICT_MEASURE, RetrievalTrainer
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def keep_base_if_better(trainer: RetrievalTrainer, model_args: ModelArguments) -
     logger.warning(
         "warning: the base is kept: %s measured %.4f before training, and %.4f after", _metric(trainer), *values
     )
-    base, _, config = load_base(model_args)
+    base, _, config = load_base(model_args, route=trainer.route)
     if trainer.args.lora_rank is not None:
         base = add_adapters(base, trainer.args.lora_rank, seed=trainer.args.seed)
     trainer.bi_encoder.backbone.load_state_dict(base.state_dict())

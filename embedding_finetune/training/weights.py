@@ -25,7 +25,7 @@ def _hash_of(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
 
 
-def saved_weights(folder: str) -> dict[str, torch.Tensor]:
+def saved_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The backbone's weights of a checkpoint, which large models have in several files."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}

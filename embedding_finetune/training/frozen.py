@@ -1,0 +1,156 @@
+"""Passages that stay as they are while the model of their queries is trained: embedded once, by the model as it is.
+
+Shapes: N passages of the pool, n of them in a block, H dimensions.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from embedding_finetune.command_line import UserError, first_line, scratch_folder
+from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.data.jsonl import Record
+from embedding_finetune.distributed import once_per_machine, own_share_of_machine
+from embedding_finetune.model.checkpoint import EmbeddingConfig, save_route, save_router
+from embedding_finetune.model.loading import load_embedding_model, weights_digest
+from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.encoder import Encoder, keep, load_tower
+from embedding_finetune.retrieval.tower import Tower
+
+if TYPE_CHECKING:
+    from embedding_finetune.training.hardest import Hardest
+
+logger = logging.getLogger(__name__)
+
+PASSAGE_MODEL_FILE = "passage_model.json"
+"""Which model an index for this checkpoint was made with."""
+_FLAG = "--model_name_or_path"
+
+T = TypeVar("T")
+
+
+class FrozenPassages:
+    """A pool of passages with their embeddings, and the model that made them.
+
+    name: the model's, for people. All processes of a machine share the embeddings. hardest: what finds the passages to
+    train against, where these are too many to be all. Raises UserError where the model
+    cannot be loaded, or embeddings cannot be written.
+    """
+
+    def __init__(self, pool: Corpus, name: str, options: EncodingOptions) -> None:
+        self.pool = pool
+        scratch = None if options.embeddings_dir is not None else _on_each_machine(_new_folder)
+        self.tower = load_tower(name, options, flag=_FLAG, route="document")
+        keep(self.tower, self.tower.passage, name, options, scratch)
+        self.route, self.config, self.described = _on_each_machine(lambda: _write_route(name, options))
+        self.embeddings = embed_all(self.tower, pool)
+        self.hardest: Hardest | None = None
+
+    def facts(self) -> Record:
+        """What a run's summary says of them."""
+        return {"passages": len(self.pool), "index_sha256": self.tower.index_digest, "model": self.described}
+
+    def encoder_with(self, queries: Tower) -> Encoder:
+        """What searches: queries by another model, passages by this one, which finds their embeddings kept."""
+        return Encoder(queries, self.tower)
+
+    def write_checkpoint(
+        self,
+        folder: Path,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: EmbeddingConfig,
+        projection: torch.nn.Sequential,
+    ) -> None:
+        """Write a checkpoint of a model for queries and this one for passages into an empty folder."""
+        shutil.copytree(self.route, folder, dirs_exist_ok=True)
+        save_route(folder, "query", backbone, tokenizer, config, projection)
+        save_router(folder, query=config, document=self.config)
+        (folder / PASSAGE_MODEL_FILE).write_text(json.dumps(self.described, indent=2) + "\n", encoding="utf-8")
+
+
+def embed_all(tower: Tower, pool: Corpus) -> torch.Tensor:
+    """The embeddings of a pool: (N, H) float32, in a temporary file that all processes of a machine map.
+
+    Each process encodes its share. Raises UserError where the file cannot be written.
+    """
+    shape = len(pool), tower.model.dimensions
+    path = _on_each_machine(lambda: _new_file(4 * shape[0] * shape[1]))
+    embeddings = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
+    share = own_share_of_machine(len(pool))
+    for first, block in tower.encode_passages(pool.texts, share):
+        embeddings[first : first + len(block)] = block
+    once_per_machine(lambda: None)  # the others have written theirs
+    return torch.from_numpy(embeddings)
+
+
+def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingConfig, Record]:
+    """A folder with the model as a checkpoint's route of documents, its config, and what identifies it."""
+    loaded = load_embedding_model(
+        name,
+        flag=_FLAG,
+        route="document",
+        given={
+            "pooling": options.sentence_pooling_method,
+            "normalized": options.normalized,
+            "passage_instruction": options.passage_instruction_for_retrieval,
+        },
+        passage_max_len=options.passage_max_len,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
+    )
+    config = dataclasses.replace(loaded.config, max_seq_length=loaded.passage_max_len, backbone_folder="")
+    folder = Path(_new_folder())
+    save_route(folder, "document", loaded.backbone, loaded.tokenizer, config, loaded.projection)
+    described = {
+        "name": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
+        "weights_sha256": weights_digest(loaded.backbone, loaded.projection),
+        "pooling": config.pooling,
+        "normalized": config.normalized,
+        "instruction": config.passage_instruction,
+        "max_seq_length": config.max_seq_length,
+    }
+    return str(folder), config, described
+
+
+def _on_each_machine(write: Callable[[], T]) -> T:
+    """What `write` gives, once on each machine. Raises UserError where it cannot write into TMPDIR."""
+
+    def written() -> T:
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--freeze_passages: TMPDIR cannot take the passages' model and embeddings: {first_line(error)}; make "
+                "room, or set it to another folder"
+            ) from error
+
+    return once_per_machine(written)
+
+
+def _new_folder() -> str:
+    return tempfile.mkdtemp(dir=scratch_folder())
+
+
+def _new_file(size: int) -> str:
+    """A file of so many bytes, for which there is room: a write through a map to a full disk would kill the process."""
+    descriptor, path = tempfile.mkstemp(dir=scratch_folder())
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+    return path

@@ -1,0 +1,48 @@
+import pytest
+from helpers.data import TOPICS, passage_about, write_jsonl
+from helpers.tiny_runs import flags, refusal
+
+from embedding_finetune.training.freezing import REFUSED_BESIDE
+
+VALUES = {
+    "train_group_size": 4,
+    "neighbours_in_batch": 3,
+    "one_file_per_batch": True,
+    "mining_rounds": 2,
+    "matryoshka_dims": 16,
+    "matryoshka_weights": 1,
+    "distillation_weight": 1,
+    "teacher_temperature": 2,
+    "lora_rank": 4,
+    "save_adapter_only": True,
+    "merge_with_base": 0.5,
+    "negatives_cross_device": True,
+    "use_inbatch_neg": False,
+}
+
+
+@pytest.fixture
+def argv(tiny_bert, tmp_path):
+    rows = [{"query": f"reset the {topic}", "pos": [passage_about(topic)]} for topic in TOPICS]
+    given = flags(tiny_bert, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", freeze_passages=True)
+    place = given.index("--train_group_size")
+    return given[:place] + given[place + 2 :]
+
+
+@pytest.mark.parametrize("flag", VALUES)
+def test_a_flag_about_passages_that_are_trained_is_refused_in_one_line(argv, capsys, flag):
+    extra = ["--matryoshka_dims", "16"] if flag == "matryoshka_weights" else []
+    extra += ["--distillation_weight", "1"] if flag == "teacher_temperature" else []
+    extra += ["--lora_rank", "4"] if flag == "save_adapter_only" else []
+    line = refusal([*argv, f"--{flag}", str(VALUES[flag]), *extra], capsys)
+    assert line.startswith("finetune.py: error: --freeze_passages True and --")
+    assert "leave it out" in line
+
+
+def test_every_refused_flag_is_tried():
+    assert VALUES.keys() == REFUSED_BESIDE.keys()
+
+
+def test_a_pool_of_one_passage_is_refused(argv, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [{"query": word, "pos": ["the pump"]} for word in ("reset", "open")])
+    assert "no query would have a negative: there is one passage; give --candidate_pool" in refusal(argv, capsys)
