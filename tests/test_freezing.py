@@ -18,6 +18,8 @@ VALUES = {
     "merge_with_base": 0.5,
     "negatives_cross_device": True,
     "use_inbatch_neg": False,
+    "config_name": "other",
+    "tokenizer_name": "other",
 }
 
 

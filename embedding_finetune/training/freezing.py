@@ -1,12 +1,8 @@
 """What --freeze_passages does not take beside it: flags about passages that are trained, and about other models."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from embedding_finetune.command_line import UserError
-
-if TYPE_CHECKING:
-    from embedding_finetune.training.arguments import DataArguments, RetrieverTrainingArguments
 
 _WHOLE_POOL = "each query is trained against the whole pool, whatever its batch; leave it out"
 _KEPT = "passages keep the embeddings that they have; leave it out"
@@ -22,6 +18,8 @@ REFUSED_BESIDE = {
     "matryoshka_weights": _KEPT,
     "distillation_weight": "a teacher's scores are not for it; leave it out",
     "teacher_temperature": "a teacher's scores are not for it; leave it out",
+    "config_name": "passages are embedded with the model's own; leave it out",
+    "tokenizer_name": "passages are embedded with the model's own; leave it out",
     "lora_rank": "its checkpoint holds two whole models; leave it out",
     "save_adapter_only": "its checkpoint holds two whole models; leave it out",
     "merge_with_base": "its checkpoint holds two whole models; leave it out",
@@ -29,17 +27,16 @@ REFUSED_BESIDE = {
 """Flag -> why it is refused, and what to do instead."""
 
 
-def check_freezing(given: Mapping[str, object], data: "DataArguments", args: "RetrieverTrainingArguments") -> None:
+def check_freezing(given: Mapping[str, object]) -> None:
     """Raise UserError for a flag that would do nothing beside --freeze_passages.
 
     given: flag -> value, of the flags on the command line alone.
     """
     for flag, reason in REFUSED_BESIDE.items():
-        value = getattr(args if hasattr(args, flag) else data, flag)
-        if flag in given and value not in (None, False, 0):
+        value = given.get(flag)
+        asks_for_nothing = value is True if flag == "use_inbatch_neg" else not value
+        if flag in given and not asks_for_nothing:
             raise UserError(f"--freeze_passages True and --{flag} {_shown(value)}: {reason}")
-    if given.get("use_inbatch_neg", True) is False:
-        raise UserError(f"--freeze_passages True and --use_inbatch_neg False: {_WHOLE_POOL}")
 
 
 def _shown(value: object) -> str:

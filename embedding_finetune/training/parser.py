@@ -156,7 +156,7 @@ def check_together(
     check_optimizer_takes(given, args)
     check_output_dir(model_args, data_args, args)
     if args.freeze_passages:
-        check_freezing(given, data_args, args)
+        check_freezing(given)
     else:
         _check_negatives(data_args, args)
     if args.uploads and args.save_adapter_only and os.path.isdir(model_args.model_name_or_path):
