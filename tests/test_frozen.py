@@ -15,7 +15,6 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training import choosing, verdict
-from embedding_finetune.training import frozen as module
 
 HELD_OUT = {"hold_out": 4, "hold_out_by": "question", "eval_strategy": "steps", "eval_steps": 2}
 TEXTS = ["how do i reset the pump?", "Call the alarm desk."]
@@ -186,6 +185,6 @@ def test_a_disk_without_room_for_the_embeddings_is_one_line(tiny_bert, rows, tmp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     line = refusal(argv_of(tiny_bert, rows, tmp_path / "out"), capsys)
     assert "--freeze_passages: TMPDIR cannot take the passages' model and embeddings: [Errno 28] No space left" in line

@@ -52,7 +52,7 @@ def test_the_panel_holds_the_nearest_and_the_positives_and_is_found_anew(
     def taken(self, places, *, before):
         take(self, places, before=before)
         embedded = self.trainer.encoder_as_it_stands().encode_queries(self.trainer.train_dataset.rows["query"][:])
-        panels.append((before, places, embedded, self.passages))
+        panels.append((before, places, embedded, self.passages[:].numpy()))
 
     monkeypatch.setattr(hardest.Hardest, "_take", taken)
     with caplog.at_level("INFO"):

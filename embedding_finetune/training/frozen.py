@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from embedding_finetune.model.loading import load_embedding_model, weights_diges
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import Encoder, keep, load_tower
 from embedding_finetune.retrieval.tower import Tower
+from embedding_finetune.training.pool_file import PoolFile, new_file
 
 if TYPE_CHECKING:
     from embedding_finetune.training.hardest import Hardest
@@ -80,19 +80,17 @@ class FrozenPassages:
         (folder / PASSAGE_MODEL_FILE).write_text(json.dumps(self.described, indent=2) + "\n", encoding="utf-8")
 
 
-def embed_all(tower: Tower, pool: Corpus) -> torch.Tensor:
-    """The embeddings of a pool: (N, H) float32, in a temporary file that all processes of a machine map.
+def embed_all(tower: Tower, pool: Corpus) -> PoolFile:
+    """The embeddings of a pool (N, H). Each process encodes its share of the machine's.
 
-    Each process encodes its share. Raises UserError where the file cannot be written.
+    Raises UserError where the file cannot be written.
     """
     shape = len(pool), tower.model.dimensions
-    path = _on_each_machine(lambda: _new_file(4 * shape[0] * shape[1]))
-    embeddings = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
-    share = own_share_of_machine(len(pool))
-    for first, block in tower.encode_passages(pool.texts, share):
-        embeddings[first : first + len(block)] = block
+    embeddings = PoolFile(_on_each_machine(lambda: new_file(4 * shape[0] * shape[1])), shape)
+    for first, block in tower.encode_passages(pool.texts, own_share_of_machine(len(pool))):
+        embeddings.write(first, block)
     once_per_machine(lambda: None)  # the others have written theirs
-    return torch.from_numpy(embeddings)
+    return embeddings
 
 
 def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingConfig, Record]:
@@ -141,16 +139,3 @@ def _on_each_machine(write: Callable[[], T]) -> T:
 
 def _new_folder() -> str:
     return tempfile.mkdtemp(dir=scratch_folder())
-
-
-def _new_file(size: int) -> str:
-    """A file of so many bytes, for which there is room: a write through a map to a full disk would kill the process."""
-    descriptor, path = tempfile.mkstemp(dir=scratch_folder())
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.truncate(descriptor, size)
-    finally:
-        os.close(descriptor)
-    return path

@@ -23,6 +23,7 @@ from embedding_finetune.distributed import own_share, random_numbers_kept
 from embedding_finetune.files import AnyPath
 from embedding_finetune.retrieval.shared_search import encode_queries, merge_rankings
 from embedding_finetune.retrieval.top_k import TopK
+from embedding_finetune.training.pool_file import PoolFile
 from embedding_finetune.training.pool_loss import Panel, PoolLoss
 from embedding_finetune.training.query_batches import Numbers
 from embedding_finetune.training.sampling import keys_per_step, steps_of_epoch
@@ -59,14 +60,14 @@ def memory_of(device: torch.device) -> int:
 class Hardest(TrainerCallback):
     """Gives a PoolLoss the panel of the steps that follow.
 
-    Its pool lies on disk. numbers: the places of texts in the pool. trainer: set by the one that it is given to.
+    passages: the pool's. numbers: the places of texts in the pool. trainer: set by the one that it is given to.
     """
 
     trainer: "RetrievalTrainer"
 
-    def __init__(self, loss: PoolLoss, numbers: Numbers) -> None:
+    def __init__(self, loss: PoolLoss, passages: PoolFile, numbers: Numbers) -> None:
         self.loss = loss
-        self.passages = loss.pool.numpy()
+        self.passages = passages
         self.numbers = numbers
         self.found_before: int | None = None
 
@@ -88,7 +89,7 @@ class Hardest(TrainerCallback):
         top = TopK(embedded, min(PER_QUERY, len(self.passages)), device=encoder.device)
         share = own_share(len(self.passages))
         for first in range(share.start, share.stop, _PASSAGES_PER_BLOCK):
-            top.add(first, self.passages[first : min(first + _PASSAGES_PER_BLOCK, share.stop)])
+            top.add(first, self.passages[first : min(first + _PASSAGES_PER_BLOCK, share.stop)].numpy())
         merge_rankings(top)
         positives = self.numbers.of(np.concatenate(rows["pos_ids"]))
         self._take(np.union1d(top.ranking().positions, positives), before=step)
@@ -113,7 +114,7 @@ class Hardest(TrainerCallback):
     def _take(self, places: np.ndarray, *, before: int) -> None:
         """Train against these passages from a step on. places: (n,) int64, in the pool, ascending."""
         self.found_before = before
-        embeddings = self.loss.pool[torch.from_numpy(places)]
+        embeddings = self.passages[places]
         self.loss.panel = Panel(embeddings.to(self.loss.bi_encoder.backbone.device), places)
 
     def write(self, folder: AnyPath) -> None:

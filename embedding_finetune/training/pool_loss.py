@@ -13,6 +13,7 @@ from torch import Tensor
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.sub_batches import Texts
 from embedding_finetune.training.loss import BiEncoderLoss, LossOptions
+from embedding_finetune.training.pool_file import PoolFile
 
 _SCORES_AT_ONCE = {"cpu": 2**20}
 _SCORES_ON_A_GPU = 2**26
@@ -47,7 +48,7 @@ class Panel(NamedTuple):
     embeddings: (n, H) float32. places: (n,) int64, where they stand in the pool, ascending; None where they are all.
     """
 
-    embeddings: Tensor
+    embeddings: Tensor | PoolFile
     places: np.ndarray | None = None
 
     def columns(self, places: np.ndarray) -> np.ndarray:
@@ -67,7 +68,7 @@ NO_PAIRS = Pairs(np.empty(0, np.int64), np.empty(0, np.int64))
 
 def pool_loss(
     queries: Tensor,
-    passages: Tensor,
+    passages: Tensor | PoolFile,
     targets: np.ndarray,
     *,
     temperature: float,
@@ -88,7 +89,7 @@ def pool_loss(
     what attention computes, here with sums that are scaled to the largest score so far (arXiv:2112.05682).
     """
     with torch.autocast(queries.device.type, enabled=False):
-        positives = passages[torch.from_numpy(targets)] if positives is None else positives
+        positives = passages[targets] if positives is None else positives
         return _PoolLoss.apply(
             queries.float(), passages, positives, targets, temperature, masked, false_negative_margin, exempt
         ).mean()
@@ -101,7 +102,7 @@ class _PoolLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         queries: Tensor,
-        passages: Tensor,
+        passages: Tensor | PoolFile,
         positives: Tensor,
         targets: np.ndarray,
         temperature: float,
@@ -150,7 +151,12 @@ class PoolLoss(BiEncoderLoss):
     """
 
     def __init__(
-        self, bi_encoder: BiEncoder, options: LossOptions, pool: Tensor, *, recompute_sub_batches: bool = False
+        self,
+        bi_encoder: BiEncoder,
+        options: LossOptions,
+        pool: Tensor | PoolFile,
+        *,
+        recompute_sub_batches: bool = False,
     ) -> None:
         super().__init__(bi_encoder, options, recompute_sub_batches=recompute_sub_batches)
         self.pool = pool
@@ -166,7 +172,7 @@ class PoolLoss(BiEncoderLoss):
         those of its row, which the margin never masks.
         """
         queries = self.bi_encoder.encode_in_sub_batches(texts, recompute=self.recompute_sub_batches)[query_index]
-        positives = self.pool[torch.from_numpy(targets).to(self.pool.device)].to(queries.device)  # (B, H)
+        positives = self.pool[targets].to(queries.device)  # (B, H)
         loss = pool_loss(
             queries,
             self.panel.embeddings,

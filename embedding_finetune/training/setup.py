@@ -114,7 +114,7 @@ def queries_alone(
     loss = PoolLoss(
         learner.bi_encoder,
         options,
-        pool.to(args.device) if is_whole else pool,
+        pool[:].to(args.device) if is_whole and args.device.type != "cpu" else pool,
         recompute_sub_batches=args.recompute_sub_batches,
     )
     if is_whole:
@@ -125,7 +125,7 @@ def queries_alone(
             "the hardest of them, which are found anew every %d steps",
             *(len(pool), pool.nbytes / 1e9, STEPS),
         )
-        frozen.hardest = Hardest(loss, collator.numbers)
+        frozen.hardest = Hardest(loss, pool, collator.numbers)
     return loss, collator
 
 
