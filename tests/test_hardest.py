@@ -83,6 +83,16 @@ def test_a_run_goes_on_with_the_panel_of_its_checkpoint_to_the_same_bits(files, 
         assert equal(weights(tmp_path / f"from_{step}"), weights(tmp_path / "whole"))
 
 
+def test_a_run_that_was_trained_against_the_whole_pool_does_not_go_on_with_a_part(
+    tiny_bert, files, tmp_path, monkeypatch, capsys
+):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    finetune.main(argv_of(tiny_bert, files, tmp_path / "out", **settings))
+    monkeypatch.setattr(setup, "fits", lambda *_: False)
+    again = argv_of(tiny_bert, files, tmp_path / "out", **{**settings, "max_steps": 6})
+    assert "with another part of the passages" in refusal([*again, "--resume_from_checkpoint", "True"], capsys)
+
+
 def test_a_damaged_panel_is_one_line(tiny_bert, files, tmp_path, too_large, capsys):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     finetune.main(argv_of(tiny_bert, files, tmp_path / "out", **settings))

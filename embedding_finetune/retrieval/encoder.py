@@ -173,7 +173,8 @@ def _prepared(
     packs = not compiled and pack_if_possible(backbone, tokenizer, device, dtype, first_position=position, limit=limit)
     packed_from = position if packs else None
     how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
-    logger.info("%s: encoding in %s", name, how)
+    folder = loaded.config.backbone_folder
+    logger.info("%s: encoding in %s", os.path.join(name, folder) if folder else name, how)
     model = BiEncoder(backbone, loaded.config, projection=loaded.projection).eval()
     what = f"{flag} {name}"
     calibration = calibrate(model, tokenizer, limit=limit, what=what) if dtype == torch.int8 else None

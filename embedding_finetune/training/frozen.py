@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -43,9 +44,9 @@ T = TypeVar("T")
 class FrozenPassages:
     """A pool of passages with their embeddings, and the model that made them.
 
-    name: the model's, for people. All processes of a machine share the embeddings. hardest: what finds the passages to
-    train against, where these are too many to be all. Raises UserError where the model
-    cannot be loaded, or embeddings cannot be written.
+    name: the model's. All processes of a machine share the embeddings. hardest: what finds the passages to train
+    against, where these are too many to be all. Raises UserError where the model cannot be loaded, or embeddings cannot
+    be written.
     """
 
     def __init__(self, pool: Corpus, name: str, options: EncodingOptions) -> None:
@@ -88,7 +89,8 @@ def embed_all(tower: Tower, pool: Corpus) -> PoolFile:
     shape = len(pool), tower.model.dimensions
     embeddings = PoolFile(_on_each_machine(lambda: new_file(4 * shape[0] * shape[1])), shape)
     for first, block in tower.encode_passages(pool.texts, own_share_of_machine(len(pool))):
-        embeddings.write(first, block)
+        with _disk_errors_name_tmpdir():
+            embeddings.write(first, block)
     once_per_machine(lambda: None)  # the others have written theirs
     return embeddings
 
@@ -126,15 +128,21 @@ def _on_each_machine(write: Callable[[], T]) -> T:
     """What `write` gives, once on each machine. Raises UserError where it cannot write into TMPDIR."""
 
     def written() -> T:
-        try:
+        with _disk_errors_name_tmpdir():
             return write()
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"--freeze_passages: TMPDIR cannot take the passages' model and embeddings: {first_line(error)}; make "
-                "room, or set it to another folder"
-            ) from error
 
     return once_per_machine(written)
+
+
+@contextmanager
+def _disk_errors_name_tmpdir() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--freeze_passages: TMPDIR cannot take the passages' model and embeddings: {first_line(error)}; make "
+            "room, or set it to another folder"
+        ) from error
 
 
 def _new_folder() -> str:

@@ -76,8 +76,10 @@ def what_decides(
 
 def what_the_model_decides(trainer: "RetrievalTrainer") -> Run:
     """The part of it that is known when the model is loaded."""
-    decided = {"base_weights": weights_hash(trainer.model)}
-    return decided if trainer.frozen is None else {**decided, "index": trainer.frozen.tower.index_digest}
+    decided: Run = {"base_weights": weights_hash(trainer.model)}
+    if trainer.frozen is not None:
+        decided |= {"index": trainer.frozen.tower.index_digest, "hardest": trainer.frozen.hardest is not None}
+    return decided
 
 
 def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
@@ -88,7 +90,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     before, now = ({**run["decided_by"], _OF_THE_DEVICE: None} for run in (began, decided_by))
     names = before.keys() | now.keys()
     if "base_weights" not in now:
-        names -= {"base_weights", "index"}  # no model is loaded yet
+        names -= {"base_weights", "index", "hardest"}  # no model is loaded yet
     for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
         if before.get(name) != now.get(name):
             what = {
@@ -98,6 +100,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "mined_among": "other passages to mine from",
                 "trained_against": "other passages to train against",
                 "index": "other embeddings of passages",
+                "hardest": "another part of the passages to train against, by the memory of the machine,",
                 "length": "rounds of another length, by --num_train_epochs or --max_steps,",
                 "base_weights": "another --model_name_or_path",
                 "batch_of_all_processes": f"batches of {now.get(name)}, where it had {before.get(name)}",
