@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -206,6 +207,16 @@ def test_the_recipe_that_mines_twice_works_as_printed(demo_model, tmp_path):
 def test_the_one_command_of_the_recipes_works_as_printed(demo_model, tmp_path):
     [command] = commands_of("recipes.md", "## One command")
     assert run_as_printed([f"{command} --hold_out 4 --max_steps 4"], tmp_path)[0].startswith(("better", "no", "worse"))
+
+
+@pytest.mark.demo_model
+@pytest.mark.slow
+def test_the_commands_that_keep_an_index_work_as_printed(demo_model, tmp_path):
+    training, evaluation = commands_of("recipes.md", "## Keep your index")
+    shutil.copy(REPOSITORY / "example_heldout.jsonl", tmp_path)
+    trained, measured = run_as_printed([f"{training} --hold_out 4 --max_steps 4", evaluation], tmp_path)
+    assert trained.startswith(("better", "no", "worse"))
+    assert "query_side searches the index of sentence-transformers/all-MiniLM-L6-v2: passages have the same" in measured
 
 
 def commands_of(page, heading):
