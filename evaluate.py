@@ -104,13 +104,16 @@ def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions)
         }
     if options.thresholds:
         document["thresholds"] = all_thresholds(ranked, task, options)
-    document["index_unchanged"] = index_unchanged(ranked.index_digests, options.base)
+    document["index_unchanged"] = index_unchanged(ranked.index_digests)
     return {**document, "sizes": ranked.sizes}
 
 
-def index_unchanged(digests: Mapping[str, str], base: str) -> list[str]:
-    """The models that give passages the embeddings that the base gives them. digests: of indices, by model."""
-    return [name for name, digest in digests.items() if name != base and digest == digests.get(base)]
+def index_unchanged(digests: Mapping[str, str]) -> Record:
+    """Model -> the first model, of those that give passages the embeddings that it gives them; digests: of indices."""
+    if not digests:  # BM25 alone
+        return {}
+    first = next(iter(digests))
+    return {name: first for name, digest in digests.items() if name != first and digest == digests[first]}
 
 
 def result_of(document: Record) -> Record:

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-from helpers.running import embed_passages, encoder_for, encoding_arguments
+from helpers.running import embed_passages, encoder_for
 from helpers.tiny import make_tiny_bert
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_route, save_router
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, load_tower
+from embedding_finetune.retrieval.encoder import Encoder, check_dimensions
 
 TEXTS = ["how do i reset the pump?", "Call the alarm desk."]
 
@@ -18,9 +18,9 @@ def test_a_model_without_routes_is_loaded_once(tiny_bert):
 
 
 def test_towers_of_other_dimensions_are_refused(tiny_bert):
-    short = load_tower(str(tiny_bert), encoding_arguments("--truncate_dim", "8"), flag="--model")
+    check_dimensions(32, 32, what="m")
     with pytest.raises(UserError, match="m: embeddings of its queries have 8 dimensions, those of its passages 32"):
-        check_dimensions(Encoder(short, encoder_for(tiny_bert).passages), "m")
+        check_dimensions(8, 32, what="m")
 
 
 def test_flags_about_passages_are_for_the_model_of_passages(tmp_path):

@@ -1,6 +1,7 @@
 """finetune.py --freeze_passages: queries are trained, passages keep their embeddings."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from helpers.data import TOPICS, passage_about, read_jsonl, write_evaluation, wr
 from helpers.running import embed_passages, encoder_for
 from helpers.tiny import make_tiny_bert
 from helpers.tiny_runs import equal, flags, kill_after_checkpoint, refusal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import finetune
@@ -111,7 +112,7 @@ def test_evaluate_embeds_passages_once_for_both_without_a_folder_too(tiny_bert, 
     evaluate.main([*argv, "--output_dir", str(tmp_path / "report")])
     assert [count for kind, count in embedded if kind == "passage"] == [len(TOPICS)]
     document = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert document["index_unchanged"] == [str(tmp_path / "out")]
+    assert document["index_unchanged"] == {str(tmp_path / "out"): str(tiny_bert)}
     assert "searches the index of" in (tmp_path / "report" / "report.html").read_text()
 
 
@@ -188,3 +189,64 @@ def test_a_disk_without_room_for_the_embeddings_is_one_line(tiny_bert, rows, tmp
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     line = refusal(argv_of(tiny_bert, rows, tmp_path / "out"), capsys)
     assert "--freeze_passages: TMPDIR cannot take the passages' model and embeddings: [Errno 28] No space left" in line
+
+
+@pytest.mark.parametrize("kind", ["for masked tokens", "without a pooler"])
+def test_an_index_stays_that_of_a_base_which_was_saved_with_another_head(rows, tmp_path, capsys, kind):
+    model = make_tiny_bert(tmp_path / "bert")
+    if kind == "without a pooler":
+        path = model / "model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(path).items() if "pooler" not in name}, path)
+    else:
+        path = model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["BertForMaskedLM"]}))
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    finetune.main(argv_of(model, rows, tmp_path / "out", **settings))
+    evaluate.main(["--model_name", str(model), str(tmp_path / "out"), *write_evaluation(tmp_path)])
+    assert f"searches the index of {model}" in capsys.readouterr().out
+    finetune.main(
+        [*argv_of(model, rows, tmp_path / "out", **{**settings, "max_steps": 6}), "--resume_from_checkpoint", "True"]
+    )
+
+
+def test_a_model_that_is_trained_further_says_which_model_its_index_is_of(tiny_bert, rows, tmp_path):
+    finetune.main(argv_of(tiny_bert, rows, tmp_path / "first"))
+    finetune.main(argv_of(tmp_path / "first", rows, tmp_path / "second"))
+    first, second = (json.loads((tmp_path / name / "passage_model.json").read_text()) for name in ("first", "second"))
+    assert first == second
+
+
+def test_a_card_names_no_flag_that_would_be_refused_nor_a_length_that_is_not_the_indexs(tiny_bert, rows, tmp_path):
+    finetune.main(argv_of(tiny_bert, rows, tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--train_group_size" not in card
+    assert "--passage_max_len" not in card
+    assert "Questions are cut to 128 tokens" in card
+    assert "passages are cut to 128 tokens" in card
+
+
+def test_an_output_folder_within_the_checkpoint_that_is_read_is_refused(tiny_bert, rows, tmp_path, capsys):
+    finetune.main(argv_of(tiny_bert, rows, tmp_path / "first"))
+    argv = argv_of(tmp_path / "first", rows, tmp_path / "first" / "query_0_Transformer", overwrite_output_dir=True)
+    assert "would replace" in refusal(argv, capsys)
+
+
+def test_another_instruction_in_the_config_of_the_base_is_another_run(tiny_bert, rows, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_bert, model)
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    finetune.main(argv_of(model, rows, tmp_path / "out", **settings))
+    (model / "config_sentence_transformers.json").write_text('{"prompts": {"query": "how: "}}')
+    again = argv_of(model, rows, tmp_path / "out", **{**settings, "max_steps": 6})
+    line = refusal([*again, "--resume_from_checkpoint", "True"], capsys)
+    assert "with other instructions before queries or passages" in line
+
+
+def test_flags_that_give_passages_other_embeddings_are_told(tiny_bert, rows, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        finetune.main(argv_of(tiny_bert, rows, tmp_path / "same", sentence_pooling_method="cls", passage_max_len=128))
+        assert "other embeddings" not in caplog.text
+        assert "the pool is the passages of the rows alone" in caplog.text
+        finetune.main(argv_of(tiny_bert, rows, tmp_path / "other", sentence_pooling_method="mean", passage_max_len=16))
+    told = "--sentence_pooling_method and --passage_max_len: passages get other embeddings than"
+    assert told in caplog.text

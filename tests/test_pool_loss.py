@@ -118,6 +118,22 @@ def test_scores_are_float32_under_autocast():
         assert torch.equal(pool_loss(queries, passages, np.arange(4), temperature=0.02), exact)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_copies_of_the_positive_are_not_above_it_however_many_queries_are_computed_at_once(rows):
+    """Each query is nearest to its own passage, of which there are 40: at a margin of 0 all of them count."""
+    torch.manual_seed(0)
+    passages = F.normalize(torch.randn(9, 33), dim=1)
+    queries = F.normalize(passages + 0.05 * torch.randn(9, 33), dim=1)
+    scores = queries @ passages.T / 0.02
+    exact = (torch.logsumexp(scores, dim=1) + math.log(40) - scores.diagonal()).mean().item()
+    parts = [np.arange(first, first + rows) for first in range(0, 9, rows)]
+    losses = [
+        pool_loss(queries[part], passages.repeat(40, 1), part, temperature=0.02, false_negative_margin=0.0).item()
+        for part in parts
+    ]
+    assert np.mean(losses) == pytest.approx(exact, abs=1e-4)
+
+
 def test_pairs_outside_the_pool_are_left_out_and_the_others_found_by_column():
     found = pairs((7, 0), (-1, 1), (3, 1), (5, 0))
     assert found.columns.tolist() == [3, 5, 7]

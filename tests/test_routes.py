@@ -127,10 +127,28 @@ def test_a_route_with_modules_that_are_not_applied_here_is_refused_by_name(route
     assert read_config(str(tmp_path / "other"), route="document").pooling == "cls"
 
 
+@pytest.mark.parametrize("name", ["../other", "/tmp/other", "a/../../b"])
+def test_a_router_that_leads_out_of_its_folder_is_refused(name):
+    content = router_file({"query": [(name, "Transformer")], "document": [("d", "Transformer")]})
+    with pytest.raises(UserError, match=r"f: the module .* is not in the checkpoint's folder"):
+        modules_of_route(SideFile("f", content), "query")
+
+
+def test_a_router_in_a_folder_of_its_own_has_its_modules_there(router, tmp_path):
+    shutil.copytree(router, tmp_path / "other" / "0_Router")
+    for name in ("modules.json", "config_sentence_transformers.json"):
+        shutil.move(tmp_path / "other" / "0_Router" / name, tmp_path / "other")
+    path = tmp_path / "other" / "modules.json"
+    path.write_text(path.read_text().replace('"path": ""', '"path": "0_Router"'))
+    (tmp_path / "other" / "0_Router" / "router_config.json").rename(tmp_path / "other" / "0_Router" / "config.json")
+    moved, own = (encoder_for(folder, "--dtype", "float32") for folder in (tmp_path / "other", router))
+    assert np.array_equal(moved.encode_queries(TEXTS), own.encode_queries(TEXTS))
+
+
 def test_a_router_without_its_file_is_one_line(router, tmp_path):
     shutil.copytree(router, tmp_path / "other")
     (tmp_path / "other" / "router_config.json").unlink()
-    with pytest.raises(UserError, match=r"router_config.json is missing, though modules.json names it"):
+    with pytest.raises(UserError, match=r"config.json is missing, though modules.json or router_config.json names it"):
         read_config(str(tmp_path / "other"), route="query")
 
 

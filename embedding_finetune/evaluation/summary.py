@@ -39,7 +39,7 @@ def summarize(
         "judged": None,
         "thresholds": None,
         "sizes": {},
-        "index_unchanged": [],
+        "index_unchanged": {},
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base
@@ -109,10 +109,10 @@ def evaluation_tables(document: Record) -> str:
 
 
 def index_lines(document: Record) -> list[str]:
-    """A line for each model that embeds passages as the base does."""
+    """A line for each model that embeds passages as the first one does."""
     return [
-        f"{name} searches the index of {document['base']}: passages have the same embeddings"
-        for name in document["index_unchanged"]
+        f"{name} searches the index of {first}: passages have the same embeddings"
+        for name, first in document["index_unchanged"].items()
     ]
 
 

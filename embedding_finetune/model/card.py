@@ -53,7 +53,7 @@ class CardFacts:
 
     base: names of the models that training started from, by base_names; revision: that of the base, if one was given.
     repository: where the checkpoint will be found on the hub, None where that is not known. passage_model: where
-    passages kept their embeddings, the weights_sha256 of the model that made these. rows: that were trained
+    passages kept their embeddings, what passage_model.json says of the model that made these. rows: that were trained
     on. losses: sentence-transformers' names of them. settings: flag -> value. versions: package -> version. note: a
     sentence about these weights.
     """
@@ -73,7 +73,7 @@ class CardFacts:
     note: str = ""
     adapter_alone: bool = False
     runs_own_code: bool = False
-    passage_model: str | None = None
+    passage_model: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -191,7 +191,8 @@ def _what_it_is(facts: CardFacts) -> str:
     links = " and ".join(f"[{name}]({_HUB}/{name})" for name in facts.base)
     at = "" if facts.revision is None else f" at revision `{facts.revision}`"
     base = f"It is {links}{at}, finetuned" if links else "It was finetuned"
-    length = "" if facts.config.max_seq_length is None else f" Texts are cut to {facts.config.max_seq_length} tokens."
+    cut = "Texts" if facts.passage_model is None else "Questions"
+    length = "" if facts.config.max_seq_length is None else f" {cut} are cut to {facts.config.max_seq_length} tokens."
     scaled = "scaled to length 1" if facts.config.normalized else "not scaled"
     return (
         f"This model turns questions and passages into vectors of {facts.dimensions} numbers, so that a search finds "
@@ -206,8 +207,10 @@ def _index(facts: CardFacts) -> str:
     return (
         "Only the model of queries was trained. Passages keep the embeddings of the model before training, so an index "
         "made with it stays valid; `passage_model.json` says which model that is, and with which settings. Its "
-        f"weights have the SHA-256 `{facts.passage_model}`. Queries and passages go through two models: "
-        "sentence-transformers 5 or later loads them."
+        f"weights have the SHA-256 `{facts.passage_model['weights_sha256']}`, and passages are cut to "
+        f"{facts.passage_model['max_seq_length']} tokens. Queries and passages go through two models: "
+        "sentence-transformers 5 or later loads them. `encode_query` takes that of queries; `encode` alone takes that "
+        "of passages."
     )
 
 

@@ -107,7 +107,7 @@ def read_config(name_or_path: str, *, route: Route | None = None, cache_dir: str
     def load_of_module(folder: str, filename: str) -> SideFile:
         name = os.path.join(folder, filename)
         if (file := load(name)) is None:
-            raise UserError(f"{name_or_path}: {name} is missing, though modules.json names it")
+            raise UserError(f"{name_or_path}: {name} is missing, though modules.json or {ROUTER_FILE} names it")
         return file
 
     modules_file = find_file(name_or_path, "modules.json", cache_dir)
@@ -121,9 +121,11 @@ def read_config(name_or_path: str, *, route: Route | None = None, cache_dir: str
             if route is None:
                 raise UserError(
                     f"{name_or_path}: has a model for queries and another one for passages; --freeze_passages True "
-                    "trains the former further"
+                    "trains the former further; to train both, start from the model that it was made from"
                 )
-            modules = [*modules_of_route(load_of_module(modules[0][1], ROUTER_FILE), route), *modules[1:]]
+            folder = modules[0][1]
+            router = load(os.path.join(folder, ROUTER_FILE)) or load_of_module(folder, "config.json")
+            modules = [*modules_of_route(router, route, folder), *modules[1:]]
         check_order(modules_file, modules)
     backbone_folder = modules[0][1] if modules else ""
     limits = (

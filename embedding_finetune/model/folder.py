@@ -21,7 +21,7 @@ from embedding_finetune.process import uninterrupted
 _STAGING_PREFIX = ".saving-"
 _ENTRY_FILES = ("config.json", "adapter_config.json", "modules.json")
 """The files that loaders look for first: a folder without them holds no model."""
-_SUBFOLDERS = re.compile(r"((query|document)_)?\d+_[A-Z]\w*|adapter|merged")
+SUBFOLDERS = re.compile(r"((query|document)_)?\d+_[A-Z]\w*|adapter|merged")
 """The names of a model's subfolders. A folder of such a name is a model's if it holds only files of a model."""
 
 
@@ -72,7 +72,7 @@ def _replace(folder: Path, staging: Path) -> None:
 
 def _is_model_folder(path: Path) -> bool:
     files = [file for file in path.rglob("*") if not file.is_dir()]
-    return _SUBFOLDERS.fullmatch(path.name) is not None and all(map(_is_a_models, files))
+    return SUBFOLDERS.fullmatch(path.name) is not None and all(map(_is_a_models, files))
 
 
 def _is_a_models(file: Path) -> bool:

@@ -80,8 +80,8 @@ def load_pretrained(
     """Load a folder's or hub model's weights, as float32, with one of transformers' Auto classes, and its tokenizer.
 
     flag: what the user gave the name with. remedy: what to give where the weights do not fill the model. may_lack: a
-    part of the names of tensors that need not be there. Raises UserError when something cannot be loaded, the weights
-    do not fill the model, or the tokenizer is not the model's.
+    part of the names of tensors that need not be there, and are 0 then. Raises UserError when something cannot be
+    loaded, the weights do not fill the model, or the tokenizer is not the model's.
     """
     what = f"{flag} {name_or_path}"
     hub: dict[str, Any] = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
@@ -105,6 +105,9 @@ def load_pretrained(
             name, subfolder="" if tokenizer_name else subfolder, **revision, **hub
         )
     missing = sorted(name for name in loading["missing_keys"] if may_lack is None or may_lack not in name)
+    weights = model.state_dict()
+    for name in weights.keys() & set(loading["missing_keys"]) - set(missing):
+        weights[name].zero_()  # transformers draws random ones: the model would be another each time
     if missing:
         raise UserError(
             f"{what}: the weights do not fill a {type(model).__name__}: "

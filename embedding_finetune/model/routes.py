@@ -6,6 +6,8 @@ query_0_Transformer/   weights and tokenizer of the queries' model; query_1_Pool
 document_0_Transformer/, document_1_Pooling/ ...   those of the passages' model
 """
 
+import os
+from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 from embedding_finetune.command_line import UserError
@@ -23,10 +25,10 @@ _NAMES = Kind(
 )
 
 
-def modules_of_route(described: SideFile, route: Route) -> list[tuple[str, str]]:
-    """Kind and folder of each module of a route, in order, by router_config.json.
+def modules_of_route(described: SideFile, route: Route, folder: str = "") -> list[tuple[str, str]]:
+    """Kind and folder of each module of a route, in order, by router_config.json. folder: the Router's own.
 
-    Raises UserError for a Router that does more than to tell queries from passages.
+    Raises UserError for a Router that does more than to tell queries from passages, or leads out of its folder.
     """
     structure = SideFile(f'{described.path}: "structure"', described.field("structure", _OBJECT))
     types = SideFile(f'{described.path}: "types"', described.field("types", _OBJECT))
@@ -39,7 +41,11 @@ def modules_of_route(described: SideFile, route: Route) -> list[tuple[str, str]]
     if parameters.field("route_mappings", _OBJECT, {}):
         raise UserError(f"{described.path}: a Router with route_mappings, which are not supported")
     text = Kind(lambda value: isinstance(value, str), "the type of a module")
-    return [(types.field(name, text).rsplit(".", 1)[-1], name) for name in structure.field(route, _NAMES)]
+    names = structure.field(route, _NAMES)
+    for name in names:
+        if os.path.isabs(name) or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{described.path}: the module {name} is not in the checkpoint's folder")
+    return [(types.field(name, text).rsplit(".", 1)[-1], os.path.join(folder, name)) for name in names]
 
 
 def router_file(modules: dict[Route, list[tuple[str, str]]]) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
     else:
         tower = load_tower(name_or_path, options, flag=flag)
         encoder = Encoder(tower, tower)
-    check_dimensions(encoder, f"{flag} {name_or_path}")
+    dimensions = encoder.queries.model.dimensions, encoder.passages.model.dimensions
+    check_dimensions(*dimensions, what=f"{flag} {name_or_path}")
     keep(encoder.queries, encoder.queries.query, name_or_path, options, scratch)
     keep(encoder.passages, encoder.passages.passage, name_or_path, options, scratch)
     return encoder
@@ -112,9 +113,8 @@ def is_routed(name_or_path: str, options: EncodingOptions, *, flag: str) -> bool
         return has_routes(name_or_path, cache_dir=options.cache_dir)
 
 
-def check_dimensions(encoder: Encoder, what: str) -> None:
+def check_dimensions(query: int, passage: int, *, what: str) -> None:
     """Raise UserError where queries and passages have embeddings of different lengths."""
-    query, passage = encoder.queries.model.dimensions, encoder.passages.model.dimensions
     if query != passage:
         raise UserError(f"{what}: embeddings of its queries have {query} dimensions, those of its passages {passage}")
 

@@ -15,10 +15,11 @@ def store_settings(
     model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str, precision: str
 ) -> dict[str, Any]:
     """The settings that texts of a kind are encoded with; two runs may share embeddings where these are equal."""
-    config = model.embedding_config
+    config, described = model.embedding_config, model.backbone.config.to_diff_dict()
+    described.pop("architectures", None)  # the class that was saved last: a head may have been left out since
     return {
         "weights": weights_digest,
-        "architecture": _digest(model.backbone.config.to_diff_dict()),
+        "architecture": _digest(described),
         "tokenizer": _tokenizer_digest(tokenizer),
         "pooling": config.pooling,
         "include_prompt": config.include_prompt,

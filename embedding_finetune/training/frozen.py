@@ -22,10 +22,11 @@ from embedding_finetune.command_line import UserError, first_line, scratch_folde
 from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import once_per_machine, own_share_of_machine
-from embedding_finetune.model.checkpoint import EmbeddingConfig, save_route, save_router
-from embedding_finetune.model.loading import load_embedding_model, weights_digest
+from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config, save_route, save_router
+from embedding_finetune.model.loading import EmbeddingModel, load_embedding_model, weights_digest
+from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.encoder import Encoder, keep, load_tower
+from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_tower
 from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training.pool_file import PoolFile, new_file
 
@@ -46,13 +47,14 @@ class FrozenPassages:
 
     name: the model's. All processes of a machine share the embeddings. hardest: what finds the passages to train
     against, where these are too many to be all. Raises UserError where the model cannot be loaded, or embeddings cannot
-    be written.
+    be written, or its embeddings have not as many dimensions as those of queries.
     """
 
-    def __init__(self, pool: Corpus, name: str, options: EncodingOptions) -> None:
+    def __init__(self, pool: Corpus, name: str, options: EncodingOptions, *, dimensions: int) -> None:
         self.pool = pool
         scratch = None if options.embeddings_dir is not None else _on_each_machine(_new_folder)
         self.tower = load_tower(name, options, flag=_FLAG, route="document")
+        check_dimensions(dimensions, self.tower.model.dimensions, what=f"{_FLAG} {name}")
         keep(self.tower, self.tower.passage, name, options, scratch)
         self.route, self.config, self.described = _on_each_machine(lambda: _write_route(name, options))
         self.embeddings = embed_all(self.tower, pool)
@@ -110,11 +112,12 @@ def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingCon
         cache_dir=options.cache_dir,
         trust_remote_code=options.trust_remote_code,
     )
+    _warn_of_another_index(name, options, loaded)
     config = dataclasses.replace(loaded.config, max_seq_length=loaded.passage_max_len, backbone_folder="")
     folder = Path(_new_folder())
     save_route(folder, "document", loaded.backbone, loaded.tokenizer, config, loaded.projection)
     described = {
-        "name": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
+        "name": _name_of(name, options.cache_dir),
         "weights_sha256": weights_digest(loaded.backbone, loaded.projection),
         "pooling": config.pooling,
         "normalized": config.normalized,
@@ -122,6 +125,32 @@ def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingCon
         "max_seq_length": config.max_seq_length,
     }
     return str(folder), config, described
+
+
+def _warn_of_another_index(name: str, options: EncodingOptions, loaded: EmbeddingModel) -> None:
+    """Log a warning where flags give passages other embeddings than the model gives them by itself."""
+    own = read_config(name, route="document", cache_dir=options.cache_dir)
+    used = loaded.config
+    differs = {
+        "--sentence_pooling_method": own.pooling != used.pooling,
+        "--normalized": own.normalized != used.normalized,
+        "--passage_instruction_for_retrieval": own.passage_instruction != used.passage_instruction,
+        "--passage_max_len": loaded.passage_max_len != loaded.own_max_len,
+    }
+    if flags := [flag for flag, other in differs.items() if other]:
+        logger.warning(
+            "warning: %s: passages get other embeddings than %s gives them by itself: an index made without that does "
+            "not stay valid",
+            *(" and ".join(flags), name),
+        )
+
+
+def _name_of(name: str, cache_dir: str | None) -> str:
+    """What the model of passages is called, without a path: as a checkpoint of --freeze_passages says it, or itself."""
+    said = find_file(name, PASSAGE_MODEL_FILE, cache_dir)
+    if said is not None:
+        return str(SideFile(said, read_json(said)).field("name", TEXT))
+    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
 
 
 def _on_each_machine(write: Callable[[], T]) -> T:

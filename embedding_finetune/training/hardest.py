@@ -127,6 +127,9 @@ class Hardest(TrainerCallback):
         path = Path(checkpoint) / PANEL_FILE
         try:
             with np.load(path) as saved:
-                self._take(saved["places"], before=int(saved["before"]))
-        except (OSError, ValueError, KeyError, EOFError, IndexError, BadZipFile) as error:
+                places = saved["places"].astype(np.int64, casting="safe")
+                if not len(places):
+                    raise ValueError("no passages")
+                self._take(places, before=int(saved["before"]))
+        except (OSError, ValueError, TypeError, KeyError, EOFError, IndexError, BadZipFile) as error:
             raise UserError(f"{path}: is missing or damaged; give an earlier checkpoint") from error

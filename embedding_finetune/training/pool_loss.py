@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.sub_batches import Texts
+from embedding_finetune.retrieval.results import rounding_error
 from embedding_finetune.training.loss import BiEncoderLoss, LossOptions
 from embedding_finetune.training.pool_file import PoolFile
 
@@ -112,6 +113,10 @@ class _PoolLoss(torch.autograd.Function):
     ) -> Tensor:
         similarities = (queries * positives).sum(dim=1)  # (B,)
         own = similarities / temperature  # (B,)
+        if margin is not None:
+            # What has the positive's own embedding is not above it, though a product in blocks rounds otherwise.
+            lengths = queries.norm(dim=1) * positives.norm(dim=1)
+            bounds = similarities + margin + rounding_error(queries.shape[1]) * lengths  # (B,)
         largest, total, mean = own, torch.ones_like(own), positives  # a target is its query's first passage
         targets_in_order = Pairs.of(targets, np.arange(len(targets)))
         step = max(_SCORES_AT_ONCE.get(queries.device.type, _SCORES_ON_A_GPU) // len(queries), 1)
@@ -122,7 +127,7 @@ class _PoolLoss(torch.autograd.Function):
             if margin is not None:
                 kept = exempt.within(first, stop)
                 values = scores[kept]
-                scores.masked_fill_(scores > (similarities + margin)[:, None], float("-inf"))
+                scores.masked_fill_(scores > bounds[:, None], float("-inf"))
                 scores[kept] = values
             for pairs in (masked, targets_in_order):
                 scores[pairs.within(first, stop)] = float("-inf")

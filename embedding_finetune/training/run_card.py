@@ -22,6 +22,7 @@ _ALWAYS_SHOWN = (
     "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps temperature "
     "train_group_size query_max_len passage_max_len seed"
 ).split()
+_ABOUT_TRAINED_PASSAGES = ("train_group_size", "passage_max_len")
 SHOWN_TEXTS = set(
     "recipe hold_out_by query_instruction_for_retrieval passage_instruction_for_retrieval sentence_pooling_method "
     "sampling_strategy train_sampling_strategy optim_args".split()
@@ -39,12 +40,13 @@ def card_of(
 ) -> CardFacts:
     """What is known before the first step. given: flag -> value, of the flags that are not at their default."""
     args, base = trainer.args, model_args.model_name_or_path
+    shown = [flag for flag in _ALWAYS_SHOWN if trainer.frozen is None or flag not in _ABOUT_TRAINED_PASSAGES]
     return CardFacts(
         config=trainer.saved_config,
         dimensions=trainer.bi_encoder.dimensions,
         rows=len(trainer.train_dataset),
         losses=losses_of(args),
-        settings=settings_of({**{flag: _value(flag, args, data_args) for flag in _ALWAYS_SHOWN}, **given}, args),
+        settings=settings_of({**{flag: _value(flag, args, data_args) for flag in shown}, **given}, args),
         versions={
             "embedding_finetune": __version__,
             "transformers": transformers.__version__,
@@ -55,7 +57,7 @@ def card_of(
         repository=repository,
         adapter_alone=args.save_adapter_only,
         runs_own_code=model_args.trust_remote_code,
-        passage_model=None if trainer.frozen is None else trainer.frozen.described["weights_sha256"],
+        passage_model=None if trainer.frozen is None else trainer.frozen.described,
     )
 
 

@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from embedding_finetune.data.formats import data_files
 from embedding_finetune.files import AnyPath, atomic_writer, is_model_file, require_folder
 from embedding_finetune.model.adapters import adapter_rank
 from embedding_finetune.model.card import check_card_is_not_replaced
-from embedding_finetune.model.folder import remove_unfinished
+from embedding_finetune.model.folder import SUBFOLDERS, remove_unfinished
 from embedding_finetune.training.held_out import FILES as HELD_OUT_FILES
 from embedding_finetune.training.held_out import check_held_out_files
 
@@ -75,7 +74,7 @@ def _check_is_not_replaced(flag: str, model: str | None, output_dir: str) -> Non
         return
     source, output = Path(os.path.realpath(model)), Path(os.path.realpath(output_dir))
     inside = any(os.path.samefile(folder, output) for folder in (source, *source.parents))
-    is_module = output.parent == source and re.fullmatch(r"\d+_\w+", output.name)
+    is_module = output.parent == source and SUBFOLDERS.fullmatch(output.name)
     if inside or is_module:
         raise UserError(
             f"--output_dir {output_dir}: the new model would replace {model} of {flag}; give another folder"

@@ -76,7 +76,9 @@ def what_decides(
 
 def what_the_model_decides(trainer: "RetrievalTrainer") -> Run:
     """The part of it that is known when the model is loaded."""
-    decided: Run = {"base_weights": weights_hash(trainer.model)}
+    config = trainer.saved_config
+    instructions = [config.query_instruction, config.passage_instruction]
+    decided: Run = {"base_weights": weights_hash(trainer.model), "instructions": instructions}
     if trainer.frozen is not None:
         decided |= {"index": trainer.frozen.tower.index_digest, "hardest": trainer.frozen.hardest is not None}
     return decided
@@ -90,7 +92,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
     before, now = ({**run["decided_by"], _OF_THE_DEVICE: None} for run in (began, decided_by))
     names = before.keys() | now.keys()
     if "base_weights" not in now:
-        names -= {"base_weights", "index", "hardest"}  # no model is loaded yet
+        names -= {"base_weights", "instructions", "index", "hardest"}  # no model is loaded yet
     for name in sorted(names, key=lambda name: (name != "rows", name != "rows_digest", name)):
         if before.get(name) != now.get(name):
             what = {
@@ -99,6 +101,7 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
                 "held_out_digest": "other held-out rows or candidates, or others of them that choose weights",
                 "mined_among": "other passages to mine from",
                 "trained_against": "other passages to train against",
+                "instructions": "other instructions before queries or passages",
                 "index": "other embeddings of passages",
                 "hardest": "another part of the passages to train against, by the memory of the machine,",
                 "length": "rounds of another length, by --num_train_epochs or --max_steps,",

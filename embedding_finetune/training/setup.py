@@ -53,7 +53,7 @@ def make_trainer(
         trust_remote_code=model_args.trust_remote_code,
         cache_dir=model_args.cache_dir,
     )
-    frozen = None if data.pool is None else freeze(data.pool, model_args, data_args, args, encoding)
+    frozen = None if data.pool is None else freeze(data.pool, learner, model_args, data_args, args, encoding)
     loss, collator = together(learner, args, dataset) if frozen is None else queries_alone(learner, args, frozen)
     collator.query.check_instructions(learner.tokenizer, first_rows(instructions_of(dataset.rows)))
     trained_before = read_training_queries(model_args.model_name_or_path, cache_dir=model_args.cache_dir)
@@ -118,7 +118,7 @@ def queries_alone(
         recompute_sub_batches=args.recompute_sub_batches,
     )
     if is_whole:
-        logger.info("each query is trained against all %d passages, which keep their embeddings", len(pool))
+        logger.info("each query is trained against all %d passages of the pool, which keep their embeddings", len(pool))
     else:
         logger.info(
             "the embeddings of %d passages are more than half of the memory (%.1f GB): each query is trained against "
@@ -131,12 +131,15 @@ def queries_alone(
 
 def freeze(
     pool: Corpus,
+    learner: Learner,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: RetrieverTrainingArguments,
     encoding: EncodingOptions,
 ) -> FrozenPassages:
     """The pool as the model embeds it before training, by the flags about embedding passages."""
+    if data_args.candidate_pool is None:
+        logger.info("the pool is the passages of the rows alone: --candidate_pool adds those of the whole index")
     options = dataclasses.replace(
         encoding,
         sentence_pooling_method=args.sentence_pooling_method,
@@ -144,7 +147,7 @@ def freeze(
         passage_instruction_for_retrieval=data_args.passage_instruction_for_retrieval,
         passage_max_len=data_args.given_passage_max_len,
     )
-    return FrozenPassages(pool, model_args.model_name_or_path, options)
+    return FrozenPassages(pool, model_args.model_name_or_path, options, dimensions=learner.bi_encoder.dimensions)
 
 
 def has_one_file_per_batch(data_args: DataArguments, dataset: TrainDataset, args: RetrieverTrainingArguments) -> bool:
