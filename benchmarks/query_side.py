@@ -1,12 +1,11 @@
 """What it costs to train queries alone, with frozen passages: beside joint training, and with a large pool.
 
     python benchmarks/query_side.py
-    python benchmarks/query_side.py --pool 1000000 --steps 20
+    python benchmarks/query_side.py --pool 1000000 --steps 10
 
 The first trains on the rows of make_debian.py, both ways with the same batch, lengths, precision and optimizer, in
 turns, and prints milliseconds of training for each row. The second trains against so many random vectors, which it
-writes as embeddings of made-up passages into a store: it prints steps per second, and the peak memory of the run with
-its mapped pages.
+writes as embeddings of made-up passages into a store: it prints steps per second, and the peak memory of the run.
 """
 
 import argparse

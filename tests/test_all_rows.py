@@ -80,3 +80,11 @@ def test_several_processes_are_started_as_such(folder, monkeypatch):
     monkeypatch.setattr(type(args), "world_size", 2)
     told = command_on_all_rows(argv, args, best_step=None, steps=1, epochs=1)
     assert told == f"torchrun --nproc-per-node 2 finetune.py {START} --output_dir tuned_all_rows"
+
+
+def test_passages_that_stay_are_trained_against_with_all_rows_too(folder):
+    write_jsonl(folder / "pool.jsonl", [{"text": "p"}])
+    pool = "--hold_out 0.1 --candidate_pool pool.jsonl"
+    frozen = command(f"--freeze_passages True {pool}")
+    assert frozen == f"{START} --freeze_passages True --candidate_pool pool.jsonl --output_dir tuned_all_rows"
+    assert "candidate_pool" not in command(f"--freeze_passages False {pool}")

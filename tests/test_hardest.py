@@ -109,6 +109,13 @@ def test_minutes_are_planned_with_a_panel_that_is_there(tiny_bert, files, tmp_pa
     assert (tmp_path / "out" / "modules.json").exists()
 
 
+def test_a_panel_of_large_batches_is_for_fewer_steps(tiny_bert, files, tmp_path, too_large, monkeypatch, caplog):
+    monkeypatch.setattr(hardest, "_MOST_PASSAGES", 20)
+    with caplog.at_level("INFO"):
+        finetune.main(argv_of(tiny_bert, files, tmp_path / "out", max_steps=2, per_device_train_batch_size=5))
+    assert "of each query of 2 steps" in caplog.text  # 20 / (5 queries of 2 passages)
+
+
 def test_what_fits_is_half_of_the_memory_or_of_the_groups_limit(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(hardest, "_LIMIT_OF_GROUP", tmp_path / "max")

@@ -34,6 +34,11 @@ def test_rows_come_in_the_order_that_they_are_asked_for(places):
     )
 
 
+def test_all_go_to_a_device_block_by_block(pool, monkeypatch):
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 4)
+    assert torch.equal(pool.on(torch.device("cpu")), torch.from_numpy(VECTORS))
+
+
 def test_another_process_reads_the_same_file(pool):
     path = new_file(VECTORS.nbytes)
     PoolFile(path, VECTORS.shape).write(0, VECTORS)

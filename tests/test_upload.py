@@ -209,6 +209,8 @@ def test_a_model_with_code_of_its_own_takes_it_along():
         "1_Pooling/config.json",
     ]
     assert files_to_upload(written) == ["1_Pooling/config.json", "config.json", "modeling.py"]
+    routes = ["router_config.json", "query_0_Transformer/model.safetensors", "document_1_Pooling/config.json"]
+    assert files_to_upload(routes) == sorted(routes)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def command_on_all_rows(
     if args.lr_scheduler_type in SCHEDULES_BY_MEASURE and not measures_still:
         return None
     dropped = _ABOUT_HELD_OUT | {"output_dir"} | (set() if measures_still else _ABOUT_MEASURING)
-    if any(name in ("mining_rounds", "freeze_passages") for name, _ in flags):
+    if args.freeze_passages or any(name == "mining_rounds" for name, _ in flags):
         dropped -= {"candidate_pool"}  # it is mined from, or trained against
     if args.save_strategy == "best":
         dropped |= {"save_strategy", "save_total_limit"}

@@ -66,7 +66,7 @@ def _saving_memory(args: "RetrieverTrainingArguments") -> str:
     remedies = [f"a --tokens_per_sub_batch below {tokens}" if tokens else "--tokens_per_sub_batch 4096", f"a {batch}"]
     if args.mixed_precision == "no":
         remedies.append("--bf16 True")
-    if args.lora_rank is None:
+    if args.lora_rank is None and not args.freeze_passages:
         remedies.append("--lora_rank 16, which trains few weights")
     return f"give {', or '.join(remedies)}"
 

@@ -15,16 +15,13 @@ REFUSED_BESIDE = {
     "one_file_per_batch": _WHOLE_POOL,
     "mining_rounds": _WHOLE_POOL,
     "matryoshka_dims": _KEPT,
-    "matryoshka_weights": _KEPT,
     "distillation_weight": "a teacher's scores are not for it; leave it out",
-    "teacher_temperature": "a teacher's scores are not for it; leave it out",
     "config_name": "passages are embedded with the model's own; leave it out",
     "tokenizer_name": "passages are embedded with the model's own; leave it out",
     "lora_rank": "its checkpoint holds two whole models; leave it out",
-    "save_adapter_only": "its checkpoint holds two whole models; leave it out",
     "merge_with_base": "its checkpoint holds two whole models; leave it out",
 }
-"""Flag -> why it is refused, and what to do instead."""
+"""Flag -> why it is refused, and what to do instead; flags that need one of these are refused with it."""
 
 
 def check_freezing(given: Mapping[str, object]) -> None:

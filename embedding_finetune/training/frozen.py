@@ -89,11 +89,13 @@ def embed_all(tower: Tower, pool: Corpus) -> PoolFile:
     Raises UserError where the file cannot be written.
     """
     shape = len(pool), tower.model.dimensions
-    embeddings = PoolFile(_on_each_machine(lambda: new_file(4 * shape[0] * shape[1])), shape)
+    path = _on_each_machine(lambda: new_file(4 * shape[0] * shape[1]))
+    embeddings = PoolFile(path, shape)
     for first, block in tower.encode_passages(pool.texts, own_share_of_machine(len(pool))):
         with _disk_errors_name_tmpdir():
             embeddings.write(first, block)
-    once_per_machine(lambda: None)  # the others have written theirs
+    # When all have opened it and written theirs, it needs no name: the system removes it however the run ends.
+    once_per_machine(lambda: os.unlink(path))
     return embeddings
 
 

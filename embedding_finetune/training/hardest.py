@@ -10,6 +10,7 @@ Shapes: N passages of the pool, n of them in the panel, Q queries of some steps,
 import copy
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEPS, PER_QUERY = 50, 32
+_MOST_PASSAGES = 2**20
+"""Of a panel, about: with large batches it is for fewer steps."""
 PANEL_FILE = "hardest_passages.npz"
 """The panel with which a checkpoint was saved, and the step that it was found before."""
 _SHARE_OF_MEMORY = 0.5
@@ -61,6 +64,7 @@ class Hardest(TrainerCallback):
     """Gives a PoolLoss the panel of the steps that follow.
 
     passages: the pool's. numbers: the places of texts in the pool. trainer: set by the one that it is given to.
+    seconds_of_step: what the last search took, for each step that it was for.
     """
 
     trainer: "RetrievalTrainer"
@@ -70,6 +74,12 @@ class Hardest(TrainerCallback):
         self.passages = passages
         self.numbers = numbers
         self.found_before: int | None = None
+        self.seconds_of_step = 0.0
+
+    @property
+    def steps(self) -> int:
+        """For how many steps a panel is found."""
+        return max(min(STEPS, _MOST_PASSAGES // (keys_per_step(self.trainer.args) * PER_QUERY)), 1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the panel where it is due."""
@@ -78,8 +88,9 @@ class Hardest(TrainerCallback):
     def refresh(self) -> None:
         """Find the panel of the steps that follow, unless it is there. All processes call this together."""
         step = self.trainer.state.global_step
-        if self.found_before is not None and step - self.found_before < STEPS:
+        if self.found_before is not None and step - self.found_before < self.steps:
             return
+        began = time.monotonic()
         columns = self.trainer.train_dataset.rows.select_columns(["query", "instruction", "pos_ids"])
         rows = columns[self._rows_from(step)]
         with random_numbers_kept():
@@ -96,18 +107,19 @@ class Hardest(TrainerCallback):
         count, of = len(self.loss.panel.embeddings), len(self.passages)
         logger.info(
             "step %d: trained against %d of %d passages (%.2g%%), the nearest %d of each query of %d steps",
-            *(step, count, of, 100 * count / of, PER_QUERY, STEPS),
+            *(step, count, of, 100 * count / of, PER_QUERY, self.steps),
         )
+        self.seconds_of_step = (time.monotonic() - began) / self.steps
 
     def _rows_from(self, step: int) -> np.ndarray:
         """The rows of the steps that follow, of all processes: (Q,), or all rows where there are fewer."""
         args, epochs = self.trainer.args, copy.copy(self.trainer.epochs)
         per_step, steps = keys_per_step(args), steps_of_epoch(args, len(epochs))
         found: list[np.ndarray] = []
-        for epoch in range(step // steps, (step + STEPS - 1) // steps + 1):
+        for epoch in range(step // steps, (step + self.steps - 1) // steps + 1):
             epochs.set_epoch(epoch)
             order = epochs.order(epochs.rng())
-            first, last = max(step - epoch * steps, 0), step + STEPS - epoch * steps
+            first, last = max(step - epoch * steps, 0), step + self.steps - epoch * steps
             found.append(order[first * per_step : last * per_step])
         return np.unique(np.concatenate(found))
 

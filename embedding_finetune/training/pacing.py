@@ -242,6 +242,8 @@ class PacedTrainer(CheckpointingTrainer):
         if self._seconds_of_step is None:
             wanted = 0.0 if self._clock is None else min(_TIMED_SHARE * self._clock.limit, _TIMED_SECONDS)
             self._seconds_of_step = seconds_of_step(self, model, self._sampler, wanted=wanted)
+            if self.frozen is not None and self.frozen.hardest is not None:
+                self._seconds_of_step += self.frozen.hardest.seconds_of_step
         costs = Costs(
             self._seconds_of_step, self._seconds_of_mining, self.seconds_of_measurement, self.seconds_of_checkpoint()
         )

@@ -19,6 +19,8 @@ from embedding_finetune.command_line import scratch_folder
 _BYTES_AT_ONCE = 2**30
 """The system reads and writes 2 GiB at most."""
 
+_ROWS_AT_ONCE = 2**16
+
 
 class PoolFile:
     """Embeddings (N, H) float32; it is indexed as a tensor is, by a slice or by places (n,), and gives a tensor (n, H).
@@ -52,6 +54,13 @@ class PoolFile:
         for first, last in _runs(index):
             self._read(rows[first:last], int(index[first]))
         return torch.from_numpy(rows)
+
+    def on(self, device: torch.device) -> Tensor:
+        """All embeddings on a device, without a copy of them all on the way: (N, H)."""
+        whole = torch.empty(self.shape, device=device)
+        for first in range(0, len(self), _ROWS_AT_ONCE):
+            whole[first : first + _ROWS_AT_ONCE] = self[first : first + _ROWS_AT_ONCE].to(device)
+        return whole
 
     def write(self, first: int, block: np.ndarray) -> None:
         """Put a block (n, H) float32 at a place."""

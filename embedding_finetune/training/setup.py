@@ -9,6 +9,7 @@ import numpy as np
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data.corpus import Corpus
+from embedding_finetune.distributed import gather_objects
 from embedding_finetune.model.adapters import merged, mix_with
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.card import write_card
@@ -110,19 +111,19 @@ def queries_alone(
     query, passage = text_kinds(learner.config, **learner.lengths)
     collator = QueryCollator(learner.tokenizer, query, passage, Numbers(frozen.pool), layout=layout)
     pool, options = frozen.embeddings, loss_options(learner.bi_encoder, args)
-    is_whole = fits(pool.nbytes, args.device)
+    is_whole = all(gather_objects(fits(pool.nbytes, args.device)))  # where one process searches, all do
     loss = PoolLoss(
         learner.bi_encoder,
         options,
-        pool[:].to(args.device) if is_whole and args.device.type != "cpu" else pool,
+        pool.on(args.device) if is_whole and args.device.type != "cpu" else pool,
         recompute_sub_batches=args.recompute_sub_batches,
     )
     if is_whole:
         logger.info("each query is trained against all %d passages of the pool, which keep their embeddings", len(pool))
     else:
         logger.info(
-            "the embeddings of %d passages are more than half of the memory (%.1f GB): each query is trained against "
-            "the hardest of them, which are found anew every %d steps",
+            "the embeddings of %d passages take %.1f GB, more than half of the memory: each query is trained against "
+            "the hardest of them, which are found anew every %d steps or sooner",
             *(len(pool), pool.nbytes / 1e9, STEPS),
         )
         frozen.hardest = Hardest(loss, pool, collator.numbers)
