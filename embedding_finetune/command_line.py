@@ -69,6 +69,11 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
             _discard_stdout()
             raise SystemExit(BROKEN_PIPE) from None
         except OSError as error:
+            if "No usable temporary directory" in str(error):  # tempfile's, where it could write nowhere
+                reason = (
+                    "error: TMPDIR: nothing can be written there or in /tmp; make room, or set it to another folder"
+                )
+                raise end(BAD_INPUT, reason) from error
             if error.errno not in _DISK_ERRORS:
                 raise
             _discard_stdout()

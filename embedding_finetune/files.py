@@ -95,6 +95,8 @@ def require_folder(flag: str, path: AnyPath, *, may_be_read_only: bool = False) 
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"{flag} {path}: {existing} is a file; give a folder")
+    if not os.access(existing, os.X_OK):
+        raise UserError(f"{flag} {path}: {existing} cannot be read")
     if not os.access(existing, os.W_OK) and not (may_be_read_only and os.path.isdir(path)):
         raise UserError(f"{flag} {path}: {existing} is not writable")
 

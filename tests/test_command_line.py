@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from helpers.data import REPOSITORY
 from helpers.running import argv_of, evaluation
 
+import evaluate
 from embedding_finetune import command_line
 
 PYTHON = sys.executable
@@ -142,6 +144,7 @@ def test_a_signal_that_python_drops_ends_the_run_all_the_same_and_lets_it_clean_
     """As in the hooks of a fork, or where an object is deleted."""
     program = """
 import os, signal, sys, time
+import evaluate
 from embedding_finetune import command_line
 
 class Dropping:
@@ -170,3 +173,17 @@ def test_a_closed_stdout_is_no_failed_check(tiny_bert, candidates, pairs):
     command = [PYTHON, str(REPOSITORY / "evaluate.py"), *evaluation(tiny_bert, candidates, pairs)]
     result = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_in_one_line(
+    tiny_bert, candidates, pairs, monkeypatch, capsys
+):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(word) for word in evaluation(tiny_bert, candidates, pairs)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("evaluate.py: error: TMPDIR: nothing can be written")

@@ -247,7 +247,7 @@ def test_a_path_that_cannot_be_used_is_told_with_its_flag_and_why(tmp_path, monk
     require_writable("--flag", tmp_path / "new")
     require_folder("--flag", tmp_path / "many" / "new" / "folders")
     assert os.listdir(tmp_path) == ["file"]
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)  # root may write anywhere
     with pytest.raises(UserError, match=f"--flag: the folder {tmp_path} is not writable"):
         require_writable("--flag", tmp_path / "new")
     with pytest.raises(UserError, match=f"--flag {tmp_path}/new/folder: {tmp_path} is not writable"):
@@ -255,6 +255,9 @@ def test_a_path_that_cannot_be_used_is_told_with_its_flag_and_why(tmp_path, monk
     require_folder("--flag", tmp_path, may_be_read_only=True)
     with pytest.raises(UserError, match=f"--flag {tmp_path}/new: {tmp_path} is not writable"):
         require_folder("--flag", tmp_path / "new", may_be_read_only=True)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.X_OK)
+    with pytest.raises(UserError, match=f"--flag {tmp_path}: {tmp_path} cannot be read"):
+        require_folder("--flag", tmp_path, may_be_read_only=True)
 
 
 def test_only_files_of_a_models_own_that_are_there_are_kept_from_being_replaced(tmp_path):

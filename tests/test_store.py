@@ -299,6 +299,13 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_flag(tmp_path):
         EmbeddingStore(tmp_path / "file", {}, dimensions=8)
 
 
+def test_a_pipe_that_looks_like_a_segment_is_not_waited_for(tmp_path):
+    store = store_in(tmp_path)
+    os.mkfifo(store.folder / "a.segment")
+    store.refresh()
+    assert not store.get(TEXTS)[1].any()
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {repository!r})

@@ -116,12 +116,17 @@ class EmbeddingStore:
             if file_at(path) not in (None, file):  # another process has written it anew
                 self._left_out.pop(path, None)
         for _ in range(_LOOKS):
-            listed = sorted(self.folder.glob("*.segment"))
+            listed = self._segments()
             there = list(self._read_each(listed, read_digests))
             if len(there) == len({*listed} - self._left_out.keys()):
                 break  # else some were merged meanwhile, into one that may not have been listed
         self._index = _Index.of(there)
         self._small = sum(len(digests) < SMALL for _, digests in there)
+
+    def _segments(self) -> list[Path]:
+        return sorted(
+            path for path in self.folder.glob("*.segment") if path.is_file()
+        )  # no pipe: it would be waited for
 
     def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
@@ -159,7 +164,7 @@ class EmbeddingStore:
         """Merge small segments if there are many: parts of blocks of killed runs, or a few queries each."""
         if not self._keeps or self._small <= MOST_SMALL:
             return
-        segments = itertools.starmap(Segment, self._read_each(sorted(self.folder.glob("*.segment")), count_texts))
+        segments = itertools.starmap(Segment, self._read_each(self._segments(), count_texts))
         # Another process merges them, or the disk is full: then they stay as they are.
         with contextlib.suppress(UserError, OSError):
             merge_small(list(segments), self.dimensions, self._leave_out)
