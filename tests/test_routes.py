@@ -148,7 +148,7 @@ def test_a_router_in_a_folder_of_its_own_has_its_modules_there(router, tmp_path)
 def test_a_router_without_its_file_is_one_line(router, tmp_path):
     shutil.copytree(router, tmp_path / "other")
     (tmp_path / "other" / "router_config.json").unlink()
-    with pytest.raises(UserError, match=r"config.json is missing, though modules.json or router_config.json names it"):
+    with pytest.raises(UserError, match=r"config.json is missing, though modules.json names it"):
         read_config(str(tmp_path / "other"), route="query")
 
 

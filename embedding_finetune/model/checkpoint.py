@@ -107,10 +107,11 @@ def read_config(name_or_path: str, *, route: Route | None = None, cache_dir: str
     def load_of_module(folder: str, filename: str) -> SideFile:
         name = os.path.join(folder, filename)
         if (file := load(name)) is None:
-            raise UserError(f"{name_or_path}: {name} is missing, though modules.json or {ROUTER_FILE} names it")
+            raise UserError(f"{name_or_path}: {name} is missing, though {named_by} names it")
         return file
 
-    modules_file = find_file(name_or_path, "modules.json", cache_dir)
+    named_by = "modules.json"
+    modules_file = find_file(name_or_path, named_by, cache_dir)
     described = load("config_sentence_transformers.json")
     prompts: dict[str, str] = {}
     if described is not None:
@@ -125,7 +126,7 @@ def read_config(name_or_path: str, *, route: Route | None = None, cache_dir: str
                 )
             folder = modules[0][1]
             router = load(os.path.join(folder, ROUTER_FILE)) or load_of_module(folder, "config.json")
-            modules = [*modules_of_route(router, route, folder), *modules[1:]]
+            modules, named_by = [*modules_of_route(router, route, folder), *modules[1:]], ROUTER_FILE
         check_order(modules_file, modules)
     backbone_folder = modules[0][1] if modules else ""
     limits = (
