@@ -123,8 +123,9 @@ def run(flags: list[str]) -> None:
         seed = list(RIGHT_AT_ONCE).index(name)
         return made_up_ranking(task.relevant, len(task.corpus), top_k, RIGHT_AT_ONCE[name], seed)
 
+    rankings.is_routed = lambda *_, **__: False
     rankings.load_encoder = lambda name, *_, **__: SimpleNamespace(
-        weights_digest=name, model=SimpleNamespace(embedding_config=SimpleNamespace(normalized=True))
+        weights_digest=name, passages=SimpleNamespace(index_digest=name)
     )
     rankings.rank_corpus = rank_corpus
     stages.watch(rankings, "rank_corpus", MADE_UP)
