@@ -52,3 +52,14 @@ def test_a_copy_of_the_model_under_another_name_reuses(tiny_bert, tmp_path, enco
     encoded.clear()
     embed_passages(encoder_for(tmp_path / "elsewhere", *flags), TEXTS)
     assert encoded == []
+
+
+@pytest.mark.parametrize("changed", [{"truncation_side": "left"}, {"split_special_tokens": True}])
+def test_what_decides_token_ids_outside_the_tokenizers_own_file_is_in_the_key(tmp_path, changed):
+    digests = []
+    for settings in ({}, changed):
+        model = make_tiny_bert(tmp_path / f"bert{len(digests)}")
+        path = model / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        digests.append(encoder_for(model).passages.index_digest)
+    assert digests[0] != digests[1]

@@ -44,4 +44,5 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         description.update(padding=None, truncation=None)  # each call sets them
     else:
         description = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **tokenizer.init_kwargs}
-    return _digest([description, tokenizer.padding_side])
+    sides = [tokenizer.padding_side, tokenizer.truncation_side]
+    return _digest([description, *sides, getattr(tokenizer, "split_special_tokens", False)])
