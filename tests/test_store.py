@@ -299,11 +299,13 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_flag(tmp_path):
         EmbeddingStore(tmp_path / "file", {}, dimensions=8)
 
 
-def test_a_pipe_that_looks_like_a_segment_is_not_waited_for(tmp_path):
+def test_a_file_of_the_users_that_ends_like_a_segment_stays(tmp_path):
     store = store_in(tmp_path)
-    os.mkfifo(store.folder / "a.segment")
+    (store.folder / "video.segment").write_bytes(b"precious")
+    os.mkfifo(store.folder / f"{'a' * 32}.segment")
     store.refresh()
     assert not store.get(TEXTS)[1].any()
+    assert (store.folder / "video.segment").read_bytes() == b"precious"
 
 
 KILLED = """

@@ -63,3 +63,15 @@ def test_what_decides_token_ids_outside_the_tokenizers_own_file_is_in_the_key(tm
         path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
         digests.append(encoder_for(model).passages.index_digest)
     assert digests[0] != digests[1]
+
+
+def test_the_code_that_comes_with_a_model_is_in_the_key(tmp_path):
+    digests = []
+    for number, sign in enumerate("*+*"):
+        model = make_tiny_bert(tmp_path / f"bert{number}")
+        path = model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoModel": "modeling_own.Own"}}))
+        code = f"from transformers import BertModel\n\n\nclass Own(BertModel):\n    scale = 2 {sign} 1\n"
+        (model / "modeling_own.py").write_text(code)
+        digests.append(encoder_for(model, "--trust_remote_code", "True").passages.index_digest)
+    assert digests[0] == digests[2] != digests[1]

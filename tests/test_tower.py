@@ -10,6 +10,7 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
+from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import tower as towers
 from embedding_finetune.retrieval.tower import Tower
 
@@ -162,3 +163,17 @@ def test_pooling_leaves_out_each_querys_own_instruction(tiny_bert, tmp_path):
         states = backbone(ids).last_hidden_state[0].detach()
         kept = states[len(tokenizer(own)["input_ids"]) - 1 :] if own else states
         assert np.allclose(vector, torch.nn.functional.normalize(kept.mean(dim=0), dim=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_text_without_tokens_is_an_error_that_names_it_wherever_it_stands(tiny_bert, monkeypatch, place):
+    encoder = encoder_for(tiny_bert)
+    tokenize = TextKind.tokenize
+
+    def tokenized(kind, *args):
+        tokens, cut = tokenize(kind, *args)
+        return [text._replace(packed=b"") if number == place else text for number, text in enumerate(tokens)], cut
+
+    monkeypatch.setattr(TextKind, "tokenize", tokenized)
+    with pytest.raises(UserError, match=f"query {place + 1} has no tokens: '{TEXTS[place][:20]}"):
+        encoder.encode_queries(TEXTS[:3])

@@ -56,6 +56,7 @@ _LOOKS = 3
 """How often to look again for segments that went while they were looked at."""
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 """What a killed atomic_writer leaves."""
+_SEGMENT = re.compile(r"[0-9a-f]{32}\.segment")
 _STALE_SECONDS = 3600
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _told_of: set[str] = set()
@@ -124,9 +125,10 @@ class EmbeddingStore:
         self._small = sum(len(digests) < SMALL for _, digests in there)
 
     def _segments(self) -> list[Path]:
+        # No pipe, which would be waited for, and no file of the user's, which would be taken for a damaged segment.
         return sorted(
-            path for path in self.folder.glob("*.segment") if path.is_file()
-        )  # no pipe: it would be waited for
+            path for path in self.folder.glob("*.segment") if _SEGMENT.fullmatch(path.name) and path.is_file()
+        )
 
     def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""

@@ -1,10 +1,13 @@
 """What decides an embedding besides the text: the key of an embedding store."""
 
 import hashlib
+import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.module_configs import DropoutConfig, module_name
@@ -17,7 +20,9 @@ def store_settings(
     """The settings that texts of a kind are encoded with; two runs may share embeddings where these are equal."""
     config, described = model.embedding_config, model.backbone.config.to_diff_dict()
     described.pop("architectures", None)  # the class that was saved last: a head may have been left out since
+    code = _digest_of_own_code(type(model.backbone))
     return {
+        **({} if code is None else {"code": code}),
         "weights": weights_digest,
         "architecture": _digest(described),
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -31,6 +36,14 @@ def store_settings(
         "instruction": kind.instruction,
         "max_length": kind.max_length,
     }
+
+
+def _digest_of_own_code(backbone: type) -> str | None:
+    """A digest of the code that comes with a model; None where it is transformers' own."""
+    if not backbone.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+        return None
+    folder = Path(inspect.getfile(backbone)).parent  # the files that it imports were copied there too
+    return _digest({path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))})
 
 
 def _digest(value: object) -> str:

@@ -179,6 +179,7 @@ class Tower:
     def _embed(self, block: Block, kind: TextKind, progress: Progress) -> None:
         """Fill in the embeddings of a block's missing texts, and keep them where there is a store."""
         # Texts with the same tokens are encoded once.
+        _check_tokens(block, kind)
         rows_of: dict[Tokens, int] = {}
         rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
         copies = np.bincount(rows, minlength=len(rows_of))
@@ -214,6 +215,14 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := following.result()) is not end:
             following = thread.submit(next, items, end)
             yield item  # type: ignore[misc]
+
+
+def _check_tokens(block: Block, kind: TextKind) -> None:
+    """Raise UserError for a text without tokens: a tokenizer that adds none of its own makes nothing of some texts."""
+    for row, tokens in zip(block.missing.tolist(), block.tokens, strict=True):
+        if not tokens.packed:
+            text = block.texts[row][:_SHOWN_CHARACTERS]
+            raise UserError(f"{kind.name} {block.start + row + 1} has no tokens: {text!r}; leave it out")
 
 
 def _check_directions(block: Block, kind: TextKind) -> None:
