@@ -1,5 +1,8 @@
+import numpy as np
 import pytest
 import torch
+from helpers.kinds import make_kind
+from helpers.running import embed_passages, encoder_for
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -77,3 +80,15 @@ def test_no_softmax_is_computed_where_the_exponentials_fit(monkeypatch):
     monkeypatch.setattr(encoding_attention, "_use_softmax_where_needed", None)
     query, key, value = (torch.randn(3, 2, 12, 8, dtype=torch.bfloat16) for _ in range(3))
     attention_in_batched_products(nn.Module(), query, key, value, masks("right", 12), is_causal=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_a_decoder_gives_a_text_that_needs_no_padding_the_bits_that_it_has_beside_others(kind, dtype, tmp_path):
+    encoder = encoder_for(make_kind(kind, tmp_path / kind), "--dtype", dtype, "--passage_max_len", "16")
+    texts = ["reset the pump and " * 9, "call the alarm desk before the next month or", "open the gate " * 9]
+    lengths = {len(text.ids) for text in encoder.passages.passage.tokenize(encoder.passages.tokenizer, texts)[0]}
+    assert max(lengths) == 16 > min(lengths) > 8  # of one padded length, and one of them padded
+    together = embed_passages(encoder, texts)
+    for text, embedding in zip(texts, together):
+        assert np.array_equal(embed_passages(encoder, [text])[0], embedding)

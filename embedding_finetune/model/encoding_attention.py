@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from embedding_finetune.model.attention import (
     attention_by_sdpa,
     attention_scores,
+    is_causal_attention,
     is_plain_attention,
     register_attention,
     weighted_values,
@@ -38,6 +39,10 @@ def attention_in_batched_products(
     left to sdpa: in float32 they gained nothing.
     """
     n, h, t, _ = query.shape
+    if attention_mask is None and key.shape[2] == t and is_causal_attention(module, kwargs):
+        # transformers leaves the mask out where no text of a batch is padded. Other kernels would take over then, and a
+        # text's embedding would depend on its neighbours.
+        attention_mask = query.new_ones(t, t, dtype=torch.bool).tril()[None, None]
     if (
         query.dtype != torch.bfloat16
         or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
