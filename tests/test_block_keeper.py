@@ -136,3 +136,8 @@ def test_a_temporary_store_has_whole_blocks_only(tmp_path, clock):
     assert kept(store) == []
     keeper.finish(VECTORS)
     assert kept(store) == list(range(40))
+
+
+def test_a_direction_needs_a_length_whose_products_float32_holds():
+    lengths = np.array([0, 1e-38, 1e-16, 1e-14, 1, 1e14, 1e16, 3e38, np.inf, np.nan], dtype=np.float32)
+    assert has_direction(lengths[:, None]).tolist() == [False] * 3 + [True] * 3 + [False] * 4

@@ -14,6 +14,7 @@ from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import tower as towers
 from embedding_finetune.retrieval.tower import Tower
 
+BEYOND = "too long or too short to be compared"
 TEXTS = [passage_about(topic) * repeat for topic in TOPICS for repeat in (1, 2)] + ["a", "press"]
 
 
@@ -88,7 +89,10 @@ def test_texts_that_are_cut_are_counted(tiny_bert, caplog):
     assert "1 of 3 query texts were cut to 6 tokens" in caplog.text
 
 
-@pytest.mark.parametrize(("value", "complaint"), [(float("nan"), "not finite"), (0.0, "zero")])
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [(float("nan"), "not finite"), (0.0, "zero"), (1e19, BEYOND), (1e-20, BEYOND)],
+)
 def test_an_embedding_without_a_direction_is_an_error_that_names_the_text(tiny_bert, monkeypatch, value, complaint):
     monkeypatch.setattr(towers, "TEXTS_PER_BLOCK", 5)
     encoder = encoder_for(tiny_bert)

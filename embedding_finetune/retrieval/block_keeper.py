@@ -86,6 +86,12 @@ class BlockKeeper:
                 self._store.remove(part.path, len(part.rows))
 
 
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e30
+"""Of lengths: beyond them a score, or the bound on its rounding, would leave float32."""
+
+
 def has_direction(embeddings: np.ndarray) -> np.ndarray:
-    """Which embeddings (N, H) can be compared: they are finite, and not zero. (N,)."""
-    return np.isfinite(embeddings).all(axis=1) & embeddings.any(axis=1)
+    """Which embeddings (N, H) can be compared: finite, and of a length that products in float32 can be of. (N,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("nh,nh->n", embeddings, embeddings)  # (N,); NaN is in no range
+    return (squares > _SMALLEST_SQUARE) & (squares < _LARGEST_SQUARE)

@@ -121,10 +121,29 @@ def check_dimensions(query: int, passage: int, *, what: str) -> None:
 
 def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route: Route | None = None) -> Tower:
     """Load one model for encoding, of a checkpoint with two that of a route; it keeps no embeddings."""
-    options = _of_route(options, route)
     device = working_device()
     dtype = choose_dtype(options.dtype, device)
-    loaded = load_embedding_model(
+    loaded = load_by_options(name_or_path, options, flag=flag, route=route)
+    digest = weights_digest(loaded.backbone, loaded.projection)  # as they are stored, before they change precision
+    model, packed_from = _prepared(loaded, name_or_path, dtype, device, flag=flag, compiled=options.torch_compile)
+    return Tower(
+        model,
+        loaded.tokenizer,
+        query_max_len=loaded.query_max_len,
+        passage_max_len=loaded.passage_max_len,
+        tokens_per_batch=options.tokens_per_batch,
+        packed_from=packed_from,
+        weights_digest=digest,
+        precision=precision(model.backbone, dtype),
+    )
+
+
+def load_by_options(
+    name_or_path: str, options: EncodingOptions, *, flag: str, route: Route | None = None
+) -> EmbeddingModel:
+    """Load what a tower is made of, with its weights as they are stored."""
+    options = _of_route(options, route)
+    return load_embedding_model(
         name_or_path,
         flag=flag,
         route=route,
@@ -139,18 +158,6 @@ def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route:
         passage_max_len=options.passage_max_len,
         cache_dir=options.cache_dir,
         trust_remote_code=options.trust_remote_code,
-    )
-    digest = weights_digest(loaded.backbone, loaded.projection)  # as they are stored, before they change precision
-    model, packed_from = _prepared(loaded, name_or_path, dtype, device, flag=flag, compiled=options.torch_compile)
-    return Tower(
-        model,
-        loaded.tokenizer,
-        query_max_len=loaded.query_max_len,
-        passage_max_len=loaded.passage_max_len,
-        tokens_per_batch=options.tokens_per_batch,
-        packed_from=packed_from,
-        weights_digest=digest,
-        precision=precision(model.backbone, dtype),
     )
 
 

@@ -230,7 +230,9 @@ def _check_directions(block: Block, kind: TextKind) -> None:
     if comparable.all():
         return
     row = int(np.argmin(comparable))
-    value = "zero" if np.isfinite(block.embeddings[row]).all() else "not finite"
+    embedding = block.embeddings[row]
+    value = "too long or too short to be compared" if embedding.any() else "zero"
+    value = value if np.isfinite(embedding).all() else "not finite"
     text = block.texts[row]
     raise UserError(
         f"{kind.name} {block.start + row + 1} has an embedding that is {value}: {text[:_SHOWN_CHARACTERS]!r}; "

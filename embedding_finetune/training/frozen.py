@@ -23,10 +23,10 @@ from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import once_per_machine, own_share_of_machine
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config, save_route, save_router
-from embedding_finetune.model.loading import EmbeddingModel, load_embedding_model, weights_digest
+from embedding_finetune.model.loading import EmbeddingModel, weights_digest
 from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_tower
+from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_by_options, load_tower
 from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training.pool_file import PoolFile, new_file
 
@@ -101,19 +101,7 @@ def embed_all(tower: Tower, pool: Corpus) -> PoolFile:
 
 def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingConfig, Record]:
     """A folder with the model as a checkpoint's route of documents, its config, and what identifies it."""
-    loaded = load_embedding_model(
-        name,
-        flag=_FLAG,
-        route="document",
-        given={
-            "pooling": options.sentence_pooling_method,
-            "normalized": options.normalized,
-            "passage_instruction": options.passage_instruction_for_retrieval,
-        },
-        passage_max_len=options.passage_max_len,
-        cache_dir=options.cache_dir,
-        trust_remote_code=options.trust_remote_code,
-    )
+    loaded = load_by_options(name, options, flag=_FLAG, route="document")
     _warn_of_another_index(name, options, loaded)
     config = dataclasses.replace(loaded.config, max_seq_length=loaded.passage_max_len, backbone_folder="")
     folder = Path(_new_folder())
