@@ -5,7 +5,8 @@ A segment holds some thousand texts' embeddings:
     checksum (4 bytes) | texts n (8) | dimensions H (8) | digests (n * 16) | embeddings (n * H float32)
 
 It appears whole, by renaming. Its name is a digest of its texts, so two processes that keep the same texts write the
-same file. The checksum covers everything after it.
+same file. The checksum covers the name of its folder, which is a digest of the store's settings, and everything after
+it: a segment that somebody copies into the folder of another model is none there.
 
 A segment may go at any moment: another process has merged it into a larger one. Who reads one that is gone gets an
 OSError for which `is_gone` holds, and looks again at what there is.
@@ -52,7 +53,7 @@ class FileIdentity(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A segment is cut short, or a bit of it has flipped."""
+    """A segment is cut short, a bit of it has flipped, or it is of another store."""
 
     file: FileIdentity | None = None
     """The file that was read, which may no longer be the one at its path."""
@@ -95,7 +96,7 @@ def write_segment(folder: Path, digests: np.ndarray, embeddings: np.ndarray) -> 
     raw = digests.tobytes()
     sizes = _SIZES.pack(len(digests), embeddings.shape[1])
     vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
-    checksum = zlib.crc32(vectors, zlib.crc32(raw, zlib.crc32(sizes)))
+    checksum = zlib.crc32(vectors, zlib.crc32(raw, zlib.crc32(sizes, zlib.crc32(folder.name.encode()))))
     path = folder / (hashlib.blake2b(raw, digest_size=16).hexdigest() + ".segment")
     with atomic_writer(path) as file:
         for part in (_CHECKSUM.pack(checksum), sizes, raw, vectors):
@@ -119,7 +120,7 @@ def read_digests(path: Path, dimensions: int) -> np.ndarray:
 def check(path: Path) -> None:
     """Raise DamagedError unless a segment's checksum is right."""
     with _opened(path) as file:
-        head, checksum = file.read(_CHECKSUM.size), 0
+        head, checksum = file.read(_CHECKSUM.size), zlib.crc32(path.parent.name.encode())
         while part := file.read(_READ_BYTES):
             checksum = zlib.crc32(part, checksum)
         if head != _CHECKSUM.pack(checksum):
