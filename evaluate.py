@@ -92,6 +92,7 @@ def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions)
     from embedding_finetune.evaluation.ranking import judged_shares, values_per_query
     from embedding_finetune.evaluation.summary import summarize
     from embedding_finetune.evaluation.thresholds import all_thresholds
+    from embedding_finetune.model.encoding_kernels import precision
 
     values = {
         name: values_per_query(ranking, task, options.measures, options.cutoffs)
@@ -104,6 +105,7 @@ def measure(ranked: "Rankings", task: RetrievalTask, options: EvaluationOptions)
         }
     if options.thresholds:
         document["thresholds"] = all_thresholds(ranked, task, options)
+    document["precision"] = precision(options.dtype) if options.dense_models else None
     document["index_unchanged"] = index_unchanged(ranked.index_digests)
     return {**document, "sizes": ranked.sizes}
 

@@ -82,6 +82,7 @@ def write_outcome(
 ) -> None:
     """Write the rows and the audit, and log the audit."""
     from embedding_finetune.mining.audit import audit_text, examples
+    from embedding_finetune.model.encoding_kernels import precision
 
     keep_all = not options.drop_rows_without_negatives
     written = [number for number, selection in enumerate(mined.selections) if selection.negatives or keep_all]
@@ -94,6 +95,7 @@ def write_outcome(
     write(options.output_file, to_write(written), columns_to_write(rows, options))
     stopwatch.lap("write")
     audit = mined.audit(corpus, options, stopwatch, dropped=len(rows) - len(written))
+    audit["precision"] = precision(options.dtype) if options.dense_models else None
     if options.report_file is not None:
         with files.atomic_writer(options.report_file) as file:
             file.write(json.dumps(audit, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -8,6 +8,7 @@ from helpers.data import TOPICS, passage_about, read_jsonl, write_jsonl
 
 import evaluate
 import finetune
+from embedding_finetune.model.encoding_kernels import precision
 
 
 @pytest.fixture
@@ -41,6 +42,8 @@ def test_every_file_tells_the_same_numbers_and_pytrec_eval_reproduces_them(files
     assert (document["queries"], document["passages"], document["duplicate_passages"]) == (10, 10, 1)
     assert (document["positives_not_in_corpus"], document["queries_without_findable_positive"]) == (1, 1)
     assert document["settings"]["cutoffs"] == [1, 3, 20]
+    assert (document["settings"]["dtype"], document["precision"]) == ("auto", precision("auto"))
+    assert f"10 passages; embedded in {precision('auto')}" in (out / "report.html").read_text()
     assert len(set(document["weights_sha256"].values())) == 2
 
     qrels: dict[str, dict] = {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.calibration import Calibration, Gelu, Range
-from embedding_finetune.model.encoding_kernels import choose_dtype, precision
+from embedding_finetune.model.encoding_kernels import choose_dtype
 from embedding_finetune.model.int8 import (
     Codes,
     Int8Linear,
@@ -156,6 +156,15 @@ def test_models_keep_their_embeddings(tmp_path, monkeypatch, kind, native):
 
 
 @needs_vnni
+def test_a_model_that_looks_at_the_weights_behind_a_gelu_works_too(tmp_path):
+    folder = make_kind("t5", tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "feed_forward_proj": "gelu", "dense_act_fn": "gelu"}))
+    exact, ours = (embed_passages(encoder_for(folder, "--dtype", name), ["a red pump"]) for name in ("float32", "int8"))
+    assert (exact * ours).sum() > 0.997
+
+
+@needs_vnni
 @pytest.mark.parametrize("native", [True, False])
 def test_an_embedding_in_8_bits_does_not_depend_on_its_neighbours_or_on_the_batch(tiny_bert, monkeypatch, native):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
@@ -176,9 +185,9 @@ def test_a_store_keeps_8_bit_embeddings_apart_and_finds_them_again(tiny_bert, tm
         return "1 of 1 passage texts were in --embeddings_dir" in caplog.text
 
     assert [stored(dtype) for dtype in ("bfloat16", "int8", "int8")] == [False, False, True]
-    encoder = encoder_for(tiny_bert, "--dtype", "int8")
+    tower = encoder_for(tiny_bert, "--dtype", "int8").passages
     settings = [json.loads(path.read_text()) for path in tmp_path.glob("*/settings.json")]
-    assert {one["dtype"] for one in settings} == {"bfloat16", precision(encoder.passages.model.backbone, torch.int8)}
+    assert {one["dtype"] for one in settings} == {"bfloat16", tower.settings(tower.passage)["dtype"]}
 
 
 @needs_vnni

@@ -119,6 +119,7 @@ def test_the_audit_counts_what_is_in_the_file_and_warns_of_false_negatives(tiny_
     flags = ("--range_for_sampling", "0-8", "--negative_number", "5", "--save_scores", "--show_examples", "3")
     mined, audit = mine(tiny_bert, data, tmp_path, *flags)
     assert (audit["rows"], audit["candidates"]) == (10, 20)
+    assert (audit["settings"]["dtype"], audit["precision"]) == ("float32", "float32")
     assert audit["negatives"] == sum(len(row["neg"]) for row in mined)
     pairs = [(min(row["pos_scores"]), score) for row in mined for score in row["neg_scores"]]
     above = np.mean([score > positive for positive, score in pairs])

@@ -247,13 +247,14 @@ def test_a_damaged_segment_that_another_process_writes_anew_meanwhile_stays(tmp_
     assert found_in(reader) == [0, 1, 2]
 
 
-def test_what_a_killed_writer_left_is_removed_an_hour_later(tmp_path):
+def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path):
     folder = store_in(tmp_path).folder
     names = [".00112233445566aa.tmp", ".00112233445566bb.tmp", ".mine.tmp", "00112233445566aa.tmp"]
     for name in names:
         (folder / name).write_bytes(b"half a segment")
     for name in names[::2]:
-        os.utime(folder / name, (time.time() - 3700,) * 2)
+        os.utime(folder / name, (time.time() - 25 * 3600,) * 2)
+    os.utime(folder / names[1], (time.time() - 23 * 3600,) * 2)
     store_in(tmp_path)
     assert {path.name for path in folder.iterdir()} == {*names[1:], "settings.json"}
 
@@ -262,12 +263,12 @@ def test_a_store_tells_which_model_used_it_last_and_when(tiny_bert, tmp_path, en
     store, copy = tmp_path / "store", tmp_path / "copy"
     shutil.copytree(tiny_bert, copy)
     for folder in (tiny_bert, copy):
-        encoder = encoder_for(folder, "--embeddings_dir", str(store))
+        encoder = encoder_for(folder, "--embeddings_dir", str(store), "--dtype", "float32")
         embed_passages(encoder, TEXTS[:3])
         for settings in store.glob("*/settings.json"):
             assert time.time() - settings.stat().st_mtime < 1000
             os.utime(settings, (0, 0))
-            assert (settings.parent / "model.txt").read_text() == f"{folder}\n"
+            assert (settings.parent / "model.txt").read_text() == f"{folder}, float32\n"
     assert encoded == TEXTS[:3]
     assert len(list(store.iterdir())) == 1  # queries and passages are encoded alike
 

@@ -1,6 +1,8 @@
 """--embeddings_dir under what befalls a run: kill -9, a full disk, one that cannot be written. One fault at a time."""
 
+import errno
 import functools
+import os
 import random
 import signal
 import subprocess
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 from helpers.data import REPOSITORY, TOPICS, write_jsonl
 from helpers.running import argv_of, embed_passages, encoder_for
+
+from embedding_finetune.command_line import UserError
 
 TEXTS = [" ".join(words) + " call the desk" * (len(words[0]) % 4) for words in product(TOPICS, TOPICS, TOPICS[:3])]
 
@@ -185,3 +189,20 @@ def test_a_run_that_is_killed_at_any_moment_loses_one_interval_and_one_batch_at_
     assert found.all()
     assert np.array_equal(embeddings, embed_passages(encoder_for(tiny_bert), TEXTS))
     assert list(tmp_path.rglob("*.segment")) != []
+
+
+def test_a_folder_that_cannot_be_created_is_refused_before_a_model_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--embeddings_dir .*/file/store: cannot be created: Not a directory"):
+        encoder_for(tmp_path / "no model", "--embeddings_dir", str(tmp_path / "file" / "store"))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tiny_bert, tmp_path, monkeypatch):
+    embed_passages(encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path)), TEXTS[:3])
+
+    def scandir(path):  # root may list all folders
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"--embeddings_dir: .* cannot be listed: Permission denied"):
+        encoder_for(tiny_bert, "--embeddings_dir", str(tmp_path))

@@ -181,3 +181,14 @@ def test_a_tokenizer_that_is_python_in_part_is_called():
     (ids, _), cut = tokenize(tokenizer, ["the pump", "the red pump"], instruction="", max_length=5)
     assert ids == make_tokenizer()("the pump !")["input_ids"]
     assert cut == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", text_kinds(EmbeddingConfig(), query_max_len=8, passage_max_len=8))
+def test_a_text_without_tokens_is_an_error_that_names_it_wherever_it_stands(kind, place):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # which adds special tokens
+    texts = ["reset the pump", "a desk", "an alarm"]
+    texts[place] = "\u200b"  # a space without a width, which BERT's normalisation removes
+    with pytest.raises(UserError, match=rf"makes no token of the {kind.name} '\\u200b'; leave it out"):
+        kind.tokenize(tokenizer, texts)

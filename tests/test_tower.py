@@ -10,7 +10,6 @@ from embedding_finetune.command_line import UserError
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
-from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval import tower as towers
 from embedding_finetune.retrieval.tower import Tower
 
@@ -87,6 +86,14 @@ def test_texts_that_are_cut_are_counted(tiny_bert, caplog):
     with caplog.at_level("INFO"):
         encoder_for(tiny_bert, "--query_max_len", "6").encode_queries(["reset the pump", "reset the pump", "a b c d e"])
     assert "1 of 3 query texts were cut to 6 tokens" in caplog.text
+
+
+def test_texts_that_are_cut_are_counted_among_those_that_were_not_in_the_store(tiny_bert, tmp_path, caplog):
+    encoder = encoder_for(tiny_bert, "--query_max_len", "6", "--embeddings_dir", str(tmp_path))
+    encoder.encode_queries(["a b c d e f"])
+    with caplog.at_level("INFO"):
+        encoder.encode_queries(["a b c d e f", "a b c d e", "a"])
+    assert "1 of 2 new query texts were cut to 6 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -167,17 +174,3 @@ def test_pooling_leaves_out_each_querys_own_instruction(tiny_bert, tmp_path):
         states = backbone(ids).last_hidden_state[0].detach()
         kept = states[len(tokenizer(own)["input_ids"]) - 1 :] if own else states
         assert np.allclose(vector, torch.nn.functional.normalize(kept.mean(dim=0), dim=0), atol=1e-6)
-
-
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_text_without_tokens_is_an_error_that_names_it_wherever_it_stands(tiny_bert, monkeypatch, place):
-    encoder = encoder_for(tiny_bert)
-    tokenize = TextKind.tokenize
-
-    def tokenized(kind, *args):
-        tokens, cut = tokenize(kind, *args)
-        return [text._replace(packed=b"") if number == place else text for number, text in enumerate(tokens)], cut
-
-    monkeypatch.setattr(TextKind, "tokenize", tokenized)
-    with pytest.raises(UserError, match=f"query {place + 1} has no tokens: '{TEXTS[place][:20]}"):
-        encoder.encode_queries(TEXTS[:3])

@@ -36,7 +36,7 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
     ranks = {name: first_ranks(ranking, task, depth) for name, ranking in rankings.items()}
     parts = {
         "title": "Retrieval: " + escape(" and ".join(rankings)),
-        "facts": _facts(task),
+        "facts": _facts(task, document["precision"]),
         "legend": "".join(f'<li class="m{i % COLOURS}">{escape(name)}</li>' for i, name in enumerate(rankings)),
         "warnings": "".join(f"<li>{escape(text)}</li>" for text in warnings(document)),
         "measures": _measures(document),
@@ -53,10 +53,11 @@ def html_report(document: Record, task: RetrievalTask, rankings: Mapping[str, Ra
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _facts(task: RetrievalTask) -> str:
+def _facts(task: RetrievalTask, precision: str | None) -> str:
     by = task.held_out_by
     kind = "" if by is None else f", held out by {by}: {what_is_new(by)}"
-    return escape(f"{len(task.queries):,} queries, {len(task.corpus):,} passages{kind}")
+    embedded_in = "" if precision is None else f"; embedded in {precision}"
+    return escape(f"{len(task.queries):,} queries, {len(task.corpus):,} passages{kind}{embedded_in}")
 
 
 def first_ranks(ranking: Ranking, task: RetrievalTask, depth: int) -> np.ndarray:

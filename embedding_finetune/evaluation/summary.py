@@ -40,6 +40,7 @@ def summarize(
         "thresholds": None,
         "sizes": {},
         "index_unchanged": {},
+        "precision": None,
         "metrics": {name: means(scores) for name, scores in values.items()},
         "differences": {
             name: compared(values[base], values[name], seed=options.seed) for name in options.model_name if name != base

@@ -15,7 +15,7 @@ from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.model.attention import leave_out_cudnn_attention, replace_sdpa
 from embedding_finetune.model.calibration import Calibration
 from embedding_finetune.model.encoding_attention import BATCHED_PRODUCTS
-from embedding_finetune.model.int8 import has_int8_products, products_digest, quantize_linear_layers
+from embedding_finetune.model.int8 import has_int8_products, quantize_linear_layers
 from embedding_finetune.process import put_back
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,14 @@ def _check_int8(device: torch.device) -> None:
         )
 
 
-def precision(backbone: PreTrainedModel, dtype: torch.dtype) -> str:
-    """What a prepared model computes in, for the key of a store: two runs may share embeddings where it is the same."""
-    name = str(dtype).removeprefix("torch.")
-    if dtype != torch.int8:
-        return name
-    return f"{name} of {products_digest(backbone)}, and {str(backbone.dtype).removeprefix('torch.')}"
+def precision(name: str) -> str:
+    """What `--dtype` comes to on this machine, for example "bfloat16" for "auto"."""
+    return dtype_name(choose_dtype(name, working_device()))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """For example "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def prepare_for_encoding(

@@ -110,14 +110,18 @@ class Int8Product:
 
 
 class _Int8Module(nn.Module):
-    """Stands in a model in the place of an nn.Linear. digest: its product's, as hexadecimal digits."""
+    """Stands in a model in the place of an nn.Linear. digest: its product's, as hexadecimal digits.
+
+    dtype: that of the inputs it takes.
+    """
 
     def __init__(self, linear: nn.Linear, product: Int8Product, dtype: torch.dtype) -> None:
         super().__init__()
         self._product = product
         self.digest = product.digest.hexdigest()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Some models look at the dtype of a weight. It has no values: those that multiply with it fail, and are told.
+        # Some models convert a layer's inputs to its weight's dtype. It has no values: those that multiply with it
+        # fail, and are told.
         self.weight = torch.empty(linear.weight.shape, dtype=dtype, device="meta")
 
 
@@ -215,7 +219,7 @@ class Int8LinearBehindGelu(_Int8Module):
     """A linear layer that gets codes. weight: (M, K), 0 for the large inputs."""
 
     def __init__(self, linear: nn.Linear, weight: Tensor, codes: Codes, large: LargeInputs, dtype: torch.dtype) -> None:
-        super().__init__(linear, Int8Product(weight, linear.bias, codes, dtype), dtype)
+        super().__init__(linear, Int8Product(weight, linear.bias, codes, dtype), torch.uint8)
         self._large = large
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -248,10 +252,13 @@ def quantize_linear_layers(backbone: nn.Module, calibration: Calibration, dtype:
             backbone.set_submodule(name, Int8Linear(linear, _codes([name], layers, calibration.ranges), dtype))
 
 
-def products_digest(backbone: nn.Module) -> str:
-    """Tells 8-bit weights and scales apart: a calibration on another machine may round a scale to the other side."""
-    digests = (module.digest for module in backbone.modules() if isinstance(module, _Int8Module))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+def products_digest(backbone: nn.Module) -> str | None:
+    """Tells 8-bit weights and scales apart: a calibration on another machine may round a scale to the other side.
+
+    None for a model without any.
+    """
+    digests = [module.digest for module in backbone.modules() if isinstance(module, _Int8Module)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:32] if digests else None
 
 
 def _codes(names: Sequence[str], layers: dict[str, nn.Linear], ranges: dict[str, Range]) -> Codes:

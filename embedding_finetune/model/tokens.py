@@ -202,11 +202,18 @@ class TextKind(NamedTuple):
     def tokenize(
         self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], instructions: Instructions = None
     ) -> tuple[list[Tokens], int]:
-        """The tokens of texts of this kind, special tokens included, and how many texts were cut to max_length."""
+        """The tokens of texts of this kind, special tokens included, and how many texts were cut to max_length.
+
+        Raises UserError for a text without tokens: a tokenizer that adds none of its own makes nothing of some texts.
+        """
         own = [self.instruction if text is None else text for text in instructions or [None] * len(texts)]
         texts = [instruction + text for instruction, text in zip(own, texts)]
-        packed, cut = [], 0
+        packed: list[bytes] = []
+        cut = 0
         for ids, was_cut in _encoded(tokenizer, texts, self.max_length, lower_case=self.lower_case):
+            if not ids:
+                text = texts[len(packed)][:_SHOWN_CHARACTERS]
+                raise UserError(f"the model's tokenizer makes no token of the {self.name} {text!r}; leave it out")
             packed.append(array("i", ids).tobytes())
             cut += was_cut
         left_out = dict.fromkeys(own, 0)

@@ -20,6 +20,7 @@ from embedding_finetune.model.checkpoint import has_routes
 from embedding_finetune.model.checks import check_encoding
 from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
+    dtype_name,
     leave_out_pooler,
     precision,
     prepare_for_encoding,
@@ -36,6 +37,7 @@ from embedding_finetune.model.packing import pack_if_possible
 from embedding_finetune.model.routes import Route
 from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval.arguments import EncodingOptions
+from embedding_finetune.retrieval.store import make_root
 from embedding_finetune.retrieval.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,10 @@ def load_encoder(name_or_path: str, options: EncodingOptions, *, flag: str, scra
 
     scratch: a temporary folder to keep embeddings in where --embeddings_dir is not given.
     """
-    choose_dtype(options.dtype, working_device())  # what cannot be is refused before a model is read
+    # What cannot be is refused before a model is read.
+    choose_dtype(options.dtype, working_device())
+    if options.embeddings_dir is not None:
+        make_root(options.embeddings_dir)
     if is_routed(name_or_path, options, flag=flag):
         encoder = Encoder(
             load_tower(name_or_path, options, flag=flag, route="query"),
@@ -100,7 +105,7 @@ def keep(tower: Tower, kind: TextKind, name_or_path: str, options: EncodingOptio
     """Let a tower keep its embeddings of a kind in --embeddings_dir, or else in a temporary folder if there is one."""
     if options.embeddings_dir is not None:
         name = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-        tower.keep_embeddings(kind, options.embeddings_dir, name=name)
+        tower.keep_embeddings(kind, options.embeddings_dir, name=f"{name}, {precision(options.dtype)}")
     elif scratch is not None:
         tower.keep_embeddings(kind, scratch, is_scratch=True)
 
@@ -134,7 +139,6 @@ def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route:
         tokens_per_batch=options.tokens_per_batch,
         packed_from=packed_from,
         weights_digest=digest,
-        precision=precision(model.backbone, dtype),
     )
 
 
@@ -179,7 +183,7 @@ def _prepared(
     position = first_position(backbone)
     packs = not compiled and pack_if_possible(backbone, tokenizer, device, dtype, first_position=position, limit=limit)
     packed_from = position if packs else None
-    how = f"{str(dtype).removeprefix('torch.')} on {device.type}" + (", texts end to end" if packs else "")
+    how = f"{dtype_name(dtype)} on {device.type}" + (", texts end to end" if packs else "")
     folder = loaded.config.backbone_folder
     logger.info("%s: encoding in %s", os.path.join(name, folder) if folder else name, how)
     model = BiEncoder(backbone, loaded.config, projection=loaded.projection).eval()

@@ -57,10 +57,18 @@ _LOOKS = 3
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 """What a killed atomic_writer leaves."""
 _SEGMENT = re.compile(r"[0-9a-f]{32}\.segment")
-_STALE_SECONDS = 3600
+_STALE_SECONDS = 24 * 3600
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _told_of: set[str] = set()
 """Folders that cannot be written, which the user was told of."""
+
+
+def make_root(root: AnyPath) -> None:
+    """Create the folder of --embeddings_dir where it is not there. Raises UserError where it cannot be."""
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{_FLAG} {root}: cannot be created: {error.strerror}") from error
 
 
 class EmbeddingStore:
@@ -126,9 +134,16 @@ class EmbeddingStore:
 
     def _segments(self) -> list[Path]:
         # No pipe, which would be waited for, and no file of the user's, which would be taken for a damaged segment.
-        return sorted(
-            path for path in self.folder.glob("*.segment") if _SEGMENT.fullmatch(path.name) and path.is_file()
-        )
+        try:
+            return sorted(
+                Path(entry.path)
+                for entry in os.scandir(self.folder)
+                if _SEGMENT.fullmatch(entry.name) and entry.is_file()
+            )
+        except FileNotFoundError:  # it was pruned
+            return []
+        except OSError as error:
+            raise UserError(f"{self._name}: {self.folder} cannot be listed: {error.strerror}") from error
 
     def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
@@ -275,7 +290,7 @@ def _tell_that_it_is_read_only(name: str, folder: AnyPath, error: OSError) -> No
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove what killed writers left. A running one finishes its file within seconds."""
+    """Remove what killed writers left. A running one finishes its file within seconds, but clocks may differ."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if _TEMPORARY.fullmatch(path.name) and path.stat().st_mtime < time.time() - _STALE_SECONDS:

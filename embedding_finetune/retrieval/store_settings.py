@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from embedding_finetune.model.bi_encoder import BiEncoder
+from embedding_finetune.model.encoding_kernels import dtype_name
+from embedding_finetune.model.int8 import products_digest
 from embedding_finetune.model.module_configs import DropoutConfig, module_name
 from embedding_finetune.model.tokens import TextKind
 
 
 def store_settings(
-    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str, precision: str
+    model: BiEncoder, tokenizer: PreTrainedTokenizerBase, kind: TextKind, *, weights_digest: str
 ) -> dict[str, Any]:
     """The settings that texts of a kind are encoded with; two runs may share embeddings where these are equal."""
     config, described = model.embedding_config, model.backbone.config.to_diff_dict()
@@ -32,10 +34,15 @@ def store_settings(
         "dense": [module_name(module) for module in config.modules if not isinstance(module, DropoutConfig)],
         "normalized": config.normalized,
         "lower_case": config.lower_case,
-        "dtype": precision,
+        "dtype": _dtype(model.backbone),
         "instruction": kind.instruction,
         "max_length": kind.max_length,
     }
+
+
+def _dtype(backbone: PreTrainedModel) -> str:
+    name, digest = dtype_name(backbone.dtype), products_digest(backbone)
+    return name if digest is None else f"int8 of {digest}, and {name}"
 
 
 def _digest_of_own_code(backbone: type) -> str | None:

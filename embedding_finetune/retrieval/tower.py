@@ -57,7 +57,7 @@ class Tower:
     """A bi-encoder ready to embed texts: queries, passages or both, each kind with its own instruction and length.
 
     tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: loading.weights_digest of the weights as they are
-    stored, and precision: what encoding_kernels.precision gives; `settings` needs both.
+    stored, which `settings` needs.
     """
 
     def __init__(
@@ -70,13 +70,11 @@ class Tower:
         tokens_per_batch: int | None = None,
         packed_from: int | None = None,
         weights_digest: str = "",
-        precision: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._tokens = TokenEncoder(model, tokenizer, tokens_per_batch=tokens_per_batch, packed_from=packed_from)
         self.weights_digest = weights_digest
-        self.precision = precision
         self.query, self.passage = text_kinds(
             model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
         )
@@ -91,9 +89,7 @@ class Tower:
         """What decides the embedding of a text of a kind: where two towers' are equal, so are their embeddings."""
         if not self.weights_digest:
             raise ValueError("embeddings are told apart by weights_digest: without it two models would share them")
-        return store_settings(
-            self.model, self.tokenizer, kind, weights_digest=self.weights_digest, precision=self.precision
-        )
+        return store_settings(self.model, self.tokenizer, kind, weights_digest=self.weights_digest)
 
     @property
     def index_digest(self) -> str:
@@ -154,7 +150,8 @@ class Tower:
         if store is not None and not store.is_scratch and parts and not quiet:
             logger.info("%d of %d %s texts were in --embeddings_dir", stop - first - encoded, stop - first, kind.name)
         if cut:
-            logger.info("%d of %d %s texts were cut to %d tokens", cut, encoded, kind.name, kind.max_length)
+            new = "" if encoded == stop - first else "new "  # nobody knows how many of those in the store were cut
+            logger.info("%d of %d %s%s texts were cut to %d tokens", cut, encoded, new, kind.name, kind.max_length)
 
     def _parts(self, first: int, stop: int) -> Iterator[slice]:
         """Blocks of the texts from first to stop; on an accelerator larger ones, after a first that it has soon."""
@@ -179,7 +176,6 @@ class Tower:
     def _embed(self, block: Block, kind: TextKind, progress: Progress) -> None:
         """Fill in the embeddings of a block's missing texts, and keep them where there is a store."""
         # Texts with the same tokens are encoded once.
-        _check_tokens(block, kind)
         rows_of: dict[Tokens, int] = {}
         rows = np.array([rows_of.setdefault(tokens, len(rows_of)) for tokens in block.tokens], dtype=np.int64)
         copies = np.bincount(rows, minlength=len(rows_of))
@@ -215,14 +211,6 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := following.result()) is not end:
             following = thread.submit(next, items, end)
             yield item  # type: ignore[misc]
-
-
-def _check_tokens(block: Block, kind: TextKind) -> None:
-    """Raise UserError for a text without tokens: a tokenizer that adds none of its own makes nothing of some texts."""
-    for row, tokens in zip(block.missing.tolist(), block.tokens, strict=True):
-        if not tokens.packed:
-            text = block.texts[row][:_SHOWN_CHARACTERS]
-            raise UserError(f"{kind.name} {block.start + row + 1} has no tokens: {text!r}; leave it out")
 
 
 def _check_directions(block: Block, kind: TextKind) -> None:

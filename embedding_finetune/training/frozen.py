@@ -27,6 +27,7 @@ from embedding_finetune.model.loading import EmbeddingModel, weights_digest
 from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_by_options, load_tower
+from embedding_finetune.retrieval.store import make_root
 from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training.pool_file import PoolFile, new_file
 
@@ -52,7 +53,11 @@ class FrozenPassages:
 
     def __init__(self, pool: Corpus, name: str, options: EncodingOptions, *, dimensions: int) -> None:
         self.pool = pool
-        scratch = None if options.embeddings_dir is not None else _on_each_machine(_new_folder)
+        scratch = None
+        if options.embeddings_dir is None:
+            scratch = _on_each_machine(_new_folder)
+        else:
+            make_root(options.embeddings_dir)
         self.tower = load_tower(name, options, flag=_FLAG, route="document")
         check_dimensions(dimensions, self.tower.model.dimensions, what=f"{_FLAG} {name}")
         keep(self.tower, self.tower.passage, name, options, scratch)
