@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     with importing():
         from embedding_finetune.distributed import join_process_group, once_in_all, process_rank
         from embedding_finetune.evaluation.rankings import rank_all
-        from embedding_finetune.model.loading import check_models_are_there
+        from embedding_finetune.model.pretrained import check_models_are_there
         from embedding_finetune.retrieval.store import tell_size
 
     join_process_group()

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from embedding_finetune.distributed import join_process_group, once_in_all
         from embedding_finetune.mining.negatives import mine_negatives
         from embedding_finetune.mining.selection import fill_in_scores
-        from embedding_finetune.model.loading import check_models_are_there
+        from embedding_finetune.model.pretrained import check_models_are_there
         from embedding_finetune.retrieval.reranker import check_reranker
         from embedding_finetune.retrieval.store import tell_size
 

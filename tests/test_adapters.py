@@ -17,7 +17,15 @@ from torch import nn
 import evaluate
 import mine_hard_neg
 from embedding_finetune.command_line import UserError
-from embedding_finetune.model.adapters import adapter_rank, add_adapters, has_adapters, merged, mix_with
+from embedding_finetune.model.adapters import (
+    AdapterBase,
+    adapter_rank,
+    add_adapters,
+    has_adapters,
+    merged,
+    mix_with,
+    save_adapter,
+)
 from embedding_finetune.model.bi_encoder import BiEncoder
 from embedding_finetune.model.checkpoint import EmbeddingConfig
 from embedding_finetune.model.loading import load_backbone
@@ -60,6 +68,20 @@ def test_adapters_train_few_weights_and_are_saved_merged_so_that_every_tool_load
     assert np.allclose(embeddings(tuned / "adapter", "--normalized", "True"), embeddings(tuned), atol=1e-5)
     adapter = load_file(tuned / "adapter" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in adapter.values()} == {4}
+
+
+def test_saving_an_adapter_asks_no_hub(tiny_bert, tmp_path, monkeypatch):
+    from peft.utils import save_and_load
+
+    def ask(*args):
+        raise AssertionError(f"the hub is asked for {args}")
+
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", ask)
+    backbone, _, _ = load_backbone(str(tiny_bert), flag="--model")
+    backbone.name_or_path = "me/base"  # as peft has it of a model of the hub
+    save_adapter(add_adapters(backbone, 2, seed=0), tmp_path, base=AdapterBase("me/base", None), alone=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "me/base"
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "embeddings" in name]
 
 
 def test_a_resumed_run_with_adapters_ends_where_an_unbroken_one_does(tiny_bert, rows, tmp_path):

@@ -64,18 +64,6 @@ def test_null_is_the_same_as_missing_where_a_field_may_be_missing(tmp_path):
             read_rows(path)
 
 
-@pytest.mark.parametrize(
-    "score", ["1" + "0" * 400, "-1" + "0" * 400, "NaN", "Infinity", "-Infinity", "1e300", "3.5e38"]
-)
-def test_scores_that_float32_cannot_hold_are_named(tmp_path, score):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"query": "q", "pos": ["p", "r"], "pos_scores": [3.4e38, ' + score + "]}\n")
-    with pytest.raises(UserError) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f'{path}:1: "pos_scores"[1] is ')
-    assert len(str(error.value)) < len(str(path)) + 100
-
-
 def test_fields_that_are_not_used_are_counted_once_for_a_file(tmp_path, caplog):
     train, queries, pool = tmp_path / "train.jsonl", tmp_path / "queries.jsonl", tmp_path / "pool.jsonl"
     row = {"query": "q", "pos": ["p"]}

@@ -17,7 +17,7 @@ import finetune
 import mine_hard_neg
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import read_config
-from embedding_finetune.model.loading import load_pretrained
+from embedding_finetune.model.pretrained import load_pretrained
 from embedding_finetune.model.revisions import at_revision
 from embedding_finetune.model.training_queries import read_training_queries
 from embedding_finetune.retrieval.reranker import check_reranker, load_reranker

@@ -7,14 +7,24 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import beir
 from embedding_finetune.data.columns import Place
+from embedding_finetune.data.fields import (
+    are_texts,
+    check_instruction,
+    check_scores,
+    check_text,
+    drop_nulls,
+    fields_beyond,
+    require_scores,
+    require_text,
+    require_texts,
+    require_value,
+)
 from embedding_finetune.data.formats import read
 from embedding_finetune.data.jsonl import Record
-from embedding_finetune.data.texts import canonical
 from embedding_finetune.files import AnyPath
 
 logger = logging.getLogger(__name__)
@@ -25,9 +35,6 @@ SCORE_FIELDS = ("pos_scores", "neg_scores")
 _PLAIN_FIELDS = {"query", "pos", "neg"}
 _QUERY_FIELDS = ("query", "pos", "id", "group", "instruction", HELD_OUT_BY, HELD_OUT_PART)
 
-_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""Scores are held as float32."""
-_SHOWN_CHARACTERS = 20
 _SHOWN_FIELDS = 10
 """In one log line."""
 
@@ -63,12 +70,12 @@ def read_training_rows(
     for place, record in rows:
         if not _is_plain(record):
             _check_training_row(place, record)
-            others.update(_fields_beyond(used, record))
+            others.update(fields_beyond(used, record))
             instructed += "instruction" in record
         if field_required is not None:
-            _check_field(place, record, field_required)
+            require_value(place, record, field_required)
         if scores_required:
-            _require_scores(place, record)
+            require_scores(place, record)
         yield record
     _log_instructed(path, instructed)
     _log_others(path, others, "kept and written, but not used" if others_are_kept else "ignored")
@@ -79,18 +86,18 @@ def _is_plain(record: Record) -> bool:
     pos, neg = record.get("pos"), record.get("neg", [])
     if not _PLAIN_FIELDS.issuperset(record) or not isinstance(pos, list) or not isinstance(neg, list) or not pos:
         return False
-    return _are_texts([record.get("query"), *pos, *neg])
+    return are_texts([record.get("query"), *pos, *neg])
 
 
 def _check_training_row(place: Place, record: Record) -> None:
-    _drop_nulls(record, "neg", "instruction")
-    _require_text(place, record, "query")
-    _require_texts(place, record, "pos")
+    drop_nulls(record, "neg", "instruction")
+    require_text(place, record, "query")
+    require_texts(place, record, "pos")
     if "neg" in record:
-        _require_texts(place, record, "neg", may_be_empty=True)
-    _check_instruction(place, record)
+        require_texts(place, record, "neg", may_be_empty=True)
+    check_instruction(place, record)
     for field in ("pos", "neg"):
-        _check_scores(place, record, field)
+        check_scores(place, record, field)
 
 
 def read_queries(path: AnyPath, columns: Sequence[str] = (), *, may_lack_answers: bool = False) -> Iterator[Record]:
@@ -107,16 +114,16 @@ def read_queries(path: AnyPath, columns: Sequence[str] = (), *, may_lack_answers
     places_of: dict[str, str] = {}
     without_id = instructed = 0
     for place, record in read(path, columns, fields=_QUERY_FIELDS, others=False):
-        _drop_nulls(record, "id", "group", "instruction")
-        _require_text(place, record, "query")
-        _require_texts(place, record, "pos", may_be_empty=may_lack_answers)
-        _check_instruction(place, record)
+        drop_nulls(record, "id", "group", "instruction")
+        require_text(place, record, "query")
+        require_texts(place, record, "pos", may_be_empty=may_lack_answers)
+        check_instruction(place, record)
         if "group" in record:
-            _require_text(place, record, "group")
+            require_text(place, record, "group")
         if "id" in record:
             name = record["id"]
             if isinstance(name, str):
-                _check_text(place, "id", name)
+                check_text(place, "id", name)
             if type(name) not in (str, int) or str(name).split() != [str(name)]:
                 raise UserError(
                     f"{place}: {place.name('id')} is {name!r}, expected a string without whitespace or a number"
@@ -129,7 +136,7 @@ def read_queries(path: AnyPath, columns: Sequence[str] = (), *, may_lack_answers
         if places_of and without_id:
             raise UserError(f'{place}: some rows have an "id" and some do not; give all of them one, or none')
         instructed += "instruction" in record
-        others.update(_fields_beyond(used, record))
+        others.update(fields_beyond(used, record))
         yield record
     _log_instructed(path, instructed)
     _log_others(path, others, "ignored")
@@ -147,13 +154,13 @@ def read_passages(path: AnyPath, columns: Sequence[str] = ()) -> Iterator[str]:
     others: Counter[str] = Counter()
     found = skipped = 0
     for place, record in read(path, columns, fields=("context", "text", "title", "_id"), others=False):
-        _drop_nulls(record, "context", "text", "title")
+        drop_nulls(record, "context", "text", "title")
         texts = _passages_of(place, record)
         yield from texts
         found += len(texts)
         skipped += not texts
         used = {"context"} if "context" in record else {"text", "title", "_id"} if "_id" in record else {"text"}
-        others.update(_fields_beyond(used, record))
+        others.update(fields_beyond(used, record))
     if not found:
         raise UserError(f"{path}: none of the {skipped} documents has a title or text")
     if skipped:
@@ -170,7 +177,7 @@ def _read_beir(path: AnyPath, split: str) -> Iterator[tuple[Place, Record]]:
 
 def _passages_of(place: Place, record: Record) -> list[str]:
     if "context" in record:
-        _require_texts(place, record, "context")
+        require_texts(place, record, "context")
         return record["context"]
     if "_id" in record:
         text = document_text(place, record)
@@ -182,7 +189,7 @@ def _passages_of(place: Place, record: Record) -> list[str]:
             f'{place}: neither "context" nor {place.names_to_find("text")} is there; expected '
             f'{{"context": [str, ...]}} or {{"text": str}}{place.remedy("text")}'
         )
-    _require_text(place, record, "text")
+    require_text(place, record, "text")
     return [record["text"]]
 
 
@@ -193,82 +200,8 @@ def document_text(place: Place, record: Record) -> str:
     """
     for field in ("title", "text"):
         if record.get(field) is not None:
-            _check_text(place, field, record[field], may_be_blank=True)
+            check_text(place, field, record[field], may_be_blank=True)
     return beir.title_and_text(record)
-
-
-def _require_text(place: Place, record: Record, field: str) -> None:
-    if _are_texts([record.get(field)]):
-        return
-    if _lacks(place, record, field):
-        is_of_beir = field == "query" and "_id" in record
-        hint = "; of a BEIR folder give the folder itself, whose qrels say what answers a query" if is_of_beir else ""
-        raise UserError(f"{place}: {place.missing(field, 'a string')}{hint}")
-    _check_text(place, field, record[field])
-
-
-def _require_texts(place: Place, record: Record, field: str, *, may_be_empty: bool = False) -> None:
-    texts = record.get(field)
-    if isinstance(texts, list) and texts and _are_texts(texts):
-        return
-    if _lacks(place, record, field):
-        raise UserError(f"{place}: {place.missing(field, 'a list of strings')}")
-    if not isinstance(texts, list):
-        raise UserError(f"{place}: {place.name(field)} is a {type(texts).__name__}, expected a list of strings")
-    if not texts and not may_be_empty:
-        raise UserError(f"{place}: {place.name(field)} is empty, expected at least one string")
-    for position, text in enumerate(texts):
-        _check_text(place, field, text, position)
-
-
-def _are_texts(values: Sequence[Any]) -> bool:
-    """Whether all of the values are Unicode text that says something. One look at good ones, which most are."""
-    try:
-        together = "".join(values)
-        return all(map(str.strip, values)) and (together.isascii() or bool(together.encode()))
-    except (TypeError, UnicodeEncodeError):
-        return False
-
-
-def _lacks(place: Place, record: Record, field: str) -> bool:
-    """Whether a field is missing, or null in a table, where cells are nothing else."""
-    return field not in record or (place.table is not None and record[field] is None)
-
-
-def _check_instruction(place: Place, record: Record) -> None:
-    """An instruction may be empty: then nothing is put before the query."""
-    if "instruction" in record and record["instruction"] != "":
-        _require_text(place, record, "instruction")
-
-
-def field_value(value: object) -> str:
-    """What a field's value is compared by; a whole number is the same with and without a decimal point."""
-    return canonical(str(int(value) if isinstance(value, float) and value.is_integer() else value))
-
-
-def _check_field(place: Place, record: Record, field: str) -> None:
-    """Raise UserError unless a row says in `field` with which others it is to be held out."""
-    value = record.get(field)
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN is how tables say null
-        raise UserError(f"{place}: {place.name(field)} is missing, which --hold_out_by needs in every row")
-    if isinstance(value, list | dict):
-        raise UserError(
-            f"{place}: {place.name(field)} is a {type(value).__name__}, --hold_out_by needs a text or a number"
-        )
-    if isinstance(value, str):
-        _check_text(place, field, value)
-
-
-def _drop_nulls(record: Record, *fields: str) -> None:
-    """Remove those of the fields that are null."""
-    for field in fields:
-        if record.get(field, field) is None:
-            del record[field]
-
-
-def _fields_beyond(used: Iterable[str], record: Record) -> list[str]:
-    """The names of a record's other fields, without those that are null."""
-    return [name for name, value in record.items() if name not in used and value is not None]
 
 
 def _log_instructed(path: AnyPath, count: int) -> None:
@@ -283,43 +216,3 @@ def _log_others(path: AnyPath, others: Counter[str], unused: str) -> None:
         fields[_SHOWN_FIELDS:] = [f"and {len(fields) - _SHOWN_FIELDS} other fields"]
     if fields:
         logger.info("%s: %s: %s", path, unused, ", ".join(fields))
-
-
-def _require_scores(place: Place, record: Record) -> None:
-    for field in ("pos", "neg"):
-        if record.get(field) and record.get(f"{field}_scores") is None:
-            raise UserError(
-                f'{place}: "{field}_scores" is missing, which --distillation_weight needs; '
-                "mine_hard_neg.py --save_scores writes it"
-            )
-
-
-def _check_scores(place: Place, record: Record, field: str) -> None:
-    scores = record.get(f"{field}_scores")
-    if scores is None:
-        return
-    texts = record.get(field, [])
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
-    if not numbers or len(scores) != len(texts):
-        raise UserError(f'{place}: "{field}_scores" must hold a number for each of the {len(texts)} "{field}"')
-    for position, score in enumerate(scores):
-        if not -_LARGEST_FLOAT32 <= score <= _LARGEST_FLOAT32:  # NaN is refused too
-            raise UserError(
-                f'{place}: "{field}_scores"[{position}] is {repr(score)[:_SHOWN_CHARACTERS]}, '
-                "expected a finite number that float32 can hold"
-            )
-
-
-def _check_text(
-    place: Place, field: str, text: object, position: int | None = None, *, may_be_blank: bool = False
-) -> None:
-    """Raise UserError unless a field, or the item at a position of its list, is Unicode text that says something."""
-    name = place.name(field) if position is None else f"{place.name(field)}[{position}]"
-    if not isinstance(text, str):
-        raise UserError(f"{place}: {name} is a {type(text).__name__}, expected a string")
-    if not text.strip() and not may_be_blank:
-        raise UserError(f"{place}: {name} is an empty string, expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: {name} holds half a surrogate pair, which is not Unicode text") from error

@@ -71,7 +71,8 @@ def save_adapter(backbone: PreTrainedModel, folder: str | Path, *, base: Adapter
     base: the model that it belongs to.
     """
     target = Path(folder) if alone else Path(folder) / _FOLDER
-    backbone.save_pretrained(target)
+    # No linear layer is an embedding. To find that out by itself peft asks the hub, and waits where there is none.
+    backbone.save_pretrained(target, save_embedding_layers=False)
     config = json.loads((target / _CONFIG).read_text(encoding="utf-8"))
     name, revision = at_revision(base.name)
     config |= {"base_model_name_or_path": name, **revision}

@@ -27,13 +27,9 @@ from embedding_finetune.model.encoding_kernels import (
     working_device,
 )
 from embedding_finetune.model.limits import first_position
-from embedding_finetune.model.loading import (
-    EmbeddingModel,
-    errors_name_the_model,
-    load_embedding_model,
-    weights_digest,
-)
+from embedding_finetune.model.loading import EmbeddingModel, load_embedding_model
 from embedding_finetune.model.packing import pack_if_possible
+from embedding_finetune.model.pretrained import errors_name_the_model, weights_digest
 from embedding_finetune.model.routes import Route
 from embedding_finetune.model.tokens import TextKind
 from embedding_finetune.retrieval.arguments import EncodingOptions
@@ -57,7 +53,7 @@ class Encoder:
 
     @property
     def weights_digest(self) -> str:
-        """What identifies the weights: loading.weights_digest of the tower, or a digest of both towers'."""
+        """What identifies the weights: pretrained.weights_digest of the tower, or a digest of both towers'."""
         if self.queries is self.passages:
             return self.queries.weights_digest
         return hashlib.sha256(f"{self.queries.weights_digest} {self.passages.weights_digest}".encode()).hexdigest()

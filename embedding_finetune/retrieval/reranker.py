@@ -25,8 +25,8 @@ from embedding_finetune.model.encoding_kernels import (
     working_device,
 )
 from embedding_finetune.model.limits import length_limit
-from embedding_finetune.model.loading import errors_name_the_model, load_config, load_pretrained, weights_digest
 from embedding_finetune.model.padding import batches_of_one_length, padded_length
+from embedding_finetune.model.pretrained import errors_name_the_model, load_config, load_pretrained, weights_digest
 from embedding_finetune.model.tokens import pair_beginnings
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.arguments import EncodingOptions

@@ -56,8 +56,8 @@ class Block:
 class Tower:
     """A bi-encoder ready to embed texts: queries, passages or both, each kind with its own instruction and length.
 
-    tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: loading.weights_digest of the weights as they are
-    stored, which `settings` needs.
+    tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: pretrained.weights_digest of the weights as they
+    are stored, which `settings` needs.
     """
 
     def __init__(

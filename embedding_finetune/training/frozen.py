@@ -23,7 +23,8 @@ from embedding_finetune.data.corpus import Corpus
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.distributed import once_per_machine, own_share_of_machine
 from embedding_finetune.model.checkpoint import EmbeddingConfig, find_file, read_config, save_route, save_router
-from embedding_finetune.model.loading import EmbeddingModel, weights_digest
+from embedding_finetune.model.loading import EmbeddingModel
+from embedding_finetune.model.pretrained import weights_digest
 from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 from embedding_finetune.retrieval.arguments import EncodingOptions
 from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_by_options, load_tower

@@ -21,9 +21,10 @@ from embedding_finetune.model.limits import (
     freeze_position_embeddings,
     length_limit,
 )
-from embedding_finetune.model.loading import load_backbone, weights_digest
+from embedding_finetune.model.loading import load_backbone
 from embedding_finetune.model.modules import load_projection
 from embedding_finetune.model.packing import pack_if_possible
+from embedding_finetune.model.pretrained import weights_digest
 from embedding_finetune.model.routes import Route
 from embedding_finetune.model.sub_batches import Layout, layout_for
 from embedding_finetune.model.training_kernels import has_dropout, set_dropout, use_cheap_dropout

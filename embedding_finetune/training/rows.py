@@ -20,10 +20,11 @@ import pyarrow as pa
 
 from embedding_finetune.command_line import UserError, scratch_folder
 from embedding_finetune.data import beir
+from embedding_finetune.data.fields import field_value
 from embedding_finetune.data.formats import data_files
 from embedding_finetune.data.jsonl import Record
 from embedding_finetune.data.judgements import NO_JUDGEMENTS, Judgements, settle_rows
-from embedding_finetune.data.records import field_value, read_training_rows
+from embedding_finetune.data.records import read_training_rows
 from embedding_finetune.data.texts import canonical, folded_id, text_id
 from embedding_finetune.distributed import once_per_machine
 from embedding_finetune.training.row_columns import read_column
