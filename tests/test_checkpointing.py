@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 from helpers.data import REPOSITORY
+from helpers.quick_python import quick_python
 from helpers.running import wait_until
 from helpers.tiny_runs import flags
 from safetensors.torch import load_file
@@ -22,7 +22,7 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_nothing_half_written(ti
     limit = (tiny_bert / "model.safetensors").stat().st_size + 10_000  # too little for the optimizer's state
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     program = f"{limited}; import finetune; finetune.main({argv!r})"
-    command = [sys.executable, "-c", program]
+    command = [*quick_python(), "-c", program]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -35,7 +35,7 @@ def test_sigterm_ends_training_with_143_and_leaves_no_scratch_and_whole_checkpoi
     scratch.mkdir()
     argv = flags(tiny_bert, mined, folder, save_strategy="steps", max_steps=100_000, save_steps=3, save_total_limit=2)
     with subprocess.Popen(
-        [sys.executable, REPOSITORY / "finetune.py", *argv],
+        [*quick_python(), REPOSITORY / "finetune.py", *argv],
         env={**os.environ, "TMPDIR": str(scratch)},
         stderr=subprocess.PIPE,
         text=True,

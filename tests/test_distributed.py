@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.data import REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python, quick_torchrun
 from helpers.tiny import make_tiny_bert, make_tiny_reranker
 from safetensors.torch import load_file
 
@@ -28,11 +29,11 @@ def launch(
 
     launcher: another module that starts it, and its flags.
     """
-    by = launcher or ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    by = [sys.executable, "-m", *launcher] if launcher else quick_torchrun(processes)
     script = folder / f"program_{processes}.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
-        [sys.executable, "-m", *by, script, *arguments],
+        [*by, script, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=folder,
         capture_output=True,
@@ -47,7 +48,7 @@ def run_alone(program: str, folder: Path, *arguments: str, **variables) -> subpr
     script = folder / "program.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{program}")
     return subprocess.run(
-        [sys.executable, script, *arguments],
+        [*quick_python(), script, *arguments],
         env={**os.environ, **variables},
         cwd=folder,
         capture_output=True,

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.data import DEMO_MODEL, REPOSITORY, TOPICS, passage_about, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -236,7 +238,7 @@ def run_as_printed(commands, tmp_path):
         (tmp_path / name).write_text("".join(lines[:24] if name == "example.jsonl" else lines), encoding="utf-8")
     for script in ("mine_hard_neg.py", "finetune.py", "evaluate.py"):
         (tmp_path / script).symlink_to(REPOSITORY / script)
-    commands = [command.replace("python ", f"{sys.executable} ", 1) for command in commands]
+    commands = [command.replace("python", shlex.join(quick_python()), 1) for command in commands]
     return [
         subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
         for command in commands

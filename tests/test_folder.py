@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 from helpers.data import REPOSITORY
+from helpers.quick_python import quick_python
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.folder import model_replaced, remove_unfinished
@@ -104,7 +104,7 @@ with model_folder.model_replaced({str(tmp_path)!r}) as staging:
         (staging / name).parent.mkdir(exist_ok=True)
         (staging / name).write_text(text)
 """
-    status = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode
+    status = subprocess.run([*quick_python(), "-c", program], cwd=REPOSITORY, check=False).returncode
     assert status == (0 if renames == 3 else -signal.SIGKILL)
     left = {name: text for name, text in contents(tmp_path).items() if not name.startswith(".saving-")}
     if "config.json" in left:

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.data import TOPICS, passage_about, read_jsonl, write_evaluation, write_jsonl
+from helpers.quick_python import quick_python, quick_torchrun
 
 import evaluate
 
@@ -140,13 +140,12 @@ def test_without_the_package_one_line_says_what_to_install(tiny_bert, data, caps
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(tiny_bert, data, tmp_path):
     flags = ["--model_name", "bm25", str(tiny_bert), f"bm25+{tiny_bert}", *data, "--dtype", "float32"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     rows = read_jsonl(Path(data[3]))
     line = {"query": rows[0]["query"], "passage": rows[1]["pos"][0], "relevant": True}
     judgements = str(write_jsonl(tmp_path / "judgements.jsonl", [line]))
-    for name, launcher in (("one", []), ("two", torchrun)):
+    for name, launcher in (("one", quick_python()), ("two", quick_torchrun(2))):
         (tmp_path / name).mkdir()
-        command = [sys.executable, *launcher, evaluate.__file__, *flags, "--thresholds", "--sizes"]
+        command = [*launcher, evaluate.__file__, *flags, "--thresholds", "--sizes"]
         command += ["--judgements", judgements, "--doubts_file", str(tmp_path / name / "doubts.jsonl")]
         subprocess.run([*command, "--output_dir", str(tmp_path / name)], check=True, capture_output=True)
     documents = []

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python
 from helpers.tiny import make_tiny_bert
 from helpers.tiny_runs import equal, flags, kill_after_checkpoint, refusal, weights
 from transformers import AutoModel
@@ -113,7 +113,7 @@ for _ in range(2):
         return process.stdout.readline()
 
     with subprocess.Popen(
-        [sys.executable, "-c", another], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*quick_python(), "-c", another], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         with run_in(tmp_path, None, {}) as run:
             assert try_now().endswith("another run is writing there; give another folder\n")

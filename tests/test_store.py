@@ -5,13 +5,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.data import REPOSITORY, TOPICS, passage_about, write_jsonl
+from helpers.quick_python import quick_python
 from helpers.running import embed_passages, encoder_for, evaluation
 
 import evaluate
@@ -345,7 +345,7 @@ def test_a_killed_run_goes_on_with_the_first_block_that_is_not_there(tiny_bert, 
 
     def run(name, *, dies_after=0, store=True):
         program = KILLED.format(repository=str(REPOSITORY), dies_after=dies_after)
-        command = [sys.executable, "-c", program, *arguments, "--output_file", tmp_path / name]
+        command = [*quick_python(), "-c", program, *arguments, "--output_file", tmp_path / name]
         command += ["--embeddings_dir", tmp_path / "store"] if store else []
         return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
 

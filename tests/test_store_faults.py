@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 import pytest
 from helpers.data import REPOSITORY, TOPICS, write_jsonl
+from helpers.quick_python import quick_python
 from helpers.running import argv_of, embed_passages, encoder_for
 
 from embedding_finetune.command_line import UserError
@@ -173,7 +174,7 @@ def test_a_folder_that_cannot_be_made_on_such_a_disk_is_one_line(mining, tmp_pat
 def test_a_run_that_is_killed_at_any_moment_loses_one_interval_and_one_batch_at_most(tiny_bert, tmp_path):
     """A batch is a text here and takes 0.02 s or more, and an interval is 0.2 s: 10 texts, and the one in the works."""
     draw, before = random.Random(5), 0
-    command = [sys.executable, "-c", SLOW.format(repository=str(REPOSITORY)), str(tiny_bert), str(tmp_path)]
+    command = [*quick_python(), "-c", SLOW.format(repository=str(REPOSITORY)), str(tiny_bert), str(tmp_path)]
     for _ in range(3):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
             encoded = sum(int(run.stdout.readline()) for _ in range(draw.randint(15, 80)))

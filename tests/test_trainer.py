@@ -3,12 +3,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, TOPICS, padded_ids, passage_about, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python
 from helpers.tiny import make_tiny_bert
 from safetensors.torch import load_file
 
@@ -433,7 +433,7 @@ def compute_and_die(self, *args, **kwargs):
 trainer.RetrievalTrainer.compute_loss = compute_and_die
 finetune.main({training_flags(tiny_bert, pairs, tmp_path / "parts", **flags)!r})
 """
-    process = subprocess.run([sys.executable, "-c", killed], cwd=REPOSITORY, capture_output=True, check=False)
+    process = subprocess.run([*quick_python(), "-c", killed], cwd=REPOSITORY, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert last_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-12")
     assert not (tmp_path / "parts" / "training_summary.json").exists()

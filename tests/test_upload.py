@@ -43,6 +43,7 @@ UPLOAD = [
 def hub(monkeypatch, tmp_path):
     with running_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # an earlier test may have set its endpoint
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )

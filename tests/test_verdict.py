@@ -4,12 +4,12 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python
 from helpers.running import argv_of
 from helpers.tiny import WORDS
 from safetensors.torch import load_file
@@ -254,7 +254,7 @@ def test_a_resumed_run_with_other_judges_gives_no_verdict(tiny_bert, questions, 
 
 def test_a_run_with_stdout_closed_ends_well(tiny_bert, questions, tmp_path):
     words = flags(tiny_bert, questions, tmp_path / "out", hold_out=20)
-    shell = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "finetune.py", *words]
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh", *quick_python(), "finetune.py", *words]
     run = subprocess.run(shell, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert summary_of(tmp_path / "out")["verdict"]["queries"] == 20

@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 import finetune
 from helpers.data import REPOSITORY
+from helpers.quick_python import quick_python
 
 
 def flags(model, data, folder, **changes):
@@ -49,7 +49,7 @@ trainer.RetrievalTrainer._save_checkpoint = save_and_die
 finetune.main({argv!r})
 """
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [*quick_python(), "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
 
