@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from helpers.kinds import make_kind
@@ -129,6 +131,8 @@ def test_a_model_that_int8_would_change_much_is_one_line_with_the_cosine():
     model = BiEncoder(net, EmbeddingConfig(pooling="mean")).eval()
     calibration = calibrate(model, make_tokenizer(), limit=64, what="")
     assert check_likeness(model, make_tokenizer(), calibration, limit=64, what="") == pytest.approx(1, abs=1e-6)
+    long = dataclasses.replace(calibration, embeddings=calibration.embeddings * 1e25)  # whose squares float32 lacks
+    assert check_likeness(model, make_tokenizer(), long, limit=64, what="") == pytest.approx(1, abs=1e-6)
     net.q.weight.data.neg_()
     net.q.bias.data.neg_()
     with pytest.raises(UserError, match=r"--model net: in int8 .* cosine of -1\.000 to its embedding in float32; give"):

@@ -58,6 +58,20 @@ def test_scores_beyond_the_exponentials_of_bfloat16_get_the_same_attention(shift
     assert torch.allclose(ours.float()[0], theirs[0], atol=0.03)
 
 
+@pytest.mark.parametrize("kind", ["none", "right", "causal"])
+@pytest.mark.parametrize("most", [2 * 12 * 12, 5 * 12 * 12])  # one text at a time, and two
+def test_the_number_of_texts_decides_no_bit(monkeypatch, kind, most):
+    torch.manual_seed(0)
+    given = [torch.randn(3, 2, 12, 8, dtype=torch.bfloat16) for _ in range(3)]
+    for mask in (masks(kind, 12), None if kind == "none" else masks(kind, 12)[:1]):
+        together, _ = attention_in_batched_products(nn.Module(), *given, mask, is_causal=False)
+        with monkeypatch.context() as context:
+            context.setattr(encoding_attention, "_MOST_SCORES", most)
+            context.setattr(encoding_attention, "attention_by_sdpa", None)
+            parts, _ = attention_in_batched_products(nn.Module(), *given, mask, is_causal=False)
+        assert torch.equal(parts, together)
+
+
 def test_a_head_that_needs_a_softmax_changes_no_bit_of_the_others():
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 2, 12, 8, dtype=torch.bfloat16) for _ in range(3))

@@ -64,6 +64,9 @@ def test_compiling_changes_no_direction_and_makes_few_graphs_for_many_lengths(ti
     torch._dynamo.utils.counters.clear()
     compiled = encoder_for(tiny_bert, "--dtype", dtype, "--torch_compile", "--tokens_per_batch", "300")
     assert (compiled.encode_queries(texts) * plain).sum(axis=1).min() > cosine
+    # The last bits are others: it shares no store with the model that is not compiled.
+    tower, other = compiled.passages, encoder_for(tiny_bert, "--dtype", dtype).passages
+    assert tower.index_digest != other.index_digest
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # a batch of one text is a graph of its own
 
 

@@ -132,6 +132,7 @@ def real(rng, count):
 STREAMS = {
     "random": lambda rng, n: real(rng, n),
     "random of many lengths": lambda rng, n: real(rng, n) * np.float32(10) ** rng.integers(-9, 9, (n, 1)),
+    "random of all lengths": lambda rng, n: real(rng, n) * np.float32(10) ** rng.integers(-14, 15, (n, 1)),
     "each better than all before": lambda rng, n: np.abs(real(rng, n)) + 9 * np.arange(n, dtype=np.float32)[:, None],
     "better for some queries": lambda rng, n: real(rng, n) + np.arange(n, dtype=np.float32)[:, None] * [0, 0, 0, 0, 9],
     "each worse than all before": lambda rng, n: np.abs(real(rng, n)) - 9 * np.arange(n, dtype=np.float32)[:, None],
@@ -162,7 +163,7 @@ def test_whatever_comes_in_whatever_blocks_the_best_are_those_of_all_pairs(
     rng = np.random.default_rng(seed)
     q, p = STREAMS[queries](rng, 23).astype(np.float32), STREAMS[stream](rng, passages).astype(np.float32)
     best, start = TopK(q, top_k, ties=ties), 0
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, np.errstate(over="raise"):
         patch.setattr(faiss_search, "_PASSAGES_PER_SEARCH", passages_at_once)
         patch.setattr(faiss_search, "_PAIRS_PER_SEARCH", rows_at_once * block)
         while start < passages:

@@ -65,6 +65,52 @@ def test_what_decides_token_ids_outside_the_tokenizers_own_file_is_in_the_key(tm
     assert digests[0] != digests[1]
 
 
+def test_the_special_tokens_by_which_a_prompt_is_told_from_a_text_are_in_the_key(tmp_path):
+    digests = []
+    for removed in ((), ("sep_token",)):
+        model = make_tiny_bert(tmp_path / f"bert{len(digests)}")
+        path = model / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in settings.items() if name not in removed}))
+        digests.append(encoder_for(model).passages.index_digest)
+    assert digests[0] != digests[1]
+
+
+def test_of_a_tokenizer_in_python_the_merges_are_in_the_key_and_its_folder_is_not(tmp_path):
+    ranked = ["a b", "b c</w>"]  # abc is ab and c by this order, a and bc by the other
+    tokens = ["<unk>", *(letter + end for letter in "abc" for end in ("", "@@")), "ab@@", "bc"]
+    ids, digests = [], []
+    for merges in (ranked, ranked, ranked[::-1]):
+        model = make_tiny_bert(tmp_path / f"bert{len(digests)}")
+        (model / "tokenizer.json").unlink()
+        (model / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+        (model / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        settings = {"tokenizer_class": "CTRLTokenizer", "pad_token": "<unk>", "model_max_length": 128}
+        (model / "tokenizer_config.json").write_text(json.dumps(settings))
+        tower = encoder_for(model).passages
+        assert not tower.tokenizer.is_fast
+        ids.append(tower.tokenizer("abc")["input_ids"])
+        digests.append(tower.index_digest)
+    assert ids[0] == ids[1] != ids[2]
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("base", ["PreTrainedTokenizerFast", "BertTokenizer"])
+def test_the_code_that_comes_with_a_tokenizer_is_in_the_key(tmp_path, base):
+    digests = []
+    for number, sign in enumerate("*+*"):
+        model = make_tiny_bert(tmp_path / f"bert{number}")
+        path = model / "tokenizer_config.json"
+        own = {"auto_map": {"AutoTokenizer": [None, "own_tokens.Own"]}, "tokenizer_class": "Own"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+        code = f"from transformers import {base}\n\n\nclass Own({base}):\n    scale = 2 {sign} 1\n"
+        (model / "own_tokens.py").write_text(code)
+        tower = encoder_for(model, "--trust_remote_code", "True").passages
+        assert type(tower.tokenizer).__name__ == "Own"
+        digests.append(tower.index_digest)
+    assert digests[0] == digests[2] != digests[1]
+
+
 def test_the_code_that_comes_with_a_model_is_in_the_key(tmp_path):
     digests = []
     for number, sign in enumerate("*+*"):

@@ -1,14 +1,17 @@
 """What makes two texts one, in four forms; texts on disk."""
 
 import hashlib
+import io
 import os
 import re
+import tempfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedding_finetune.command_line import UserError
 from embedding_finetune.data import texts as texts_module
 from embedding_finetune.data.texts import TextsOnDisk, canonical, folded, folded_id, raw_digests, text_digest, text_id
 
@@ -115,3 +118,11 @@ def test_texts_that_are_one_by_either_rule_fold_to_one(text):
         assert folded(by_the_rule) == folded(text)
     else:
         assert folded(text) == canonical(text)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("size", [1, 2**21])  # told by flush, and by write
+def test_texts_that_do_not_fit_into_tmpdir_are_an_error_that_names_it(monkeypatch, size):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    with pytest.raises(UserError, match="TMPDIR: texts cannot be written there: No space left on device; make room"):
+        TextsOnDisk(["x" * size])

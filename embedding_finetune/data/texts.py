@@ -19,6 +19,8 @@ from typing import overload
 
 import numpy as np
 
+from embedding_finetune.command_line import UserError
+
 _BUFFER_BYTES = 2**20
 DIGEST_BYTES = 16
 """The size of a digest of text_digest and raw_digests."""
@@ -89,7 +91,8 @@ def raw_digests(texts: Sequence[str], instructions: Instructions = None) -> np.n
 class TextsOnDisk(Sequence[str]):
     """Texts in a temporary file that ends with the process; memory holds 16 bytes for each.
 
-    The file is read by offset, not mapped: its pages would count as this process's memory.
+    The file is read by offset, not mapped: its pages would count as this process's memory. Raises UserError where it
+    cannot be written.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -97,9 +100,18 @@ class TextsOnDisk(Sequence[str]):
         self._file = tempfile.TemporaryFile(buffering=_BUFFER_BYTES)  # noqa: SIM115
         ends = array("q", [0])
         for text in texts:
-            ends.append(ends[-1] + self._file.write(text.encode()))
-        self._file.flush()
+            ends.append(ends[-1] + self._write(text.encode()))
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_be_written(error) from error
         self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
+
+    def _write(self, text: bytes) -> int:
+        try:  # of this file alone: the texts come from others, whose errors are not TMPDIR's
+            return self._file.write(text)
+        except OSError as error:
+            raise _cannot_be_written(error) from error
 
     def keep(self, indices: np.ndarray) -> None:
         """Forget all texts but those at `indices`, and put these in that order."""
@@ -137,3 +149,9 @@ class TextsOnDisk(Sequence[str]):
             parts.append(os.pread(self._file.fileno(), end - start, start))
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _cannot_be_written(error: OSError) -> UserError:
+    return UserError(
+        f"TMPDIR: texts cannot be written there: {error.strerror}; make room, or set TMPDIR to another folder"
+    )

@@ -112,7 +112,8 @@ def check_likeness(
     except Exception as error:
         name = type(model.backbone).__name__
         raise UserError(f"{what}: a {name} does not work in int8 ({first_line(error)}); {_REMEDY}") from error
-    cosine = float(nn.functional.cosine_similarity(calibration.embeddings, now).min())
+    # In float64: a model without normalisation may have embeddings whose squares float32 cannot hold.
+    cosine = float(nn.functional.cosine_similarity(calibration.embeddings.double(), now.double()).min())
     if not cosine >= _LOWEST_COSINE:
         raise UserError(
             f"{what}: in int8 the embedding of one of the texts it was tried on has a cosine of {cosine:.3f} to its "

@@ -17,7 +17,7 @@ from embedding_finetune.model.attention import (
 
 BATCHED_PRODUCTS = "batched_products"
 _MOST_SCORES = 2**27
-"""The most attention scores held at once: 256 MiB in bfloat16. Larger batches and longer texts are left to sdpa."""
+"""The most attention scores held at once: 256 MiB in bfloat16. A text that has more by itself is left to sdpa."""
 _SMALLEST_SUM, _LARGEST_SUM = 1e-30, 1e30
 """Within these neither the exponentials nor what they weigh leave the numbers of bfloat16."""
 
@@ -34,30 +34,41 @@ def attention_in_batched_products(
 ) -> tuple[Tensor, None]:
     """Softmax attention, with the results of transformers' attention functions: (n, t, h, d), None.
 
-    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products and
+    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. Which kernel a text takes does not depend on how
+    many others are in the batch: its embedding would depend on them. In bfloat16 on a CPU two batched products and
     exponentials take a quarter to a half of the time of torch's sdpa, at head sizes of 32 to 64. Everything else is
     left to sdpa: in float32 they gained nothing.
     """
     n, h, t, _ = query.shape
     if attention_mask is None and key.shape[2] == t and is_causal_attention(module, kwargs):
-        # transformers leaves the mask out where no text of a batch is padded. Other kernels would take over then, and a
-        # text's embedding would depend on its neighbours.
+        # transformers leaves the mask out where no text of a batch is padded. Other kernels would take over then.
         attention_mask = query.new_ones(t, t, dtype=torch.bool).tril()[None, None]
     if (
         query.dtype != torch.bfloat16
         or not is_plain_attention(module, query, key, value, attention_mask, kwargs)
         or (attention_mask is not None and attention_mask.dtype != torch.bool)
-        or n * h * t * t > _MOST_SCORES
+        or (n if torch.compiler.is_compiling() else 1) * h * t * t > _MOST_SCORES
     ):
         return attention_by_sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    scores = _masked_scores(query, key, attention_mask, scaling)  # (n*h, t, t)
     if torch.compiler.is_compiling():
-        return weighted_values(scores.softmax(dim=-1), value), None
+        return weighted_values(_masked_scores(query, key, attention_mask, scaling).softmax(dim=-1), value), None
+    texts_at_once, parts = _MOST_SCORES // (h * t * t), []
+    for first in range(0, n, texts_at_once):
+        part = slice(first, first + texts_at_once)
+        visible = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[part]
+        parts.append(_attention(query[part], key[part], value[part], visible, scaling))
+    return parts[0] if len(parts) == 1 else torch.cat(parts), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float | None) -> Tensor:
+    """Softmax attention of query, key and value (n, h, t, d) where visible (n or 1, 1, t, t): (n, t, h, d)."""
+    n, h, t, _ = query.shape
+    scores = _masked_scores(query, key, visible, scaling)  # (n*h, t, t)
     weights = scores.exp_()
     sums = weights.sum(dim=-1, keepdim=True)  # (n*h, t, 1)
     if not _all_fit(sums):
-        _use_softmax_where_needed(weights, sums, query, key, attention_mask, scaling)
-    return weighted_values(weights, value).div_(sums.view(n, h, t, 1).transpose(1, 2)), None
+        _use_softmax_where_needed(weights, sums, query, key, visible, scaling)
+    return weighted_values(weights, value).div_(sums.view(n, h, t, 1).transpose(1, 2))
 
 
 def _use_softmax_where_needed(

@@ -135,6 +135,7 @@ def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route:
         tokens_per_batch=options.tokens_per_batch,
         packed_from=packed_from,
         weights_digest=digest,
+        compiled=options.torch_compile,
     )
 
 

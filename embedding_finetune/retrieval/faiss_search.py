@@ -208,8 +208,10 @@ class _Index:
         """
         error = rounding_error(self.block.shape[1] + 1)
         tolerance = error * np.sqrt(2) * np.hypot(self._longest * lengths.astype(np.float64), bounds)  # (q,)
-        needed = (bounds - tolerance) / self._longest
-        above_zero = -np.finfo(np.float32).tiny  # what equals 0 counts: faiss takes what is greater than this
+        # Beyond float32 nothing is above, or all: as at its limits.
+        limits = np.finfo(np.float32)
+        needed = np.clip((bounds - tolerance) / self._longest, limits.min, limits.max)
+        above_zero = -limits.tiny  # what equals 0 counts: faiss takes what is greater than this
         ends, scores, passages = self._with_a_bound().range_search(_beside(queries, -needed), above_zero)
         counts = np.diff(ends).astype(np.int64)
         kept = np.ones(len(scores), dtype=bool)

@@ -57,7 +57,7 @@ class Tower:
     """A bi-encoder ready to embed texts: queries, passages or both, each kind with its own instruction and length.
 
     tokens_per_batch, packed_from: as in TokenEncoder. weights_digest: pretrained.weights_digest of the weights as they
-    are stored, which `settings` needs.
+    are stored, which `settings` needs. compiled: whether torch has compiled the model.
     """
 
     def __init__(
@@ -70,11 +70,13 @@ class Tower:
         tokens_per_batch: int | None = None,
         packed_from: int | None = None,
         weights_digest: str = "",
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._tokens = TokenEncoder(model, tokenizer, tokens_per_batch=tokens_per_batch, packed_from=packed_from)
         self.weights_digest = weights_digest
+        self._compiled = compiled
         self.query, self.passage = text_kinds(
             model.embedding_config, query_max_len=query_max_len, passage_max_len=passage_max_len
         )
@@ -89,7 +91,9 @@ class Tower:
         """What decides the embedding of a text of a kind: where two towers' are equal, so are their embeddings."""
         if not self.weights_digest:
             raise ValueError("embeddings are told apart by weights_digest: without it two models would share them")
-        return store_settings(self.model, self.tokenizer, kind, weights_digest=self.weights_digest)
+        return store_settings(
+            self.model, self.tokenizer, kind, weights_digest=self.weights_digest, compiled=self._compiled
+        )
 
     @property
     def index_digest(self) -> str:
