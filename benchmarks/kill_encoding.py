@@ -15,6 +15,7 @@ import time
 
 from common import REPOSITORY, new_parser, passages
 
+_PYTHON = [sys.executable]
 _RUN = """
 import json, sys, time
 sys.path[:0] = [{repository!r}, {repository!r} + "/tests"]
@@ -41,7 +42,7 @@ _COUNT = """
 import json, sys
 sys.path[:0] = [{repository!r}, {repository!r} + "/tests"]
 from helpers.running import encoder_for
-store = encoder_for(sys.argv[2], "--embeddings_dir", sys.argv[3]).stores["passage"]
+store = encoder_for(sys.argv[2], "--embeddings_dir", sys.argv[3]).passages.stores["passage"]
 print(store.get(json.load(open(sys.argv[1])))[1].sum(), len(list(store.folder.glob("*.segment"))))
 """
 
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def run_of(program: str, model: str, folder: str, store: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", program.format(repository=str(REPOSITORY)), f"{folder}/texts.json", model, store]
+    command = [*_PYTHON, "-c", program.format(repository=str(REPOSITORY)), f"{folder}/texts.json", model, store]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 

@@ -121,6 +121,12 @@ def scratch_folder() -> str:
     return folder
 
 
+def scratch_error(error: Exception, what: str) -> UserError:
+    """What to tell the user where something could not be written into scratch_folder, or into TMPDIR itself."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return UserError(f"TMPDIR: {what} cannot be written there: {reason}; make room, or set TMPDIR to another folder")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

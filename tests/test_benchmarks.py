@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.data import REPOSITORY, read_jsonl, write_jsonl
+from helpers.quick_python import quick_python
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.data import jsonl
@@ -185,3 +186,18 @@ def test_tables_of_a_gpu_are_joined_where_their_columns_are_the_same(monkeypatch
     gpu = importlib.import_module("gpu")
     rows = [{"a": 1.23456, "b": "x|y"}, {"a": 12345.6, "b": None}, {"c": 1}]
     assert gpu.table(rows) == "| a | b |\n| --- | --- |\n| 1.23 | x/y |\n| 12346 | None |\n\n| c |\n| --- |\n| 1 |"
+
+
+def test_what_killed_runs_lost_is_told(tiny_bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # common.py adds to it
+    kill_encoding = importlib.import_module("kill_encoding")
+    jsonl.write(tmp_path / "pool.jsonl.gz", [{"text": f"the pump is {'a ' * number}desk"} for number in range(50)])
+    argv = ["kill_encoding.py", "--model", str(tiny_bert), "--data", str(tmp_path), "--kills", "1", "--texts", "50"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--seconds", "0.01"])
+    monkeypatch.setattr(kill_encoding, "_PYTHON", quick_python())
+    kill_encoding.main()
+    _, killed, last = capsys.readouterr().out.splitlines()
+    _, _, encoded, kept, _, lost, _ = killed.split()
+    assert int(lost) == max(int(encoded) - int(kept), 0)
+    assert last.startswith("not killed: ")

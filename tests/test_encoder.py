@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
+from helpers.data import TOPICS, passage_about
 from helpers.running import embed_passages, encoder_for
-from helpers.tiny import make_tiny_bert
+from helpers.tiny import make_tiny_bert, make_tokenizer
+from transformers import BertConfig, BertModel
 
 from embedding_finetune.command_line import UserError
 from embedding_finetune.model.checkpoint import EmbeddingConfig, save_route, save_router
@@ -44,3 +47,22 @@ def test_queries_and_passages_are_kept_by_the_model_of_each(tiny_bert, other_ber
     routed.passages.stores["passage"].refresh()
     assert routed.passages.stores["passage"].get(TEXTS)[1].all()
     assert not routed.queries.stores["query"].get(TEXTS)[1].any()
+
+
+def test_a_dense_module_gives_a_text_the_same_bits_alone_and_beside_others(tmp_path):
+    """MKL sums the products of up to three rows in another order than those of more. Long texts have such batches."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=200, hidden_size=384, num_hidden_layers=1, num_attention_heads=12)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    modules = [Transformer(str(tmp_path / "bert")), Pooling(384, pooling_mode="mean"), Dense(384, 384)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "dense"))
+    texts = [f"{passage_about(topic)} " * 30 for topic in TOPICS]
+    together = embed_passages(encoder_for(tmp_path / "dense"), texts)
+    for budget in ("100", "300"):
+        few = embed_passages(encoder_for(tmp_path / "dense", "--tokens_per_batch", budget), texts)
+        assert np.array_equal(few, together)

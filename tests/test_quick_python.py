@@ -1,7 +1,9 @@
 """The tests' own quick Python ends, and is started, as any other is."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,3 +68,12 @@ def test_a_signal_to_the_process_reaches_the_program(number):
 def test_a_closed_stdout_is_none():
     command = ["sh", "-c", 'exec "$@" >&-', "sh", *quick_python(), "-c", "import sys; sys.exit(sys.stdout is not None)"]
     assert subprocess.run(command, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("sent", [b"", b"{", json.dumps({"files": [], "length": 50}).encode().ljust(64) + b"{"])
+def test_a_client_that_is_killed_while_it_starts_leaves_the_server_to_others(sent):
+    command = quick_python()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"\0{command[command.index('run') + 1]}")
+        client.sendall(sent)
+    assert run(command, "-c", "print(1)")[:2] == (0, "1\n")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import multiprocessing
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from embedding_finetune.data.texts import raw_digests
 from embedding_finetune.retrieval import segments as module
 from embedding_finetune.retrieval.segments import (
     DamagedError,
+    ForeignError,
     Segment,
     check,
     count_texts,
@@ -56,15 +58,27 @@ def never(path, error):
 def test_a_segment_has_the_bytes_that_its_format_says(tmp_path):
     path = write(tmp_path, [4, 9])
     content = path.read_bytes()
-    assert len(content) == 4 + 8 + 8 + 2 * 16 + 2 * 3 * 4
-    assert content[4:20] == (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
-    assert content[20:36] == hashlib.blake2b(b"text 4", digest_size=16).digest()
-    assert content[52:] == VECTORS[[4, 9]].tobytes()
-    assert path.name == hashlib.blake2b(content[20:52], digest_size=16).hexdigest() + ".segment"
+    assert len(content) == 4 + 16 + 8 + 8 + 2 * 16 + 2 * 3 * 4
+    assert content[:4] == zlib.crc32(content[4:]).to_bytes(4, "little")
+    assert content[4:20] == hashlib.blake2b(tmp_path.name.encode(), digest_size=16).digest()
+    assert content[20:36] == (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    assert content[36:52] == hashlib.blake2b(b"text 4", digest_size=16).digest()
+    assert content[68:] == VECTORS[[4, 9]].tobytes()
+    assert path.name == hashlib.blake2b(content[36:68], digest_size=16).hexdigest() + ".segment"
     assert read_rows(path, np.array([1, 0, 1]), 3).tolist() == VECTORS[[9, 4, 9]].tolist()
 
 
-@pytest.mark.parametrize("end", [0, 10, 25, 75])
+def test_a_segment_of_another_folder_is_known_by_its_header_whatever_its_size(tmp_path):
+    path, other = write(tmp_path, [4, 9]), tmp_path / "other"
+    other.mkdir()
+    path = path.rename(other / path.name)
+    for width in (3, 5):
+        for read in (count_texts, read_digests):
+            with pytest.raises(ForeignError):
+                read(path, width)
+
+
+@pytest.mark.parametrize("end", [0, 10, 35, 90])
 def test_a_segment_that_is_cut_short_anywhere_is_damaged(tmp_path, end):
     path = write(tmp_path, [4, 9])
     path.write_bytes(path.read_bytes()[:end])

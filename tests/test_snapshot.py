@@ -41,7 +41,7 @@ def test_a_model_that_cannot_be_written_is_one_line_that_names_the_folder():
     def write(folder):
         raise SafetensorError("I/O error: No space left on device")
 
-    with pytest.raises(UserError, match=r"TMPDIR: the model cannot be written there .* No space left"):
+    with pytest.raises(UserError, match=r"TMPDIR: the model to be measured cannot be written there: .* No space left"):
         Snapshots(write).of(0)
 
 

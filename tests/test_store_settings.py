@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.data import TOPICS, passage_about
 from helpers.running import embed_passages, encoder_for
-from helpers.tiny import make_tiny_bert
+from helpers.tiny import make_tiny_bert, make_tokenizer
+from transformers import AddedToken, ByT5Tokenizer
 
 TEXTS = [f"{passage_about(topic)} {number}" for number in range(3) for topic in TOPICS]
 
@@ -89,10 +90,23 @@ def test_of_a_tokenizer_in_python_the_merges_are_in_the_key_and_its_folder_is_no
         (model / "tokenizer_config.json").write_text(json.dumps(settings))
         tower = encoder_for(model).passages
         assert not tower.tokenizer.is_fast
+        if not ids:  # as of a model of the hub
+            tower.tokenizer.init_kwargs |= {"is_local": False, "local_files_only": True, "tokenizer_file": "elsewhere"}
         ids.append(tower.tokenizer("abc")["input_ids"])
         digests.append(tower.index_digest)
     assert ids[0] == ids[1] != ids[2]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, ByT5Tokenizer])  # in Rust, and in Python
+def test_what_an_added_token_takes_of_its_surroundings_is_in_the_key(tiny_bert, make):
+    digests = []
+    for single_word in (True, False):
+        tower = encoder_for(tiny_bert).passages
+        tower.tokenizer = make()
+        tower.tokenizer.add_tokens(AddedToken("re", single_word=single_word))
+        digests.append(tower.index_digest)
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize("base", ["PreTrainedTokenizerFast", "BertTokenizer"])

@@ -19,7 +19,7 @@ from typing import overload
 
 import numpy as np
 
-from embedding_finetune.command_line import UserError
+from embedding_finetune.command_line import scratch_error
 
 _BUFFER_BYTES = 2**20
 DIGEST_BYTES = 16
@@ -104,14 +104,14 @@ class TextsOnDisk(Sequence[str]):
         try:
             self._file.flush()
         except OSError as error:
-            raise _cannot_be_written(error) from error
+            raise scratch_error(error, "texts") from error
         self._starts, self._ends = np.array(ends[:-1]), np.array(ends[1:])
 
     def _write(self, text: bytes) -> int:
         try:  # of this file alone: the texts come from others, whose errors are not TMPDIR's
             return self._file.write(text)
         except OSError as error:
-            raise _cannot_be_written(error) from error
+            raise scratch_error(error, "texts") from error
 
     def keep(self, indices: np.ndarray) -> None:
         """Forget all texts but those at `indices`, and put these in that order."""
@@ -149,9 +149,3 @@ class TextsOnDisk(Sequence[str]):
             parts.append(os.pread(self._file.fileno(), end - start, start))
             start += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _cannot_be_written(error: OSError) -> UserError:
-    return UserError(
-        f"TMPDIR: texts cannot be written there: {error.strerror}; make room, or set TMPDIR to another folder"
-    )

@@ -20,7 +20,7 @@ from embedding_finetune.model.sub_batches import Texts
 class BiEncoder(nn.Module):
     """Backbone, pooling, projection and normalisation: padded texts to embeddings.
 
-    projection: the result of loading.load_projection for the same checkpoint. token_embeddings: an identity that
+    projection: the result of modules.load_projection for the same checkpoint. token_embeddings: an identity that
     encode_in_sub_batches passes the embeddings of tokens through; hooks can be put on it.
     """
 

@@ -171,7 +171,7 @@ def save_checkpoint(
     """Write a checkpoint from which transformers, sentence-transformers and this suite get the same embeddings.
 
     folder: an empty one, such as folder.model_replaced yields. projection: the modules that config.modules describes,
-    from loading.load_projection.
+    from modules.load_projection.
     """
     save_weights(folder, backbone, config, projection)
     save_beside_weights(folder, tokenizer, backbone.config.hidden_size, config)

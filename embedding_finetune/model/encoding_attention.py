@@ -34,10 +34,12 @@ def attention_in_batched_products(
 ) -> tuple[Tensor, None]:
     """Softmax attention, with the results of transformers' attention functions: (n, t, h, d), None.
 
-    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. Which kernel a text takes does not depend on how
-    many others are in the batch: its embedding would depend on them. In bfloat16 on a CPU two batched products and
+    query, key, value: (n, h, t, d); attention_mask: (n, 1, t, t) bool. In bfloat16 on a CPU two batched products and
     exponentials take a quarter to a half of the time of torch's sdpa, at head sizes of 32 to 64. Everything else is
     left to sdpa: in float32 they gained nothing.
+
+    Unless torch compiles it, which kernel a text takes does not depend on how many others are in the batch: its
+    embedding would depend on them.
     """
     n, h, t, _ = query.shape
     if attention_mask is None and key.shape[2] == t and is_causal_attention(module, kwargs):

@@ -112,7 +112,7 @@ def prepare_for_encoding(
     if torch_compile:
         _compile(backbone, device)
     elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        _pack_linear_layers(backbone)
+        pack_linear_layers(backbone)
 
 
 def leave_out_pooler(backbone: PreTrainedModel) -> None:
@@ -147,10 +147,11 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
-def _pack_linear_layers(backbone: nn.Module) -> None:
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replace the linear layers of a model on a CPU by packed ones. Its rows get the same bits in any number then."""
     if not torch.backends.mkldnn.is_available():
         return
-    for module in list(backbone.modules()):
+    for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))

@@ -22,6 +22,7 @@ from embedding_finetune.model.encoding_kernels import (
     choose_dtype,
     dtype_name,
     leave_out_pooler,
+    pack_linear_layers,
     precision,
     prepare_for_encoding,
     working_device,
@@ -188,6 +189,8 @@ def _prepared(
     calibration = calibrate(model, tokenizer, limit=limit, what=what) if dtype == torch.int8 else None
     prepare_for_encoding(backbone, dtype=dtype, device=device, torch_compile=compiled, calibration=calibration)
     loaded.projection.to(device)
+    if device.type == "cpu" and not compiled:
+        pack_linear_layers(loaded.projection)
     if calibration is not None:
         cosine = check_likeness(model, tokenizer, calibration, limit=limit, what=what)
         logger.info("int8: the smallest cosine to float32 is %.4f among the texts it was tried on", cosine)

@@ -2,11 +2,12 @@
 
 A segment holds some thousand texts' embeddings:
 
-    checksum (4 bytes) | texts n (8) | dimensions H (8) | digests (n * 16) | embeddings (n * H float32)
+    checksum of the rest (4 bytes) | store (16) | texts n (8) | dimensions H (8) | digests (n * 16) |
+    embeddings (n * H float32)
 
 It appears whole, by renaming. Its name is a digest of its texts, so two processes that keep the same texts write the
-same file. The checksum covers the name of its folder, which is a digest of the store's settings, and everything after
-it: a segment that somebody copies into the folder of another model is none there.
+same file. `store` is a digest of its folder's name, which stands for the store's settings: a segment that somebody puts
+into the folder of another model is not read there, and stays.
 
 A segment may go at any moment: another process has merged it into a larger one. Who reads one that is gone gets an
 OSError for which `is_gone` holds, and looks again at what there is.
@@ -27,8 +28,8 @@ import numpy as np
 from embedding_finetune.data.texts import DIGEST_BYTES
 from embedding_finetune.files import atomic_writer
 
-_CHECKSUM, _SIZES = struct.Struct("<I"), struct.Struct("<QQ")
-_HEADER_BYTES = _CHECKSUM.size + _SIZES.size
+_CHECKSUM, _STORE_AND_SIZES = struct.Struct("<I"), struct.Struct("<16sQQ")
+_HEADER_BYTES = _CHECKSUM.size + _STORE_AND_SIZES.size
 _READ_BYTES = 2**20
 
 TEXTS_PER_SEGMENT = 8192
@@ -53,10 +54,14 @@ class FileIdentity(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A segment is cut short, a bit of it has flipped, or it is of another store."""
+    """A segment is cut short, or a bit of it has flipped."""
 
     file: FileIdentity | None = None
     """The file that was read, which may no longer be the one at its path."""
+
+
+class ForeignError(Exception):
+    """A segment is of another store, and somebody has put it here."""
 
 
 class Segment(NamedTuple):
@@ -94,33 +99,33 @@ def remove_damaged(path: Path, damaged: FileIdentity | None) -> None:
 def write_segment(folder: Path, digests: np.ndarray, embeddings: np.ndarray) -> Path:
     """Write the embeddings (n, H) of texts with these digests (n,). Raises UserError when it cannot be written."""
     raw = digests.tobytes()
-    sizes = _SIZES.pack(len(digests), embeddings.shape[1])
+    head = _STORE_AND_SIZES.pack(_digest_of(folder), len(digests), embeddings.shape[1])
     vectors = np.ascontiguousarray(embeddings, dtype="<f4").data
-    checksum = zlib.crc32(vectors, zlib.crc32(raw, zlib.crc32(sizes, zlib.crc32(folder.name.encode()))))
+    checksum = zlib.crc32(vectors, zlib.crc32(raw, zlib.crc32(head)))
     path = folder / (hashlib.blake2b(raw, digest_size=16).hexdigest() + ".segment")
     with atomic_writer(path) as file:
-        for part in (_CHECKSUM.pack(checksum), sizes, raw, vectors):
+        for part in (_CHECKSUM.pack(checksum), head, raw, vectors):
             file.write(part)
     return path
 
 
 def count_texts(path: Path, dimensions: int) -> int:
-    """How many texts a segment holds. Raises DamagedError where it has not the size that its header says."""
+    """How many texts a segment holds. Raises ForeignError, and DamagedError where its size is not the header's."""
     with _opened(path) as file:
-        return _count(file, dimensions)
+        return _count(path, file, dimensions)
 
 
 def read_digests(path: Path, dimensions: int) -> np.ndarray:
-    """The digests (n,) of a segment. Raises DamagedError as count_texts does."""
+    """The digests (n,) of a segment. Raises as count_texts does."""
     with _opened(path) as file:
-        count = _count(file, dimensions)
+        count = _count(path, file, dimensions)
         return np.frombuffer(file.read(count * DIGEST_BYTES), dtype="S16")
 
 
 def check(path: Path) -> None:
     """Raise DamagedError unless a segment's checksum is right."""
     with _opened(path) as file:
-        head, checksum = file.read(_CHECKSUM.size), zlib.crc32(path.parent.name.encode())
+        head, checksum = file.read(_CHECKSUM.size), 0
         while part := file.read(_READ_BYTES):
             checksum = zlib.crc32(part, checksum)
         if head != _CHECKSUM.pack(checksum):
@@ -132,7 +137,7 @@ def read_rows(path: Path, rows: np.ndarray, dimensions: int) -> np.ndarray:
     order = np.argsort(rows, kind="stable")
     result = np.empty((len(rows), dimensions), dtype=np.float32)
     with _opened(path) as file:
-        count, row_bytes = _count(file, dimensions), 4 * dimensions
+        count, row_bytes = _count(path, file, dimensions), 4 * dimensions
         vectors_at = _HEADER_BYTES + count * DIGEST_BYTES
         for run in np.split(order, np.flatnonzero(np.diff(rows[order]) != 1) + 1):
             raw = os.pread(file.fileno(), len(run) * row_bytes, vectors_at + int(rows[run[0]]) * row_bytes)
@@ -167,7 +172,7 @@ def _merge(group: Sequence[Segment], dimensions: int, leave_out: LeaveOut) -> No
             check(path)
             of_texts = read_digests(path, dimensions)
             vectors = read_rows(path, np.arange(len(of_texts)), dimensions)
-        except (DamagedError, OSError) as error:
+        except (DamagedError, ForeignError, OSError) as error:
             if isinstance(error, OSError) and is_gone(error):
                 raise
             leave_out(path, error)
@@ -201,12 +206,18 @@ def _identity(file: BinaryIO) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _count(file: BinaryIO, dimensions: int) -> int:
+def _digest_of(folder: Path) -> bytes:
+    return hashlib.blake2b(folder.name.encode(), digest_size=16).digest()
+
+
+def _count(path: Path, file: BinaryIO, dimensions: int) -> int:
     """How many texts an open segment holds; the file is left at its digests."""
     header = file.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES:
         raise DamagedError
-    count, width = _SIZES.unpack(header[_CHECKSUM.size :])
+    store, count, width = _STORE_AND_SIZES.unpack(header[_CHECKSUM.size :])
+    if store != _digest_of(path.parent):
+        raise ForeignError
     size = _HEADER_BYTES + count * (DIGEST_BYTES + 4 * width)
     if not count or width != dimensions or os.fstat(file.fileno()).st_size != size:
         raise DamagedError

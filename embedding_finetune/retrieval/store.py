@@ -34,6 +34,7 @@ from embedding_finetune.retrieval.segments import (
     SMALL,
     DamagedError,
     FileIdentity,
+    ForeignError,
     Segment,
     check,
     count_texts,
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_FORMAT = 1
+_FORMAT = 2
 _FLAG = "--embeddings_dir"
 _LOOKS = 3
 """How often to look again for segments that went while they were looked at."""
@@ -68,7 +69,7 @@ def make_root(root: AnyPath) -> None:
     try:
         os.makedirs(root, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{_FLAG} {root}: cannot be created: {error.strerror}") from error
+        raise UserError(f"{_FLAG} {root}: cannot be created: {error.strerror}; give another folder") from error
 
 
 class EmbeddingStore:
@@ -140,10 +141,12 @@ class EmbeddingStore:
                 for entry in os.scandir(self.folder)
                 if _SEGMENT.fullmatch(entry.name) and entry.is_file()
             )
-        except FileNotFoundError:  # it was pruned
-            return []
         except OSError as error:
-            raise UserError(f"{self._name}: {self.folder} cannot be listed: {error.strerror}") from error
+            if is_gone(error):  # it was pruned
+                return []
+            raise UserError(
+                f"{self._name}: {self.folder} cannot be listed: {error.strerror}; give another folder"
+            ) from error
 
     def get(self, texts: Sequence[str], instructions: Instructions = None) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings (N, H) of texts, and which texts are stored: (N,) bool."""
@@ -199,7 +202,7 @@ class EmbeddingStore:
             if path not in self._left_out:
                 try:
                     yield path, read(path, self.dimensions)
-                except (DamagedError, OSError) as error:
+                except (DamagedError, ForeignError, OSError) as error:
                     self._leave_out(path, error)
 
     def _look_up(self, wanted: np.ndarray, embeddings: np.ndarray, is_stored: np.ndarray) -> bool:
@@ -215,16 +218,18 @@ class EmbeddingStore:
                     index.checked.add(path)
                 embeddings[rows[matches]] = read_rows(path, their_rows, self.dimensions)
                 is_stored[rows[matches]] = True
-            except (DamagedError, OSError) as error:
+            except (DamagedError, ForeignError, OSError) as error:
                 self._leave_out(path, error)
                 nothing_gone = nothing_gone and not (isinstance(error, OSError) and is_gone(error))
         return nothing_gone
 
     def _leave_out(self, path: Path, error: Exception) -> None:
-        """Say that a segment is damaged, and remove it; or that it cannot be read. Its texts are encoded again."""
+        """Say that a segment is damaged, and remove it; or why else it is not read, and leave it."""
         if isinstance(error, OSError) and is_gone(error):
             return
-        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "is damaged"
+        why = "was written for another folder" if isinstance(error, ForeignError) else "is damaged"
+        if isinstance(error, OSError):
+            why = f"cannot be read ({error.strerror})"
         logger.warning("warning: %s: %s %s; its texts are encoded again", self._name, path, why)
         self._left_out[path] = error.file if isinstance(error, DamagedError) else file_at(path)
         if isinstance(error, DamagedError):

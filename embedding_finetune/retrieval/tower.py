@@ -6,6 +6,7 @@ encoded again.
 Shapes: N texts, H dimensions.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from embedding_finetune.model.tokens import TextKind, Tokens, text_kinds
 from embedding_finetune.progress import Progress
 from embedding_finetune.retrieval.block_keeper import BlockKeeper, has_direction
 from embedding_finetune.retrieval.store import EmbeddingStore
-from embedding_finetune.retrieval.store_settings import store_settings
+from embedding_finetune.retrieval.store_settings import kind_settings, model_settings
 from embedding_finetune.retrieval.token_encoder import TokenEncoder
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,13 @@ class Tower:
 
     def settings(self, kind: TextKind) -> dict[str, Any]:
         """What decides the embedding of a text of a kind: where two towers' are equal, so are their embeddings."""
+        return {**self._settings, **kind_settings(kind)}
+
+    @functools.cached_property
+    def _settings(self) -> dict[str, Any]:
         if not self.weights_digest:
             raise ValueError("embeddings are told apart by weights_digest: without it two models would share them")
-        return store_settings(
-            self.model, self.tokenizer, kind, weights_digest=self.weights_digest, compiled=self._compiled
-        )
+        return model_settings(self.model, self.tokenizer, weights_digest=self.weights_digest, compiled=self._compiled)
 
     @property
     def index_digest(self) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from embedding_finetune.command_line import UserError, first_line, scratch_folder
+from embedding_finetune.command_line import scratch_error, scratch_folder
 from embedding_finetune.distributed import once_per_machine
 
 Write = Callable[[Path], None]
@@ -59,6 +59,6 @@ class Snapshots:
             scratch.mkdir()
             self._write(model)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"TMPDIR: the model cannot be written there to be measured: {first_line(error)}") from error
+            raise scratch_error(error, "the model to be measured") from error
         self.seconds_of_writing = time.monotonic() - began
         return str(model), str(scratch)

@@ -5,7 +5,8 @@ the start is what a test is about, or an environment variable that is read while
 
 quick_python() begins a command line as sys.executable does. Its process, the client, hands its files, folder,
 environment and arguments to the server, which forks. The client passes signals on to the fork and ends as that does;
-where the client is killed, so is the fork.
+where the client is killed, so is the fork. What else a process inherits, such as limits and its hash seed, is the
+server's: tests/test_distributed.py runs all three scripts with other processes too, started by accelerate.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import runpy
+import secrets
 import selectors
 import signal
 import socket
@@ -28,6 +30,9 @@ _PRELOADED = (
     "embedding_finetune.training.setup embedding_finetune.training.verdict"
 ).split()
 _HEAD_BYTES, _NUMBER_BYTES = 64, 20
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+_ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 _server: list[tuple[subprocess.Popen[bytes], str]] = []
 
@@ -37,13 +42,15 @@ def quick_python() -> list[str]:
     if not hasattr(os, "pidfd_open"):  # Linux has it
         return [sys.executable]
     if not _server:
-        path = os.path.join(tempfile.mkdtemp(), "socket")
-        command = [sys.executable, __file__, "serve", path]
+        name = f"quick_python-{secrets.token_hex(8)}"
+        command = [sys.executable, __file__, "serve", name]
         # Its stdin ends when this process does, in whatever way.
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=_REPOSITORY, env=_ENVIRONMENT
+        )
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
-        _server.append((server, path))
+        _server.append((server, name))
     return [sys.executable, "-S", "-E", __file__, "run", _server[0][1]]
 
 
@@ -53,11 +60,11 @@ def quick_torchrun(processes: int) -> list[str]:
     return [*torchrun, "--no-python", *quick_python()]
 
 
-def _run(path: str, argv: list[str]) -> None:
+def _run(name: str, argv: list[str]) -> None:
     """The client."""
     files = [number for number in range(3) if _is_open(number)]  # before the socket takes the number of a closed one
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(path)
+        server.connect(f"\0{name}")  # which is no file
         body = json.dumps({"argv": argv, "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
         head = json.dumps({"files": files, "length": len(body)}).encode().ljust(_HEAD_BYTES)
         socket.send_fds(server, [head], files)
@@ -82,14 +89,14 @@ def _is_open(number: int) -> bool:
     return False
 
 
-def _serve(path: str) -> None:
+def _serve(name: str) -> None:
     """The server. It returns in the forks alone, which are then as their clients were started."""
-    for name in _PRELOADED:
-        __import__(name)
+    for module in _PRELOADED:
+        __import__(module)
     gc.freeze()  # else each fork looks at all that was imported when it ends
     forks: dict[int, socket.socket] = {}  # by their process numbers
     with socket.socket(socket.AF_UNIX) as listening, selectors.DefaultSelector() as selector:
-        listening.bind(path)
+        listening.bind(f"\0{name}")
         listening.listen()
         selector.register(listening, selectors.EVENT_READ)
         selector.register(0, selectors.EVENT_READ)
@@ -99,39 +106,63 @@ def _serve(path: str) -> None:
                 if key.fileobj == 0:
                     os._exit(0)
                 if key.fileobj is listening:
-                    client, _ = listening.accept()
-                    files, started = _received(client)
-                    pid = os.fork()
-                    if pid == 0:
-                        _become(files, started)
+                    if _is_fork(listening.accept()[0], selector, forks):
                         return
-                    for number in files.values():
-                        os.close(number)
-                    client.sendall(str(pid).encode().ljust(_NUMBER_BYTES))
-                    forks[pid] = client
-                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-                    selector.register(client, selectors.EVENT_READ, pid)  # it says no more: it was killed
-                elif key.fileobj is forks.get(key.data):
+                elif key.fileobj is forks.get(key.data):  # a client says no more: it was killed
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(key.fileobj)
                 elif isinstance(key.fileobj, int):
-                    client = forks.pop(key.data)
-                    status = str(os.waitpid(key.data, 0)[1]).encode()
                     selector.unregister(key.fileobj)
                     os.close(key.fileobj)
-                    with contextlib.suppress(KeyError, OSError):  # it was killed
-                        selector.unregister(client)
-                        client.sendall(status.ljust(_NUMBER_BYTES))
-                    client.close()
+                    _tell_status(key.data, forks.pop(key.data), selector)
+
+
+def _is_fork(client: socket.socket, selector: selectors.BaseSelector, forks: dict[int, socket.socket]) -> bool:
+    """Fork for a client. Gives True in the fork, which has become what the client asked for."""
+    try:
+        files, started = _received(client)
+    except EOFError:
+        client.close()
+        return False
+    pid = os.fork()
+    if pid == 0:
+        _become(files, started)
+        return True
+    for number in files.values():
+        os.close(number)
+    with contextlib.suppress(OSError):  # it was killed
+        client.sendall(str(pid).encode().ljust(_NUMBER_BYTES))
+    forks[pid] = client
+    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
+    selector.register(client, selectors.EVENT_READ, pid)
+    return False
+
+
+def _tell_status(pid: int, client: socket.socket, selector: selectors.BaseSelector) -> None:
+    """Tell a client how its fork has ended."""
+    status = str(os.waitpid(pid, 0)[1]).encode()
+    with contextlib.suppress(KeyError, OSError):  # it was killed
+        selector.unregister(client)
+        client.sendall(status.ljust(_NUMBER_BYTES))
+    client.close()
 
 
 def _received(client: socket.socket) -> tuple[dict[int, int], dict]:
-    """The client's number of each of its files with the server's, and the rest of what it sent."""
+    """The client's number of each of its files with the server's, and the rest of what it sent.
+
+    Raises EOFError where it was killed before it had sent all.
+    """
     head, numbers, _, _ = socket.recv_fds(client, _HEAD_BYTES, 3)
-    described = json.loads(head)
-    body = b""
+    if len(head) < _HEAD_BYTES:
+        raise EOFError
+    described, body = json.loads(head), b""
     while len(body) < described["length"]:
-        body += client.recv(described["length"])
+        part = client.recv(described["length"])
+        if not part:
+            for number in numbers:
+                os.close(number)
+            raise EOFError
+        body += part
     return dict(zip(described["files"], numbers, strict=True)), json.loads(body)
 
 
@@ -169,6 +200,6 @@ def _execute() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         _run(sys.argv[2], sys.argv[3:])
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sys.path[0] = _REPOSITORY
     _serve(sys.argv[2])
     _execute()
