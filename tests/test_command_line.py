@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 from helpers.data import REPOSITORY
+from helpers.quick_python import quick_python
 from helpers.running import argv_of, evaluation
 
 import evaluate
@@ -32,7 +33,7 @@ def test_help_into_a_closed_pipe_ends_as_the_shell_says_it(script):
 def test_results_into_a_closed_pipe_are_no_failed_check(tiny_bert, candidates, pairs):
     read, write = os.pipe()
     os.close(read)
-    command = [PYTHON, REPOSITORY / "evaluate.py", *evaluation(tiny_bert, candidates, pairs)]
+    command = [*quick_python(), REPOSITORY / "evaluate.py", *evaluation(tiny_bert, candidates, pairs)]
     with subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE) as process:
         os.close(write)
         assert b"Traceback" not in process.stderr.read()
@@ -93,7 +94,7 @@ def test_windows_is_told_what_it_cannot_do(monkeypatch, capsys):
 def test_odd_numbers_of_threads_change_no_measure(tiny_bert, candidates, pairs):
     argv = [*evaluation(tiny_bert, candidates, pairs), "--dtype", "float32"]
     expected = run("evaluate.py", argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for threads in ("", "0", "many", "2,1"):
+    for threads in ("0", "many", "2,1"):
         result = run("evaluate.py", argv, env={**os.environ, "OMP_NUM_THREADS": threads})
         assert (result.returncode, result.stdout) == (0, expected.stdout), (threads, result.stderr)
 
@@ -170,7 +171,7 @@ main()
 
 
 def test_a_closed_stdout_is_no_failed_check(tiny_bert, candidates, pairs):
-    command = [PYTHON, str(REPOSITORY / "evaluate.py"), *evaluation(tiny_bert, candidates, pairs)]
+    command = [*quick_python(), str(REPOSITORY / "evaluate.py"), *evaluation(tiny_bert, candidates, pairs)]
     result = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

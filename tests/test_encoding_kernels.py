@@ -56,16 +56,15 @@ def test_auto_is_bfloat16_only_where_the_hardware_computes_it(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "cosine"), [("float32", 0.99999), ("bfloat16", 0.999)])
-def test_compiling_changes_no_direction_and_makes_few_graphs_for_many_lengths(tiny_bert, dtype, cosine):
+def test_compiling_changes_no_direction_and_makes_few_graphs_for_many_lengths(tiny_bert):
     texts = [passage_about("pump") * n + "red " * m for n in (0, 1, 2, 3) for m in range(1, 20)]
     plain = encoder_for(tiny_bert, "--dtype", "float32").encode_queries(texts)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = encoder_for(tiny_bert, "--dtype", dtype, "--torch_compile", "--tokens_per_batch", "300")
-    assert (compiled.encode_queries(texts) * plain).sum(axis=1).min() > cosine
+    compiled = encoder_for(tiny_bert, "--dtype", "bfloat16", "--torch_compile", "--tokens_per_batch", "300")
+    assert (compiled.encode_queries(texts) * plain).sum(axis=1).min() > 0.999
     # The last bits are others: it shares no store with the model that is not compiled.
-    tower, other = compiled.passages, encoder_for(tiny_bert, "--dtype", dtype).passages
+    tower, other = compiled.passages, encoder_for(tiny_bert, "--dtype", "bfloat16").passages
     assert tower.index_digest != other.index_digest
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # a batch of one text is a graph of its own
 

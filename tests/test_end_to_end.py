@@ -192,7 +192,7 @@ def test_the_commands_of_the_original_example_work_as_printed(demo_model, tmp_pa
     assert outputs[:2] == ["", ""]
     for output in outputs[2:]:
         assert output.splitlines()[-1].startswith("{'MRR@1': ")
-    assert len(read_jsonl(tmp_path / "augmented_example.jsonl")) == 24
+    assert len(read_jsonl(tmp_path / "augmented_example.jsonl")) == 12
 
 
 @pytest.mark.demo_model
@@ -235,7 +235,7 @@ def run_as_printed(commands, tmp_path):
         (tmp_path / name).symlink_to(DEMO_MODEL)
     for name in ("example.jsonl", "candidate_context.jsonl"):
         lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines(keepends=True)
-        (tmp_path / name).write_text("".join(lines[:24] if name == "example.jsonl" else lines), encoding="utf-8")
+        (tmp_path / name).write_text("".join(lines[:12] if name == "example.jsonl" else lines), encoding="utf-8")
     for script in ("mine_hard_neg.py", "finetune.py", "evaluate.py"):
         (tmp_path / script).symlink_to(REPOSITORY / script)
     commands = [command.replace("python", shlex.join(quick_python()), 1) for command in commands]
