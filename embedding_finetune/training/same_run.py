@@ -98,9 +98,12 @@ def check_same_run(checkpoint: str | None, decided_by: Run) -> None:
             what = {
                 "rows": f"{now.get('rows')} training rows, where it had {before.get('rows')}",
                 "rows_digest": "other training rows",
-                "held_out_digest": "other held-out rows or candidates, or others of them that choose weights",
-                "mined_among": "other passages to mine from",
-                "trained_against": "other passages to train against",
+                "held_out_digest": (
+                    "other held-out rows or candidates, by --hold_out or --candidate_pool, or others of them that "
+                    "choose weights"
+                ),
+                "mined_among": "other passages to mine from, by --candidate_pool",
+                "trained_against": "other passages to train against, by --candidate_pool",
                 "instructions": "other instructions before queries or passages",
                 "index": "other embeddings of passages",
                 "hardest": "another part of the passages to train against, by the memory of the machine,",
