@@ -123,9 +123,13 @@ def check_dimensions(query: int, passage: int, *, what: str) -> None:
 
 def load_tower(name_or_path: str, options: EncodingOptions, *, flag: str, route: Route | None = None) -> Tower:
     """Load one model for encoding, of a checkpoint with two that of a route; it keeps no embeddings."""
+    return tower_of(load_by_options(name_or_path, options, flag=flag, route=route), name_or_path, options, flag=flag)
+
+
+def tower_of(loaded: EmbeddingModel, name_or_path: str, options: EncodingOptions, *, flag: str) -> Tower:
+    """What encodes by a model that load_by_options gave, whose weights change their precision."""
     device = working_device()
     dtype = choose_dtype(options.dtype, device)
-    loaded = load_by_options(name_or_path, options, flag=flag, route=route)
     digest = weights_digest(loaded.backbone, loaded.projection)  # as they are stored, before they change precision
     model, packed_from = _prepared(loaded, name_or_path, dtype, device, flag=flag, compiled=options.torch_compile)
     return Tower(

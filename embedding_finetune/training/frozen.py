@@ -27,7 +27,7 @@ from embedding_finetune.model.loading import EmbeddingModel
 from embedding_finetune.model.pretrained import weights_digest
 from embedding_finetune.model.side_files import TEXT, SideFile, read_json
 from embedding_finetune.retrieval.arguments import EncodingOptions
-from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_by_options, load_tower
+from embedding_finetune.retrieval.encoder import Encoder, check_dimensions, keep, load_by_options, tower_of
 from embedding_finetune.retrieval.store import make_root
 from embedding_finetune.retrieval.tower import Tower
 from embedding_finetune.training.pool_file import PoolFile, new_file
@@ -59,10 +59,11 @@ class FrozenPassages:
             scratch = _on_each_machine(_new_folder)
         else:
             make_root(options.embeddings_dir)
-        self.tower = load_tower(name, options, flag=_FLAG, route="document")
+        loaded = load_by_options(name, options, flag=_FLAG, route="document")
+        self.route, self.config, self.described = _on_each_machine(lambda: _write_route(loaded, name, options))
+        self.tower = tower_of(loaded, name, options, flag=_FLAG)
         check_dimensions(dimensions, self.tower.model.dimensions, what=f"{_FLAG} {name}")
         keep(self.tower, self.tower.passage, name, options, scratch)
-        self.route, self.config, self.described = _on_each_machine(lambda: _write_route(name, options))
         self.embeddings = embed_all(self.tower, pool)
         self.hardest: Hardest | None = None
 
@@ -105,9 +106,8 @@ def embed_all(tower: Tower, pool: Corpus) -> PoolFile:
     return embeddings
 
 
-def _write_route(name: str, options: EncodingOptions) -> tuple[str, EmbeddingConfig, Record]:
+def _write_route(loaded: EmbeddingModel, name: str, options: EncodingOptions) -> tuple[str, EmbeddingConfig, Record]:
     """A folder with the model as a checkpoint's route of documents, its config, and what identifies it."""
-    loaded = load_by_options(name, options, flag=_FLAG, route="document")
     _warn_of_another_index(name, options, loaded)
     config = dataclasses.replace(loaded.config, max_seq_length=loaded.passage_max_len, backbone_folder="")
     folder = Path(_new_folder())
