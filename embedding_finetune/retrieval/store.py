@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from embedding_finetune.command_line import UserError, first_line
 from embedding_finetune.data.texts import Instructions, raw_digests
 from embedding_finetune.distributed import process_rank
 from embedding_finetune.files import AnyPath, atomic_writer
+from embedding_finetune.retrieval.segment_index import SegmentIndex
 from embedding_finetune.retrieval.segments import (
     MOST_SMALL,
     SMALL,
@@ -130,7 +131,7 @@ class EmbeddingStore:
             there = list(self._read_each(listed, read_digests))
             if len(there) == len({*listed} - self._left_out.keys()):
                 break  # else some were merged meanwhile, into one that may not have been listed
-        self._index = _Index.of(there)
+        self._index = SegmentIndex.of(there)
         self._small = sum(len(digests) < SMALL for _, digests in there)
 
     def _segments(self) -> list[Path]:
@@ -235,37 +236,6 @@ class EmbeddingStore:
         if isinstance(error, DamagedError):
             with contextlib.suppress(OSError):  # on a read-only disk for instance
                 remove_damaged(path, error.file)
-
-
-class _Index(NamedTuple):
-    """Where each text is: the digests (M,) of all segments, sorted, with the segment and the row of each."""
-
-    paths: list[Path]
-    digests: np.ndarray
-    segment_of: np.ndarray
-    row_of: np.ndarray
-    checked: set[Path]
-    """Segments whose checksum was found right."""
-
-    @classmethod
-    def of(cls, segments: Sequence[tuple[Path, np.ndarray]]) -> "_Index":
-        counts = [len(digests) for _, digests in segments]
-        all_digests = np.concatenate([np.empty(0, "S16"), *(digests for _, digests in segments)])
-        order = np.argsort(all_digests, kind="stable")
-        segment_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
-        row_of = np.concatenate([np.empty(0, np.int32), *(np.arange(count, dtype=np.int32) for count in counts)])[order]
-        return cls([path for path, _ in segments], all_digests[order], segment_of, row_of, set())
-
-    def places(self, wanted: np.ndarray) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-        """Segment by segment: its path, which of the wanted digests it holds, and the row of each."""
-        if not len(self.digests):
-            return
-        places = np.searchsorted(self.digests, wanted).clip(max=len(self.digests) - 1)
-        matches = np.flatnonzero(self.digests[places] == wanted)
-        segments, rows = self.segment_of[places[matches]], self.row_of[places[matches]]
-        for segment in np.unique(segments):
-            here = segments == segment
-            yield self.paths[segment], matches[here], rows[here]
 
 
 def tell_size(root: AnyPath | None) -> None:
