@@ -2,7 +2,7 @@
 # make demo DATA=my.csv   the same on pairs of your own, a tenth of whose questions are held out; if their columns have
 #             other names than query and pos: DATA_COLUMNS="query=question pos=answer"
 # make test   lint, then every test
-# make coverage   every test, and the coverage of lines and branches: it takes half as long again
+# make coverage   every test, and the coverage of lines and branches: it takes a fifth longer
 # make lint   ruff and mypy
 # make .models/all-mpnet-base-v2   the model of that name with its real weights, 438 MB
 # make test-models   the verified models at their full sizes, with random weights, and all-mpnet-base-v2 with its real
